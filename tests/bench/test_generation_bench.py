@@ -91,11 +91,6 @@ def test_receipts_of_generation_are_compared_by_their_own_metrics(
     assert "has no figure p99: its task is generate" in capsys.readouterr().err
 
 
-def test_there_is_no_capacity_file_of_generation(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["capacity", measured["rows"][0]["receipt"]]) == 2
-    assert "is of generation, which has no capacity file" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_search_finds_the_rate_at_which_the_bounds_hold(server: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"

@@ -103,10 +103,6 @@ def test_without_the_default_policy_all_own_pods_resolve_names(build: Build) -> 
                 assert selectors.matches(selector, labels), each["metadata"]["name"]
 
 
-def test_equal_plans_give_equal_files() -> None:
-    assert layout.files(plans.plan()) == layout.files(plans.plan())
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
     built = build(plans.files(), overlay)

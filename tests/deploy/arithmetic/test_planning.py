@@ -95,8 +95,6 @@ def test_a_sample_receipt_does_not_count_as_measured(tmp_path: Path) -> None:
             InvalidRunError,
             "9 requests failed",
         ),
-        ({"search": {"verdict": "none holds", "reason": "p99 too high"}}, NotEnoughEvidenceError, "p99 too high"),
-        ({"summary": {"requests_per_s": 5.0}}, NotEnoughEvidenceError, "no tokens per request"),
     ],
 )
 def test_receipts_that_do_not_fit_are_refused(
@@ -137,13 +135,6 @@ def test_a_model_on_this_machine_is_compared_with_its_receipts(
         assert cli.run(["deploy", "--json", "-f", str(tmp_path / "inferctl.yaml")]) == 0
         warnings = json.loads(capsys.readouterr().out)["warnings"]
         assert any("was measured with another model" in each for each in warnings) is differs
-
-
-def test_an_assumed_rate_is_called_assumed() -> None:
-    (found,) = plan(spec(one())).models[0].flavors
-    assert found.rate
-    assert "assumed in the spec, not measured" in found.rate.source
-    assert "rate assumed in the spec" in found.placements[0].max_replicas.source
 
 
 def test_a_flavor_without_a_rate_needs_its_limits_and_keeps_its_minimum() -> None:

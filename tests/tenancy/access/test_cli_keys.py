@@ -296,8 +296,3 @@ def test_the_spec_names_the_file(run: Run, tmp_path: Path) -> None:
     run("create", "a")
     assert (tmp_path / "secrets" / "k.json").stat().st_mode & 0o777 == 0o600
     assert len(listed(run)) == 1
-
-
-def test_the_hint_for_a_missing_file_names_that_file(run: Run, tmp_path: Path) -> None:
-    done = run("list", "--keys", "team keys.json", code=2)
-    assert "`inferctl keys create NAME --keys 'team keys.json'`" in done.stderr
