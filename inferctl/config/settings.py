@@ -282,7 +282,7 @@ def _get(data: Any, path: str) -> Any:
     return data
 
 
-def _put(data: dict[str, Any], path: str, value: Any) -> None:
+def _put(data: Any, path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for key in parents:
         inner: Any = data[int(key)] if isinstance(data, list) else data.get(key)
