@@ -15,7 +15,6 @@ from rich.text import Text
 from inferctl.cli import completion, console, options
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
-from inferctl.core.sizes import size
 from inferctl.estimate import calibration, document, forecast, lengths
 from inferctl.estimate.document import Question
 from inferctl.facts.precision import PRECISIONS
@@ -94,9 +93,6 @@ def estimate(
     if corpus is not None and length is not None:
         raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
 
-    def hardware_of(spec: Spec | None) -> list[str]:
-        return _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
-
     def estimated(spec: Spec | None, file: Path) -> dict[str, Any]:
         data = forecast.read_config(file)
         tokens, token_source = _tokens(corpus, length, file, _max_tokens(data))
@@ -104,10 +100,11 @@ def estimate(
         batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
         work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
         question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
+        keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
         known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
         precisions = known or [spec.serve.precision if spec else "auto"]
         with console.progress("estimating"):
-            result = document.build(hardware_of(spec), precisions, data, work, question)
+            result = document.build(keys, precisions, data, work, question)
         result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
         if not result["rows"]:
             reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
@@ -122,26 +119,14 @@ def estimate(
             if len(models) == 1:
                 raise
             results.append({"rows": [], "absent": [{"reason": error.message, "hint": error.hint}]})
-    if len(models) == 1:
-        console.document(results[0]) if as_json else console.report(render(results[0]))
-        return
-    specs = {spec.name: spec for spec, _ in models if spec}
-    sizes = [
-        (model_folder.ModelFolder(file.parent).config, spec.serve.precision, spec.serve.max_batch_tokens)
-        for spec, (_, file) in zip(specs.values(), models, strict=True)
-    ]
-    needs = document.together(hardware_of(models[0][0]), sizes)
     if as_json:
-        named = [{"name": name, **result} for name, result in zip(specs, results, strict=True)]
-        console.document({"schema": document.SCHEMA, "models": named, "together": needs})
+        named = [{"name": spec and spec.name, **result} for (spec, _), result in zip(models, results, strict=True)]
+        console.document({"schema": document.SCHEMA, "models": named} if len(models) > 1 else results[0])
         return
-    for name, result in zip(specs, results, strict=True):
-        console.report(Text(f"\n{name}, with the hardware for itself\n", style="bold underline"))
+    for (spec, _), result in zip(models, results, strict=True):
+        if spec and len(models) > 1:
+            console.report(Text(f"\n{spec.name}, with the hardware for itself\n", style="bold underline"))
         console.report(render(result) if result["rows"] else Text(f"not estimated: {result['absent'][0]['reason']}"))
-    console.report(Text("\ntogether, estimated memory\n", style="bold underline"))
-    for need in needs:
-        there = f" of {size(need['memory_bytes'], 1)}" if need["memory_bytes"] else ""
-        console.data(f"{need['hardware']}: {size(need['needed'], 1)}{there}" + ", too much" * (need["fits"] is False))
 
 
 def _models(spec_file: Path | None, model: str | None, config: Path | None) -> list[tuple[Spec | None, Path]]:

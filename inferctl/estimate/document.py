@@ -21,7 +21,6 @@ from inferctl.estimate.forecast import (
     capacity,
     differences,
     memory_problem,
-    needed_bytes,
     notes_for,
     prices,
     served,
@@ -84,23 +83,6 @@ def build(
         "rows": rows,
         "absent": absent,
     }
-
-
-def together(keys: Sequence[str], models: Sequence[tuple[Mapping[str, Any], str, int]]) -> list[dict[str, Any]]:
-    """Return whether models fit into the memory of each part together. `models`: config, precision, batch tokens.
-
-    `fits` is None for a CPU, whose memory is unknown.
-    """
-    found = []
-    for part in map(catalog.hardware, dict.fromkeys(keys)):
-        best = best_precision(part.traits)
-        needed = sum(
-            needed_bytes(config, best if precision == "auto" else precision, batch_tokens, part)
-            for config, precision, batch_tokens in models
-        )
-        fits = needed <= part.memory_bytes if part.memory_bytes else None
-        found.append({"hardware": part.key, "needed": needed, "memory_bytes": part.memory_bytes, "fits": fits})
-    return found
 
 
 def row(

@@ -162,18 +162,12 @@ def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_token
 
 def memory_problem(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
     """Return how much memory the model needs and the part has if it does not fit, else nothing."""
-    need, there = (
-        needed_bytes(config, calibrated.precision, batch_tokens, calibrated.part),
-        calibrated.part.memory_bytes,
-    )
-    return [f"does not fit: needs about {size(need, 1)} of {size(there, 1)}"] if there and need > there else []
-
-
-def needed_bytes(config: Mapping[str, Any], precision: str, batch_tokens: int, part: Hardware) -> int:
-    """Return the estimated memory of the process that computes a model of any task."""
+    model, part = Transformer.of(config), calibrated.part
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
-    model = fit.ModelSize(Transformer.of(config).weights + vocabulary, config)
-    return fit.memory(model, precision, batch_tokens, part).total
+    need = fit.memory(fit.ModelSize(model.weights + vocabulary, config), calibrated.precision, batch_tokens, part)
+    if part.memory_bytes and need.total > part.memory_bytes:
+        return [f"does not fit: needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}"]
+    return []
 
 
 def read_config(path: Path) -> dict[str, Any]:

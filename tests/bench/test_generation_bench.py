@@ -22,20 +22,7 @@ from tests.processes import inferctl
 
 # In one worker, so that the server is measured once.
 pytestmark = pytest.mark.xdist_group("generation_bench")
-QUICK = (
-    "--plan",
-    "quick",
-    "--users",
-    "3",
-    "--duration",
-    "4",
-    "--lengths",
-    "24,6",
-    "--repeats",
-    "1",
-    "--names",
-    "uniform",
-)
+QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +42,7 @@ def measured(server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Return the result of a benchmark of one server, under two names."""
     folder = tmp_path_factory.mktemp("generation")
     urls = ("--url", f"a={server}", "--url", f"b={server}")
-    done, result = bench(folder, *urls, *QUICK, "--slo-ttft", "60000", "--slo-itl", "60000")
+    done, result = bench(folder, *urls, *QUICK, "--slo-ttft", "60000", "--slo-itl", "60000", "--names", "uniform")
     assert done.returncode == 0, done.stderr
     return result
 

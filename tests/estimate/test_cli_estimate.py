@@ -107,10 +107,7 @@ def test_each_model_of_a_spec_has_a_table_or_the_reason(config: str, capsys: Cap
     Path("inferctl.yaml").write_text(f"name: all\nmodels: [{', '.join(models)}]\n")
     command = ["estimate", "--hardware", "t4", "--length", "128"]
     assert cli.run([*command, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    dense, order = said["models"]
-    (need,) = said["together"]
-    assert need["fits"] is True and 2e9 < need["needed"] < 4e9 < need["memory_bytes"], "two contexts of 1 GB each"
+    dense, order = json.loads(capsys.readouterr().out)["models"]
     assert (dense["name"], dense["rows"]) == ("dense", alone["rows"])
     assert (order["name"], order["rows"]) == ("order", []) and "of a reranker" in order["absent"][0]["reason"]
     assert cli.run(command) == 0

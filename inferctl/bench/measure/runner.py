@@ -105,7 +105,6 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
-    load = load.for_emulated() if server.connection.emulated else load
     seed, loop = bench.plan.seed_of(run.repeat), None
     if load.capacity_percent is not None:
         loop = closed_loop.measure(server, load, corpus, seed, run, folder, bench.tokenizer)

@@ -98,7 +98,6 @@ class Load(Section):
 
     `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
-    `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
     For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those
@@ -122,12 +121,6 @@ class Load(Section):
     )
     spike: Spike | None = Field(None, description="A burst.")
     duration_s: float = Field(15, ge=1, le=86_400, description="Seconds of the measurement.")
-    emulated_s: float | None = Field(
-        None,
-        ge=1,
-        le=86_400,
-        description="Embeddings in a closed loop: seconds of the measurement of an emulated precision, if less.",
-    )
     warmup_s: float = Field(15, ge=0, le=3600, description="Limit of the warm-up in seconds.")
     window_s: float = Field(1, ge=0.2, le=60, description="Window of the warm-up in seconds.")
     timeout_s: float = Field(30, gt=0, le=3600, description="Limit of a request in seconds. For generation, 300.")
@@ -234,15 +227,6 @@ class Load(Section):
         task = (self.tasks or {}).get(name, self.task)
         count = DOCUMENTS if task == "rerank" and self.inputs_per_request == 1 else self.inputs_per_request
         return self.model_copy(update={"task": task, "inputs_per_request": count})
-
-    def for_emulated(self) -> Load:
-        """Return the load of a server that emulates its precision: this one, if `emulated_s` is not less.
-
-        Requests of reranking and generation are so few that a shorter run would not have enough of them.
-        """
-        one_stage = self.task == "embed" and self.mode == "closed" and len(self.timeline) == 1
-        shorter = one_stage and self.emulated_s is not None and self.emulated_s < self.duration_s
-        return self.model_copy(update={"duration_s": self.emulated_s}) if shorter else self
 
     def as_single_stage(self, **changes: object) -> Load:
         """Return the same requests as a closed loop of `users` with one stage. `changes` replace its keys."""
