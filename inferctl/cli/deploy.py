@@ -17,7 +17,7 @@ from inferctl.deploy.plan import DeploymentPlan
 from inferctl.deploy.planning import SpecSource
 from inferctl.image import model_image
 from inferctl.manifests import versions
-from inferctl.models import fit, hub
+from inferctl.models import fit, generation_fit, hub
 from inferctl.models.model import resolve_task
 from inferctl.models.size import locate, size_of
 
@@ -157,8 +157,10 @@ def _source(resolved: Resolved) -> SpecSource:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
+    size: fit.ModelSize | fit.UnknownSize
     try:
-        size: fit.ModelSize | fit.UnknownSize = size_of(locate(spec, model_image.facts))
+        found = locate(spec, model_image.facts)
+        size = size_of(found, generation_fit.check_adapters(spec, found)[0])
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):

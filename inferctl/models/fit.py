@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from inferctl.config.spec import Spec
@@ -49,15 +49,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA."""
+    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA.
+
+    `adapters`: what vLLM allocates for them, used or not.
+    """
 
     weights: int
     activations: int
     overhead: int
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.overhead
+        return self.weights + self.activations + self.overhead + self.adapters
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class ModelSize:
     """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
 
     `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
-    model. `library_type`: as in `ModelFolder`.
+    model. `library_type`: as in `ModelFolder`. `adapter_numbers`: those in vLLM's slots for adapters, by kind of device.
     """
 
     parameters: int
@@ -97,6 +101,7 @@ class ModelSize:
     weights_bytes: int = 0
     has_modules: bool = False
     library_type: str | None = None
+    adapter_numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
     return found
 
 
+def pod_of(objects: Objects, name: str = "embed-l4") -> dict[str, Any]:
+    found: dict[str, Any] = named(objects, "Deployment", name)["spec"]["template"]["spec"]
+    return found
+
+
 def pods(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
     for each in objects:
         if each["kind"] in ("Deployment", "Job", "StatefulSet"):
@@ -165,7 +170,7 @@ def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
 def test_no_object_contains_a_secret(build: Build) -> None:
     built = [each for overlay in OVERLAYS for each in build(plans.files(), overlay)]
     assert not [each for each in built if each["kind"] == "Secret"]
-    server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
+    server = pod_of(built[: len(built) // 3], "embed-a100-half")
     (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
     assert keys["secret"] == {"secretName": "inferctl-keys", "defaultMode": 0o440}
     (relay,) = server["initContainers"]
@@ -175,7 +180,7 @@ def test_no_object_contains_a_secret(build: Build) -> None:
 
 def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
     built = build(layout.files(plans.plan(plans.embed(), clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-    pod = named(built, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    pod = pod_of(built)
     server = pod["containers"][0]
     startup = server["startupProbe"]
     assert startup["httpGet"]["path"] == "/readyz"
@@ -190,10 +195,7 @@ def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
 
 def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: Build) -> None:
     files = plans.files()
-    aws, gcp = (
-        named(build(files, overlay), "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
-        for overlay in (OVERLAYS[0], OVERLAYS[2])
-    )
+    aws, gcp = (pod_of(build(files, overlay), "embed-a100-half") for overlay in (OVERLAYS[0], OVERLAYS[2]))
     extended = [
         {name: count for name, count in pod["containers"][0]["resources"]["limits"].items() if "/" in name}
         for pod in (aws, gcp)
@@ -313,7 +315,7 @@ def test_a_model_image_is_mounted_without_further_settings(build: Build) -> None
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": f"oci://{source}"})})
     objects = build(layout.files(plans.plan(spec, kubernetes="1.35")), OVERLAYS[0])
     assert [problem for each in objects for problem in problems(each, "1.35")] == []
-    pod = named(objects, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    pod = pod_of(objects)
     (volume,) = (each for each in pod["volumes"] if each["name"] == "model")
     assert volume["image"] == {"reference": source, "pullPolicy": "IfNotPresent"}
     (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "model")

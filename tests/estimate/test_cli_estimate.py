@@ -290,19 +290,6 @@ def test_invalid_options_are_errors(config: str, arguments: list[str], message: 
     assert message in err and not out
 
 
-def test_a_model_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.run(["estimate"]) == 2
-    assert "--config FILE" in capsys.readouterr().err
-
-
-def test_without_the_hub_the_config_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert cli.run(["estimate", "--model", "inferctl/nothing", "--hardware", "t4"]) == 3
-    assert "or `--config FILE` with its config.json" in capsys.readouterr().err
-
-
 def test_each_source_of_prices_and_each_reason_is_named_once(config: str, capsys: Captured) -> None:
     assert cli.run(["estimate", "--config", config, "--hardware", "t4,l4", "-p", "fp16", "--length", "20"]) == 0
     out = " ".join(capsys.readouterr().out.split())

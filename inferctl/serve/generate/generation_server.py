@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.facts import catalog, precision
 from inferctl.models import decoder, generation_fit
+from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
 from inferctl.serve.edge import access, listener
@@ -51,6 +53,7 @@ class GenerationServer(ServerLifetime):
         options: ServerOptions,
         notify: Callable[[str], None],
         folder: ModelFolder,
+        adapters: tuple[Adapter, ...],
         progress: StartProgress,
         signals: StopSignals,
     ) -> None:
@@ -62,10 +65,12 @@ class GenerationServer(ServerLifetime):
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
         _check_key(spec, os.environ)
-        self._model = _model(spec, folder, self._probe)
+        self._model = replace(_model(spec, folder, self._probe), adapters=adapters)
         super().__init__(spec, "generate", options, notify, progress)
         self._started = started
         self._directory = _temporary_folder()
+        for path, target in {command.adapter_link(self._directory, each): each.path for each in adapters}.items():
+            path.symlink_to(target.resolve())
         self._compiler = shutil.which("g++") is not None
         self._derived = command.options(
             spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
@@ -161,7 +166,7 @@ class GenerationServer(ServerLifetime):
             self._options.log,
             self._options.traces,
             spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
-            [spec.name, spec.model.source],
+            command.base_names(spec),
             spec.metering.model_dump()
             | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
@@ -183,6 +188,10 @@ class GenerationServer(ServerLifetime):
                 "architecture": self._folder.architecture,
                 "max_tokens": self._model.context,
             },
+            "adapters": [
+                {"name": each.name, "sha256": each.digest, "rank": each.rank, "bytes": each.bytes}
+                for each in self._model.adapters
+            ],
             "precision": vars(self._model.precision),
             "device": vars(found.device),
             "versions": {"python": sys.version.split()[0], **found.versions},

@@ -26,6 +26,7 @@ from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.generate import control, generation_app
+from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.tenancy.access.limits import Limiter
@@ -77,18 +78,23 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
+        source = settings.info["model"]["source"]
+        adapters = {each["name"]: each["sha256"] for each in settings.info["adapters"]}
         setup = EdgeSetup(
             settings.name,
-            settings.models,
+            [*settings.models, source, *adapters],
             "generate",
             keys,
             recording,
             lambda: self._healthy,
             log=settings.log,
             traces=settings.traces,
+            tasks=dict.fromkeys(adapters, "generate"),
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
+        for name, digest in adapters.items():
+            self._metering.ready(settings.info["device"], digest, name)
         self._metering.open()
         self._metering.watch(metrics)
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
@@ -98,9 +104,9 @@ class _EdgeServer:
         sequences = limits["max_sequences"]
         self._generation = generation_app.GenerationApp(
             app,
+            ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"]),
             self._check,
             lambda: self._edge.stopped,
-            limits["max_context_tokens"],
             sequences,
             charges,
             metrics.offer_body,

@@ -110,9 +110,6 @@ async def chat(request: Request) -> Response:
     body = await request.json()
     script = body["messages"][0]["content"]
     count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
-    if str(body.get("model")).startswith("unknown"):
-        log_error("serving.py:274", f"Error with model error=ErrorInfo(message='The model `{body['model']}` does not'")
-        return JSONResponse({"error": {"message": "no model", "type": "x", "param": None, "code": 404}}, 404)
     if grammar := body.get("structured_outputs"):
         log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", f"Error: {grammar}")
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
