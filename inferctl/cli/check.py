@@ -147,8 +147,10 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> _Judgment:
     except UsageError as error:
         general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         found = UnknownSize("the model was not found", "fix the model first")
-    size = size_of(found)
+    adapters, of_adapters = generation_fit.check_adapters(spec, found)
+    size = size_of(found, adapters)
     task, summary = _use(spec, found, general)
+    general += of_adapters if task == "generate" else []
     try:
         catalog.check_task(task, base, stack)
     except UsageError as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Literal
 
 from inferctl.config.spec import Spec
@@ -51,15 +51,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA."""
+    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA.
+
+    `adapters`: what vLLM allocates for them, used or not.
+    """
 
     weights: int
     activations: int
     overhead: int
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.overhead
+        return self.weights + self.activations + self.overhead + self.adapters
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class ModelSize:
     """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
 
     `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
-    model. `library_type`: as in `ModelFolder`.
+    model. `library_type`: as in `ModelFolder`. `adapter_numbers`: those in vLLM's slots for adapters, by kind of device.
     """
 
     parameters: int
@@ -99,6 +103,7 @@ class ModelSize:
     weights_bytes: int = 0
     has_modules: bool = False
     library_type: str | None = None
+    adapter_numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,18 @@ def check_part(
     shown = need if isinstance(need, Memory) else None
     kernels = has_kernels(stack, part)
     return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
+
+
+def together(fits: Sequence[Fit], part: Hardware) -> Fit:
+    """Return how `part` runs the models of one server: each has a process of its own, so their memory adds up."""
+    if len(fits) == 1:
+        return fits[0]
+    needs, total = [each.memory for each in fits if each.memory], None
+    findings = [finding for each in fits for finding in each.findings if finding.topic != "memory" or not each.memory]
+    if len(needs) == len(fits):
+        total = Memory(*(sum(column) for column in zip(*map(astuple, needs), strict=True)))
+        findings.append(_memory(total, part))
+    return replace(fits[0], memory=total, findings=tuple(dict.fromkeys(findings)))
 
 
 def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
