@@ -5,12 +5,13 @@
 The models are all-MiniLM-L6-v2, a cross-encoder and a classifier of its size with random weights. Texts have a
 log-normal length (mean 55 tokens); a request of the cross-encoder has 8 documents. "Work" is the sum of the rates of the
 models in closed loops at the same time, each divided by its rate alone. One server and three servers take turns
-(A B B A), and the ratio is the median over pairs of rounds. Memory (PSS) is that after such a load. The three start
-after it was read of the one, so only they divide pages with others.
+(A B B A), and a ratio is the median over pairs of rounds. "By CPU" divides the work by the CPU seconds of the servers:
+beside other load, three servers get more of the machine than one. Memory (PSS) is that after such a load. The three
+start after it was read of the one, so only they divide pages with others.
 
-Then, on one server, open loops send to one model three times its peak, and to the others a quarter of theirs. "Late" is
-the share of accepted requests that exceeded the SLO. In the end, an engine is killed, while all get a quarter. The load
-generator shares the machine.
+Then, on one server with an SLO, open loops send to one model three times its peak, and to the others a quarter of
+theirs. "Late" is the share of accepted requests that exceeded the SLO. In the end, an engine is killed, while all get a
+quarter. The load generator shares the machine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ CLIENTS = {"embed": 16, "rerank": 4, "classify": 16}
 class Side:
     """The servers of all models: one for all of them, or one for each."""
 
-    def __init__(self, sources: Mapping[str, Path], folder: Path, slo: float, *, together: bool) -> None:
+    def __init__(
+        self, sources: Mapping[str, Path], folder: Path, slo: float | None = None, *, together: bool = True
+    ) -> None:
         models = [{"name": name, "model": {"source": str(source)}} for name, source in sources.items()]
         self.servers: list[peers.Server] = []
         self.ready: dict[str, tuple[str, list[bytes]]] = {}
@@ -61,6 +64,10 @@ class Side:
             self.servers.append(server)
             for name in (str(model["name"]) for model in part):
                 self.ready[name] = server.url, requests(server.url, PATHS[name], BODIES[name])
+
+    def end(self) -> None:
+        while self.servers:
+            self.servers.pop().end()
 
     def closed(self, seconds: float) -> dict[str, Outcome]:
         """Return what comes of closed loops on all models at the same time."""
@@ -94,22 +101,29 @@ def main() -> None:
             sources[name].mkdir()
             rerank.make_model(sources[name], labels)
         for name, together in (("one server", True), ("three servers", False)):
-            sides[name] = Side(sources, folder, options.slo, together=together)
-            for server in sides[name].servers:
-                stack.callback(server.end)
+            sides[name] = Side(sources, folder, together=together)
+            stack.callback(sides[name].end)
             sides[name].closed(3)
             memory[name] = sum(peers.pss_mb(server.process.pid) for server in sides[name].servers)
         one = sides["one server"]
         alone = {n: run_closed(*given, CLIENTS[n], options.seconds).rate for n, given in one.ready.items()}
         work: dict[str, list[float]] = {name: [] for name in sides}
+        by_cpu: dict[str, list[float]] = {name: [] for name in sides}
         for name in peers.order(list(sides), options.rounds):
+            before = sum(server.cpu_seconds() for server in sides[name].servers)
             outcomes = sides[name].closed(options.seconds)
+            cpu_s = sum(server.cpu_seconds() for server in sides[name].servers) - before
             work[name].append(sum(outcome.rate / alone[model] for model, outcome in outcomes.items()))
+            by_cpu[name].append(sum(each.completed / alone[model] for model, each in outcomes.items()) / cpu_s)
             shown = {model: f"{each.rate:.0f}/s, {each.failures} failed" for model, each in outcomes.items()}
-            print(f"{name}: {shown}", file=sys.stderr)
-        ratio = peers.median([a / b for a, b in zip(*work.values(), strict=True)])
+            print(f"{name}: {shown}, {cpu_s:.1f} CPU seconds", file=sys.stderr)
+        ratios = [peers.median([a / b for a, b in zip(*each.values(), strict=True)]) for each in (work, by_cpu)]
         peers.table(("", "work", "MB"), [(name, peers.median(work[name]), memory[name]) for name in work])
-        print(f"one server / three servers: {ratio:.3f} of the work")
+        print("one server / three servers: {:.3f} of the work, {:.3f} by CPU".format(*ratios))
+        for side in sides.values():
+            side.end()
+        one = Side(sources, folder, options.slo)
+        stack.callback(one.end)
         rows = []
         for case in (*alone, "an engine is killed"):
             rates = {model: rate * (3 if model == case else 0.25) for model, rate in alone.items()}
@@ -121,7 +135,15 @@ def main() -> None:
             restarts = {model["name"]: model["restarts"] for model in json.load(response)["models"]}
     peers.table(("flooded", "model", "offered/s", "p99 ms", "late", "statuses"), rows)
     print(f"restarts: {restarts}")
-    found = {"alone": alone, "work": work, "ratio": ratio, "memory_mb": memory, "floods": rows, "restarts": restarts}
+    found = {
+        "alone": alone,
+        "work": work,
+        "by_cpu": by_cpu,
+        "ratios": ratios,
+        "memory_mb": memory,
+        "floods": rows,
+        "restarts": restarts,
+    }
     peers.write(options.json, found)
 
 
