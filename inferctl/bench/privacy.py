@@ -25,9 +25,9 @@ def name_of(source: str) -> str:
     return source
 
 
-def without_trace_folder(load: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `load` (keys of a plan's load) with only the file names of its trace and its lengths, if it has them."""
-    found = {**load, "trace": name_of(load["trace"])} if load.get("trace") else dict(load)
+def without_lengths_folder(load: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `load` (keys of a plan's load) with only the file name of its lengths, if it has them."""
+    found = dict(load)
     if lengths := (load.get("generation") or {}).get("lengths"):
         found["generation"] = {**load["generation"], "lengths": name_of(lengths)}
     return found

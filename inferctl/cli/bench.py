@@ -10,7 +10,7 @@ import typer
 
 from inferctl.cli import completion, console, options
 from inferctl.core import outputs
-from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import NotReadyError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.bench import Bench
@@ -36,8 +36,6 @@ Examples:
   inferctl bench --url vllm=http://10.0.0.7:8000 --users 8 --lengths 128,64
   # Find the highest rate at which 99% of the responses start and flow in time
   inferctl bench --url vllm=http://10.0.0.7:8000 --search --slo-ttft 500 --slo-itl 50
-  # Measure how long a container takes to its first response, with and without the image on the machine
-  inferctl bench --start registry.example.com/ml/minilm:bf16
 """
 
 Precisions = Annotated[
@@ -125,6 +123,12 @@ Lengths = Annotated[
         help="Generation: set the tokens of prompt and output, as 128,64, azure-llm-2023 or FILE.csv.",
     ),
 ]
+Names = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MIX", help="Request these models or adapters: a=2,b=1, uniform or zipf:1.2. [default: the plan's]"
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -147,19 +151,9 @@ Report = Annotated[
 Profile = Annotated[
     bool, typer.Option("--profile", help="Also show where the time of each engine goes, at 12 sizes of batches.")
 ]
-Start = Annotated[
-    str | None,
-    typer.Option(
-        "--start",
-        metavar="REF",
-        help="Measure the start of a container of this image: it is removed from the engine and pulled again.",
-    ),
-]
-_ALLOWED_WITH_START = ("start", "spec_file", "model", "repeats", "output", "json_")
 
 
 def bench(
-    context: typer.Context,
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     plan: PlanName = None,
@@ -178,25 +172,19 @@ def bench(
     slo_ttft: SloTtft = None,
     slo_itl: SloItl = None,
     lengths: Lengths = None,
+    names: Names = None,
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
     output: Output = Path("bench-results"),
     report: Report = None,
     profile: Profile = False,
-    start: Start = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
     If a benchmark is interrupted, the receipts of its complete runs are kept.
     """
-    if start is not None:
-        _reject_options(context, _ALLOWED_WITH_START, "`--start`, which sends one request")
-        from inferctl.cli import bench_start
-
-        bench_start.measure(start, spec_file, model, repeats, output, json_)
-        return
     _require_packages()
     from inferctl.cli import bench_options, bench_setup
 
@@ -208,7 +196,7 @@ def bench(
         "rate": rate,
         "duration_s": duration,
         "repeats": repeats,
-        "load": {"workers": workers},
+        "load": {"workers": workers, "names": bench_options.parse_names(names)},
         "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
         "batch_tokens": batch_tokens,
         "corpora": corpus,
@@ -272,17 +260,6 @@ def _require_packages() -> None:
         raise NotReadyError(
             f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint("bench")
         )
-
-
-def _reject_options(context: typer.Context, allowed: tuple[str, ...], mode: str) -> None:
-    """Raise `UsageError` if the command line has an option that is not `allowed` with `mode`."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if source and source.name == "COMMANDLINE" and parameter.name not in allowed:
-            raise UsageError(
-                f"`{parameter.opts[0]}` is not allowed with {mode}",
-                f"remove `{parameter.opts[0]}`, or {mode.partition(',')[0]}",
-            )
 
 
 def _relative(path: Path) -> Path:

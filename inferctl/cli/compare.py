@@ -70,24 +70,6 @@ def compare(
             help=_METRIC_HELP,
         ),
     ] = None,
-    max_cosine_drop: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=0,
-            max=2,
-            help="Set the largest drop of the cosine (1st percentile). [default: its error may double]",
-        ),
-    ] = None,
-    max_recall_drop: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=0,
-            max=1,
-            help="Set the largest drop of recall@10. [default: its error may double]",
-        ),
-    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,7 +103,7 @@ def compare(
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)
     style = "json" if json_ else options.known(format_, FORMATS, "--format")
-    compare_options = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
+    compare_options = _options(threshold, floor_ms, metric, allow)
     pairs, notes = comparable.pairs(old, new)
     result = comparing.compare(pairs, notes, compare_options)
     if style == "text":
@@ -137,12 +119,7 @@ def compare(
 
 
 def _options(
-    threshold: list[str] | None,
-    floor_ms: float,
-    metric: list[str] | None,
-    cosine_drop: float | None,
-    recall_drop: float | None,
-    allow: list[str] | None,
+    threshold: list[str] | None, floor_ms: float, metric: list[str] | None, allow: list[str] | None
 ) -> CompareOptions:
     shares = {}
     for text in threshold or []:
@@ -157,8 +134,6 @@ def _options(
         thresholds=shares,
         floor_ms=floor_ms,
         metrics=[options.known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
-        cosine_drop=cosine_drop,
-        recall_drop=recall_drop,
         allow=[options.known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
     )
 

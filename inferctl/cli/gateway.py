@@ -14,15 +14,15 @@ from inferctl.cli import console
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.gateway import config, supervisor
-from inferctl.gateway import servers as listed
+from inferctl.gateway.servers import parse
 from inferctl.serve.signals import StopSignals
 
 EPILOG = """\b
 Examples:
   # Balance between two servers
   inferctl gateway --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
-  # Follow a file with one URL per line, which may change while the gateway runs
-  inferctl gateway --servers servers.txt --host 0.0.0.0 --port 8443 --tls-certificate cert.pem --tls-key key.pem
+  # Listen with TLS in front of all addresses of a name
+  inferctl gateway --server http://embed:8080 --host 0.0.0.0 --port 8443 --tls-certificate cert.pem --tls-key key.pem
   # Print Envoy's configuration
   inferctl gateway --server http://10.0.0.7:8080 --print-config
 """
@@ -31,10 +31,9 @@ Examples:
 def gateway(
     server: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="Use this server, as http://HOST:PORT. A name means all of its addresses."),
-    ] = None,
-    servers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Use the servers in this file, one URL per line; follow it.")
+        typer.Option(
+            metavar="URL", help="Use this server, as http://HOST:PORT, or all addresses of a name; repeatable."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Listen on this IP address; 0.0.0.0 means all.")
@@ -79,8 +78,8 @@ def gateway(
     Least request, retries on another server, ejection of servers that fail, TLS, and a drain without lost requests.
     Keys, limits and usage stay in the servers.
     """
-    if bool(server) == bool(servers):
-        raise UsageError("name the servers either with `--server` or with `--servers`", "see `inferctl gateway --help`")
+    if not server:
+        raise UsageError("no server is named", "pass `--server http://HOST:PORT`")
     if (tls_certificate is None) != (tls_key is None):
         raise UsageError("`--tls-certificate` and `--tls-key` belong together", "pass both, or none")
     if client_ca and not tls_certificate:
@@ -88,11 +87,7 @@ def gateway(
     for file in (tls_certificate, tls_key, client_ca):
         if file and not file.is_file():
             raise UsageError(f"{file} is not a file", "name a PEM file")
-    fixed = [listed.parse(url) for url in server or ()]
-
-    def source() -> list[listed.Server]:
-        return listed.read(servers) if servers else fixed
-
+    servers = list(dict.fromkeys(map(parse, server)))
     settings = config.Settings(
         host=host,
         port=port,
@@ -103,9 +98,7 @@ def gateway(
         client_ca=client_ca.absolute() if client_ca else None,
     )
     if print_config:
-        folder = Path("/run/inferctl-gateway")
-        found, _ = listed.addresses(source())
-        console.data(json.dumps({**config.bootstrap(settings, folder), "endpoints": config.endpoints(found)}, indent=2))
+        console.data(json.dumps(config.bootstrap(settings, Path("/run/inferctl-gateway"), servers), indent=2))
         return
     if announce:
         outputs.retract(announce)
@@ -114,7 +107,7 @@ def gateway(
         with StopSignals() as signals:
             running = supervisor.Gateway(
                 settings,
-                source,
+                servers,
                 console.note,
                 threads=min(4, len(os.sched_getaffinity(0))),
                 drain_s=drain,

@@ -315,7 +315,7 @@ class Spec(Section):
         "`name`, a `model`, and its own settings in `serve`, `slo` and `weight`.",
     )
     # None if there are `models`.
-    model: Model = Field(default_factory=lambda: None, validate_default=True)  # type: ignore[arg-type]
+    model: Model = Field(default_factory=lambda: None, validate_default=True)
     serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
     image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
     hardware: list[OneLine] = Field(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.gateway import overload
+from inferctl.gateway.servers import Server
 
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
@@ -54,32 +55,19 @@ class Settings:
     generation_paths: Sequence[str] = field(default=("/v1/chat/completions", "/v1/completions"))
 
 
-def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Return the configuration of one Envoy, whose files are in `folder`: `servers/` with the endpoints, `admin`."""
+def bootstrap(settings: Settings, folder: Path, servers: Sequence[Server]) -> dict[str, Any]:
+    """Return the configuration of one Envoy in front of `servers`. Its files are in `folder`: `tls/` and `admin`."""
     listeners = [_listener(settings, folder)]
-    clusters = [_servers(settings, folder)]
+    clusters = [_servers(settings, servers)]
     if settings.metrics_port is not None:
         listeners.append(_metrics_listener(settings.metrics_port))
         clusters.append(_admin_cluster(folder))
     return {
-        "node": {"id": "gateway", "cluster": "inferctl"},  # Envoy requires a node for endpoints from a file
+        "node": {"id": "gateway", "cluster": "inferctl"},  # Envoy requires a node for a certificate from a file
         # A Unix socket: whoever reaches the admin interface can stop Envoy and read its configuration.
         "admin": {"address": {"pipe": {"path": str(folder / "admin"), "mode": 0o600}}},
         "static_resources": {"listeners": listeners, "clusters": clusters},
         "overload_manager": overload.manager(settings.max_connections, settings.max_heap_bytes),
-    }
-
-
-def endpoints(found: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """Return the file with the (address, port) of the servers, which Envoy reads again when it is replaced."""
-    return {
-        "resources": [
-            {
-                "@type": f"{_TYPE}.config.endpoint.v3.ClusterLoadAssignment",
-                "cluster_name": "servers",
-                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(*each)}} for each in found]}],
-            }
-        ]
     }
 
 
@@ -222,11 +210,8 @@ def _retries() -> dict[str, Any]:
     }
 
 
-def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
-    source = {
-        "path": str(folder / "servers" / "endpoints.yaml"),
-        "watched_directory": {"path": str(folder / "servers")},
-    }
+def _servers(settings: Settings, servers: Sequence[Server]) -> dict[str, Any]:
+    endpoints = [{"endpoint": {"address": _address(each.host, each.port)}} for each in servers]
     check = {
         "timeout": "1s",
         "interval": "2s",
@@ -238,11 +223,19 @@ def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
     limit = 4096  # 1024 by default, above which Envoy itself answers 503
     return {
         "name": "servers",
-        "type": "EDS",
-        "eds_cluster_config": {"eds_config": {"path_config_source": source}},
+        # Envoy asks again for the addresses of a name, uses all of them, and keeps them if the name server fails.
+        "cluster_type": {
+            "name": "dns",
+            "typed_config": {
+                "@type": f"{_TYPE}.extensions.clusters.dns.v3.DnsCluster",
+                "dns_refresh_rate": "2s",
+                "dns_lookup_family": "ALL",
+            },
+        },
+        "load_assignment": {"cluster_name": "servers", "endpoints": [{"lb_endpoints": endpoints}]},
         "connect_timeout": "1s",
         "health_checks": [check],
-        # Otherwise, a server that is no longer listed would be used as long as it is healthy.
+        # Otherwise, an address that its name no longer has would be used as long as it is healthy.
         "ignore_health_on_host_removal": True,
         # 429 counts as a success here. A server that fails its check is not used, and its connections are closed.
         "outlier_detection": {

@@ -1,4 +1,4 @@
-"""Runs Envoy: checks its configuration, starts it, restarts it, follows changes of the servers, and drains it."""
+"""Runs Envoy: checks its configuration, starts it, restarts it, and drains it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from pathlib import Path
 
 from inferctl.core import core_files, outputs
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
-from inferctl.gateway import admin, config, servers
+from inferctl.gateway import admin, config
 from inferctl.gateway.servers import Server
 
-_REFRESH_S = 2.0
 _READY_S = 30.0
+# An Envoy that runs this long is started again at once when it ends.
+_STABLE_S = 2.0
 _LOG_LINE = re.compile(r"^\[[^\]]*\]\[\d+\]\[(?P<level>\w+)\]\[[^\]]*\] (?:\[[^\]]*\] )?(?P<text>.*)$")
 
 
@@ -40,7 +41,7 @@ def binary() -> str:
 
 
 class Gateway:
-    """One Envoy and its files. `source()` returns the servers, and is asked again every two seconds.
+    """One Envoy in front of `servers`, and its files.
 
     `notify` gets lines for people. `announce`: a file that is written when the gateway is ready. `threads`: of Envoy.
     """
@@ -48,19 +49,16 @@ class Gateway:
     def __init__(
         self,
         settings: config.Settings,
-        source: Callable[[], Sequence[Server]],
+        servers: Sequence[Server],
         notify: Callable[[str], None],
         *,
         threads: int = 1,
         drain_s: float = 25.0,
         announce: Path | None = None,
     ) -> None:
-        self._settings, self._source, self._notify, self._announce = settings, source, notify, announce
+        self._settings, self._servers, self._notify, self._announce = settings, servers, notify, announce
         self._threads, self._drain_s = threads, drain_s
         self._binary = binary()
-        self._found: list[tuple[str, int]] = []
-        self._unknown: list[str] = []
-        self._problem = ""
         self._tail: deque[str] = deque(maxlen=100)
         self._stopping = asyncio.Event()
         self._interrupted = False
@@ -91,11 +89,9 @@ class Gateway:
         return 130 if self._interrupted else 0
 
     def _write_files(self) -> None:
-        for part in ("servers", "tls"):
-            (self._folder / part).mkdir(exist_ok=True)
         if self._settings.certificate:
+            (self._folder / "tls").mkdir()
             _replace(self._folder / "tls" / "certificate.yaml", config.certificates(self._settings))
-        self._refresh()
         file = self._write_config()
         done = subprocess.run(
             [self._binary, "-c", str(file), "--mode", "validate", "--log-level", "error"],
@@ -108,32 +104,8 @@ class Gateway:
 
     def _write_config(self) -> Path:
         file = self._folder / "envoy.yaml"
-        _replace(file, config.bootstrap(self._settings, self._folder))
+        _replace(file, config.bootstrap(self._settings, self._folder, self._servers))
         return file
-
-    def _refresh(self) -> bool:
-        """Write the endpoints if they have changed, and say so. Returns whether they have."""
-        try:
-            found, unknown = servers.addresses(self._source())
-        except UsageError as error:
-            # A file that is being edited, for example. The last servers are used further.
-            if not self._found:
-                raise
-            if error.message != self._problem:
-                self._problem = error.message
-                self._notify(f"warning: {error.message}; the servers stay as they were")
-            return False
-        self._problem = ""
-        for name in sorted(set(unknown) - set(self._unknown)):
-            self._notify(f"warning: no address found for {name}")
-        if unknown and not found and self._found:
-            return False  # a name server that fails must not take all servers away
-        self._unknown = unknown
-        if found == self._found and (self._folder / "servers" / "endpoints.yaml").exists():
-            return False
-        self._found = found
-        _replace(self._folder / "servers" / "endpoints.yaml", config.endpoints(found))
-        return True
 
     def _check_port(self) -> None:
         """Raise `NotReadyError` if the port is taken. Envoy's own message does not say which one."""
@@ -196,10 +168,9 @@ class Gateway:
             host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._settings.host, self._settings.host)
             url = f"{'https' if self._settings.certificate else 'http'}://{host}:{port}"
             self._notify(f"ready      {url}")
-            self._notify(f"servers    {_listed(self._found)}")
+            self._notify(f"servers    {', '.join(f'{each.host}:{each.port}' for each in self._servers)}")
             if not await asyncio.to_thread(admin.stat, self._admin, "cluster.servers.membership_healthy"):
-                which = "none of the servers is ready" if self._found else "there is no server"
-                self._notify(f"warning: {which}; requests get 503 until one is ready")
+                self._notify("warning: none of the servers is ready; requests get 503 until one is ready")
             if self._announce:
                 outputs.announce(self._announce, url)
 
@@ -208,7 +179,7 @@ class Gateway:
         while not self._stopping.is_set():
             ended = asyncio.create_task(self._process.wait())
             stop = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait((ended, stop), timeout=_REFRESH_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, stop), timeout=_STABLE_S, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
             stop.cancel()
             if self._stopping.is_set():
@@ -220,8 +191,6 @@ class Gateway:
                 await self._start()
                 with contextlib.suppress(NotReadyError):  # the next turn tries again
                     await self._wait_ready()
-            elif await asyncio.to_thread(self._refresh):
-                self._notify(f"servers    {_listed(self._found)}")
             else:
                 delay_s = 0.0
 
@@ -255,11 +224,6 @@ class Gateway:
 def _replace(file: Path, content: object) -> None:
     """Replace a file by a rename, which is what Envoy watches. JSON is YAML."""
     outputs.replace(file, json.dumps(content, indent=1))
-
-
-def _listed(found: Sequence[tuple[str, int]]) -> str:
-    shown = ", ".join(f"{host}:{port}" for host, port in found[:8])
-    return (shown + (f" and {len(found) - 8} more" if len(found) > 8 else "")) or "none"
 
 
 def _ending(code: int) -> str:

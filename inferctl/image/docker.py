@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import docker.types
 import requests
 import urllib3.exceptions
 
-from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import failures
 from inferctl.image.image_name import familiar, split
 from inferctl.image.records import (
@@ -261,19 +261,8 @@ class DockerEngine:
             raise _unreachable(error, None) from None
         return Container(self._api, str(created["Id"]))
 
-    def remove_image(self, reference: str) -> None:
-        """Remove an image with its only name. Raises `UsageError` if it has other names or a container uses it."""
-        try:
-            cast("Any", self._api).remove_image(reference)
-        except docker.errors.APIError as error:
-            raise UsageError(
-                f"the engine cannot remove {reference}: {_message(error)}", "remove what uses it, and try again"
-            ) from None
-        except _ENGINE_ERRORS as error:
-            raise _unreachable(error, None) from None
-
-    def pull(self, reference: str, on_line: Callable[[Mapping[str, Any]], None] = lambda _: None) -> str:
-        """Pull an image by name or digest and return its `name@digest`. `on_line` is called with each progress line.
+    def pull(self, reference: str) -> str:
+        """Pull an image by name or digest and return its `name@digest`.
 
         Raises `MissingImageError` if the registry does not have the image, `NotReadyError` for any other failure.
         """
@@ -282,7 +271,6 @@ class DockerEngine:
             for line in self._api.pull(repository, tag, stream=True, decode=True):
                 if problem := line.get("error"):
                     raise failures.pull_error(str(problem), reference)
-                on_line(line)
         except _ENGINE_ERRORS as error:
             raise failures.pull_error(_message(error), reference) from None
         image = self.image(reference)

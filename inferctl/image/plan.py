@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.settings import Resolved
-from inferctl.config.spec import Spec
+from inferctl.config.spec import Model, Spec
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import model_image, render, size_forecast
-from inferctl.image.from_spec import local_model, missing_files, rendered_image, task_of
+from inferctl.image import model_image, render
+from inferctl.image.from_spec import missing_files, rendered_image
 from inferctl.image.image_name import host_of
 from inferctl.image.records import READY_SECONDS
 from inferctl.image.render import Rendered
 from inferctl.models import fit
-from inferctl.models.image_source import is_image
+from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, is_hub_id
 from inferctl.models.size import locate
+from inferctl.models.weights_folders import WeightsFolder, weights_folders
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,19 @@ class BuildOptions:
 class BuildPlan:
     """The plan of a build.
 
-    `references`: at least one name of the image, with tag. `task` is `auto` while the model is not on this machine.
-    `server_files`: the server's own files, by their path in the image. `model`: folder of the weights that the image
-    bakes or that the verification mounts. `plan` sets None, because a dry run needs no weights.
+    `references`: at least one name of the image, with tag. `tasks`: of each model, `auto` while it is not on this
+    machine. `server_files`: the server's own files, by their path in the image. `folders`: of the weights that the
+    image bakes or that the verification mounts, by name. `plan` sets none, because a dry run needs no weights.
     """
 
     references: tuple[str, ...]
     spec: Spec
     base: BaseImage
     stack: Stack
-    task: str
+    tasks: Mapping[str, str]
     rendered: Rendered
     server_files: Mapping[str, Path]
-    model: Path | None
-    forecast: size_forecast.SizeForecast
+    folders: Mapping[str, Path]
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
 
@@ -76,10 +77,13 @@ class BuildPlan:
         return self.references[0]
 
     @property
-    def needs_model(self) -> bool:
-        """Whether `run` needs local weights: to bake a folder, or to mount them for the verification."""
-        weights = self.spec.model.weights
-        return (weights == "mount" and self.options.verify) or (weights == "bake" and "model" in self.rendered.contexts)
+    def needed(self) -> list[WeightsFolder]:
+        """What `run` needs on this machine: local folders to bake, and weights to mount for the verification."""
+        return [
+            each
+            for each in weights_folders(self.spec)
+            if (each.weights == "mount" and self.options.verify) or each.stage in self.rendered.contexts
+        ]
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON data, for `--dry-run --json`."""
@@ -94,7 +98,6 @@ class BuildPlan:
             "dockerfile": self.rendered.dockerfile,
             "files": sorted([*self.rendered.files, *self.server_files]),
             "labels": self.rendered.labels,
-            "forecast": self.forecast.document(),
             "findings": [vars(finding) for finding in self.findings],
             "steps": self.steps(),
         }
@@ -123,57 +126,42 @@ def plan(resolved: Resolved, options: BuildOptions) -> BuildPlan:
             f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",
             "set `image.repository`, such as registry.example.com/team/name, or pass `--tag`",
         )
-    hub = is_hub_id(spec.model.source)
-    findings = _check(spec, base, stack, options, hub)
-    baked = spec.model.weights == "bake"
-    forecast = size_forecast.forecast(
-        base,
-        stack,
-        locks=tuple(
-            Path(name).stem for name, text in rendered.files.items() if name.startswith("locks/") and b"==" in text
-        ),
-        weights=_weights(spec) if baked else None,
-        server=sum(file.stat().st_size for file in server_files.values()),
-        base_image=spec.image.base_image,
-    )
+    findings = _check(spec, base, stack, options)
+    for each in spec.each():
+        if each.model.weights == "bake":
+            _refuse_pickles(each)
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
-    task = task_of(spec, local_model(spec))
-    return BuildPlan(
-        references, spec, base, stack, task, rendered, server_files, None, forecast, tuple(findings), options
-    )
+    tasks = {each.name: str(each.task) for each in rendered.folders if each.base is None}
+    return BuildPlan(references, spec, base, stack, tasks, rendered, server_files, {}, tuple(findings), options)
 
 
-def _weights(spec: Spec) -> size_forecast.ImagePart:
-    """Return the size of the baked weights: of the folder, in a cache, or as listed by the hub or the registry."""
-
-    source = spec.model.source
-    try:
+def _refuse_pickles(spec: Spec) -> None:
+    """Raise `UsageError` for weights to bake that are pickles. A model that is not known yet is found by the build."""
+    found = None
+    with contextlib.suppress(InferctlError):
         found = locate(spec, model_image.facts)
-    except InferctlError as error:
-        return size_forecast.ImagePart("weights", None, error.message)
-    if isinstance(found, fit.UnknownSize):
-        return size_forecast.ImagePart("weights", None, found.why)
-    if found.converted if isinstance(found, ModelFolder) else found.pickled:
+    pickled = found.converted if isinstance(found, ModelFolder) else isinstance(found, HubModel) and found.pickled
+    if pickled:
         raise UsageError(
-            f"{source} cannot be served as it is on the hub, and a build does not convert it",
-            f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
+            f"{spec.model.source} cannot be served as it is on the hub, and a build does not convert it",
+            f"run `inferctl convert {spec.model.source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    if isinstance(found, ModelFolder):
-        place = "the files in the cache" if is_image(source) or is_hub_id(source) else "the model folder"
-    else:
-        place = "the files in the registry" if is_image(source) else "the files on the hub"
-    return size_forecast.ImagePart("weights", found.bytes, place)
 
 
-def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub: bool) -> list[fit.Finding]:
+def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions) -> list[fit.Finding]:
     """Return the warnings about the image. Raises an error for findings that prevent the build."""
-    findings = fit.check_image(spec, base, stack, hub_model=hub, today=options.today)
-    findings += missing_files(spec, base)
+    findings, unpinned, models = list(missing_files(spec, base)), [], {each.name: each for each in spec.each()}
+    for each in weights_folders(spec):
+        model = Model.model_construct(source=each.source, revision=each.revision, weights=each.weights)
+        alone = models.get(each.name) or spec.model_copy(update={"model": model})  # an adapter is pinned as a model
+        found = fit.check_image(alone, base, stack, hub_model=is_hub_id(each.source), today=options.today)
+        findings += [finding for finding in found if finding not in findings]
+        if each.weights != "mount" and not options.allow_floating:
+            unpinned += [finding for finding in found if finding.topic == "revision"]
     wrong = [f for f in findings if f.level == "error" and f.topic in ("platform", "python", "locks", "wheels")]
     if wrong:
         raise UsageError("\n".join(f"{f.what}: {f.why}" for f in wrong), wrong[0].hint)
-    unpinned_is_error = spec.model.weights != "mount" and not options.allow_floating
-    raise_for([f for f in findings if f.level == "error" or (f.topic == "revision" and unpinned_is_error)])
+    raise_for([f for f in findings if f.level == "error" or f in unpinned])
     return [f for f in findings if f.level != "ok"]
 
 

@@ -53,14 +53,10 @@ def test_a_rate_in_percent_is_a_share_of_a_capacity_that_is_measured_first() -> 
         {"rate": "0%"},
         {"rate": "150%"},
         {"rate": "half"},
-        {"rate": "50%", "trace": "x.jsonl"},
         {"rate": "50%", "stages": [{"duration_s": 1, "rate": 5}]},
     ],
 )
-def test_a_share_that_means_nothing_is_refused(load: dict[str, Any], tmp_path: Path) -> None:
-    if "trace" in load:
-        (tmp_path / "x.jsonl").write_text('{"at_s": 0, "input": "a"}\n')
-        load = load | {"trace": str(tmp_path / "x.jsonl")}
+def test_a_share_that_means_nothing_is_refused(load: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         shape.Load.model_validate(load)
 

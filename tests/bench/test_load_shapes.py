@@ -1,8 +1,7 @@
-"""Tests of stages, spikes, traces and repeated inputs: drawn before the run, sent as drawn, summarized by stage."""
+"""Tests of stages, spikes and repeated inputs: drawn before the run, sent as drawn, summarized by stage."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from test_load import measure
 from inferctl.bench.judge import stages
 from inferctl.bench.load import target
 from inferctl.bench.plan import shape, workload
-from inferctl.core.errors import UsageError
 
 
 def make_load(**keys: Any) -> shape.Load:
@@ -38,7 +36,6 @@ def test_stages_set_the_duration_and_the_loop() -> None:
         {"stages": [{"duration_s": 2, "rate": 1}], "rate": 5},
         {"stages": [{"duration_s": 2, "rate": 0}]},
         {"mode": "open", "rate": 5, "spike": {"at_s": 10, "duration_s": 10, "times": 2}},
-        {"trace": "there is no such file.jsonl"},
     ],
 )
 def test_contradictory_loads_are_rejected(keys: dict[str, Any]) -> None:
@@ -89,35 +86,6 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
     assert workload.draw(make_load(), "short", 1).unique_from == 0
-
-
-def test_a_trace_is_sent_at_its_times_with_its_inputs(answering: Callable[..., str], tmp_path: Path) -> None:
-    lines = [
-        {"at_s": 0.9, "input": ["last one", "of two texts"]},
-        {"at_s": 0.0, "input": "first"},
-        {"at_s": 0.5, "tokens": 40},
-    ]
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _, part, work = measure(answering("--median-ms", "1"), tmp_path / "run", trace=str(trace))
-    assert work.groups[0] == ["first"]
-    assert work.groups[2] == ["last one", "of two texts"]
-    offsets = part.measured["intended_ns"].astype(np.int64) - part.start_ns
-    assert offsets.tolist() == [0, 500_000_000, 900_000_000]
-    # The server counts the words of a text and adds two.
-    tokens = part.measured["tokens"].tolist()
-    assert (tokens[0], tokens[2]) == (3, 4 + 5)
-    assert 20 < tokens[1] < 60
-
-
-def test_an_error_in_a_trace_is_reported_with_its_line(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"at_s": 0, "input": "a"}\n{"at_s": -1, "input": "b"}\n')
-    with pytest.raises(ValidationError, match=r"trace\.jsonl:2: at_s"):
-        make_load(trace=str(trace))
-    trace.write_text('{"at_s": 5, "input": "a"}\n')
-    with pytest.raises(UsageError, match="no request in its first"):
-        workload.draw(make_load(trace=str(trace), duration_s=2), "short", 1)
 
 
 def test_a_spike_is_sent_as_drawn_and_shows_in_its_stage(answering: Callable[..., str], tmp_path: Path) -> None:

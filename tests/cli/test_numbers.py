@@ -22,7 +22,7 @@ OPTIONS = {
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
-    "compare A B": "--floor-ms --max-cosine-drop --max-recall-drop",
+    "compare A B": "--floor-ms",
     "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
@@ -40,14 +40,7 @@ TEXTS = {
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # `--port 0` takes a free port, and `--drain 0` ends at once. `--seed 0` is its default. The rest are limits that
 # may be 0.
-ZERO_IS_FINE = {
-    "--port",
-    "--drain",
-    "--seed",
-    "--floor-ms",
-    "--max-cosine-drop",
-    "--max-recall-drop",
-}
+ZERO_IS_FINE = {"--port", "--drain", "--seed", "--floor-ms"}
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ import pytest
 import trustme
 
 from inferctl import cli
-from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
 from tests.processes import ServerProcess, execute, free_port, until
 from tests.tenancy.key_files import add
@@ -200,11 +199,7 @@ def envoy_with_trailers(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
     def start(server: str) -> str:
         settings = config.Settings(port=free_port())
-        address = urllib.parse.urlsplit(server)
-        (tmp_path / "servers").mkdir()
-        endpoints = config.endpoints([(address.hostname or "", address.port or 0)])
-        (tmp_path / "servers" / "endpoints.yaml").write_text(json.dumps(endpoints))
-        bootstrap = config.bootstrap(settings, tmp_path)
+        bootstrap = config.bootstrap(settings, tmp_path, [servers.parse(server)])
         with_trailers = {"http_protocol_options": {"enable_trailers": True}}
         found = bootstrap["static_resources"]
         found["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"] |= with_trailers
@@ -299,23 +294,6 @@ def test_only_what_another_server_can_answer_is_repeated(backends: Backends, sta
     assert requests == {429: 1, 500: 1, 503: 3}
 
 
-def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_path: Path) -> None:
-    file = tmp_path / "servers.txt"
-    file.write_text(f"{backends.start('a')}  # the first\n")
-    gateway = start("--servers", str(file))
-    wait_for_servers(gateway.url, {"a"})
-    file.write_text(f"\n{backends.start('b')}\n")
-    until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b")
-    file.write_text("ftp://nowhere\n")
-    until(lambda: "servers.txt:1: 'ftp://nowhere' is not the URL of a server" in gateway.log.read_text())
-    assert httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b"
-    # As if the name server failed.
-    file.write_text("http://unknown.invalid:80\n")
-    until(lambda: "no address found for unknown.invalid" in gateway.log.read_text())
-    time.sleep(1)  # Envoy would have read it by then
-    assert httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b"
-
-
 def test_an_ended_envoy_is_started_again_on_the_same_port(backends: Backends, start: Any) -> None:
     gateway = start("--server", backends.start("a"))
     children = execute("pgrep", "-P", gateway.process.pid, code=0)
@@ -357,10 +335,8 @@ def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: P
 
 def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
     settings = config.Settings(metrics_port=9900, host="::")
-    (tmp_path / "servers").mkdir()
-    (tmp_path / "servers" / "endpoints.yaml").write_text(json.dumps(config.endpoints([("10.0.0.7", 8080)])))
     file = tmp_path / "envoy.yaml"
-    file.write_text(json.dumps(config.bootstrap(settings, tmp_path)))
+    file.write_text(json.dumps(config.bootstrap(settings, tmp_path, [servers.parse("10.0.0.7:8080")])))
     done = execute(ENVOY, "--mode", "validate", "-c", file, code=0)
     assert "deprecated" not in done.stderr.lower()
 
@@ -368,10 +344,10 @@ def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the servers either with"),
+        ([], "no server is named"),
         (["--server", "https://a:1"], "'https://a:1' is not the URL of a server"),
         (["--server", "a:99999"], "is not the URL of a server: Port out of range"),
-        (["--servers", "missing.txt"], "missing.txt cannot be read"),
+        (["--server", "http://a:80/path"], "is not the URL of a server"),
         (["--server", "a:1", "--tls-key", "k"], "belong together"),
         (["--server", "127.0.0.1:1", "--port", "{taken}"], "the port is taken"),
         (["--server", "127.0.0.1:1", "--port", "0", "--metrics-port", "{taken}"], "one with `--metrics-port`"),
@@ -388,29 +364,9 @@ def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pyte
     assert message in told and "hint:" in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("10.0.0.7:8080\n" * 1001, "has 1,001 servers; a gateway has at most 1,000"),
-        ("# é\n" * 1_000_000, "is larger than 1,048,576 bytes"),
-    ],
-    ids=["servers", "bytes"],
-)
-def test_a_file_with_too_many_servers_is_an_error(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "servers.txt"
-    file.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        servers.read(file)
-    file.write_text("10.0.0.7:8080\n" * 1000)
-    assert len(servers.read(file)) == 1000
-
-
-def test_a_name_means_all_of_its_addresses_and_an_unknown_one_none() -> None:
-    found, unknown = servers.addresses([servers.parse("localhost:80"), servers.parse("nowhere.invalid:80")])
-    assert ("127.0.0.1", 80) in found
-    assert unknown == ["nowhere.invalid"]
-    with pytest.raises(UsageError):
-        servers.parse("http://a:80/path")
+def test_a_name_means_all_of_its_addresses(backends: Backends, start: Any) -> None:
+    port = urllib.parse.urlsplit(backends.start("a")).port
+    wait_for_servers(start("--server", f"localhost:{port}").url, {"a"})
 
 
 def test_a_body_that_arrives_slowly_gets_408(backends: Backends, start: Any) -> None:
@@ -522,15 +478,8 @@ def test_idle_connections_are_closed_early_when_there_are_many(
         assert all(seconds_until_closed(client) < 30 for client in idle), "not after 300 s"
 
 
-def test_a_gateway_without_a_ready_server_says_so(start: Any, tmp_path: Path) -> None:
-    file = tmp_path / "servers.txt"
-    file.write_text("")
-    gateway = start("--servers", str(file))
-    assert "warning: there is no server; requests get 503" in gateway.log.read_text()
-    file.write_text(f"127.0.0.1:{free_port()}")
-    gateway.process.send_signal(signal.SIGINT)
-    gateway.process.wait(60)
-    gateway = start("--servers", str(file))
+def test_a_gateway_without_a_ready_server_says_so(start: Any) -> None:
+    gateway = start("--server", f"127.0.0.1:{free_port()}", "--server", "nowhere.invalid:80")
     assert "warning: none of the servers is ready; requests get 503" in gateway.log.read_text()
 
 

@@ -18,7 +18,7 @@ from inferctl.config import settings, spec
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, SpecError, UsageError
 from inferctl.facts import catalog
-from inferctl.image import locks, model_image, model_transfer, pin, plan, render
+from inferctl.image import locks, model_image, model_transfer, pin, render
 from inferctl.image.model_image import ModelImage
 from inferctl.models import fit, image_source
 from inferctl.models import model as model_folder
@@ -185,24 +185,6 @@ def test_the_size_of_a_model_is_known_without_its_weights(folder: Path, monkeypa
     of_folder = size_of(locate(model_spec(str(folder)), model_image.facts))
     assert isinstance(of_image, fit.ModelSize)
     assert of_image == of_folder
-
-
-@pytest.mark.parametrize(
-    ("source", "cached", "place"),
-    [("", False, "the model folder"), (f"oci://{NAME}:v1", False, "registry"), (f"oci://{NAME}:v1", True, "cache")],
-)
-def test_the_forecast_says_where_the_size_of_baked_weights_is_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, cached: bool, place: str
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(folder.parent / "home"))
-    found = described(folder)
-    monkeypatch.setattr(model_image, "inspect", lambda _: found)
-    if cached:
-        sharded.copy(folder, image_source.cache_folder(DIGEST))
-        image_source.remember(source, DIGEST)
-    part = plan._weights(model_spec(source or str(folder), "bake"))
-    assert place in part.source
-    assert part.bytes
 
 
 @pytest.mark.parametrize(("shards", "layers"), [(0, 1), (1, 2), (100, 101), (101, 52), (163, 83), (1500, 101)])
@@ -424,7 +406,7 @@ def test_a_baked_image_has_the_layers_of_the_model_image(folder: Path) -> None:
     image = described(folder)
     spec = model_spec(f"oci://{NAME}:v1", "bake")
     arguments = (spec, CPU, catalog.stack(CPU.stack), locks.Locks("", ""), render.Provenance())
-    found = render.render(*arguments, model_image=image)
+    found = render.render(*arguments, images={"m": image})
     assert f"FROM --platform=linux/amd64 {NAME}@{DIGEST} AS model\n" in found.dockerfile
     copies = re.findall(r"--target-directory=/layer/(\d)/model (.*?) &&", found.dockerfile)
     named = [(int(number), re.findall(r"'(.*?)'", names)) for number, names in copies]
@@ -434,7 +416,7 @@ def test_a_baked_image_has_the_layers_of_the_model_image(folder: Path) -> None:
     assert re.findall(r"COPY --link --from=weights (\S+) /", found.dockerfile) == 2 * layers  # also exported alone
     assert found.contexts == {}
     assert found.labels["io.inferctl.model.source"] == f"oci://{NAME}:v1"
-    assert render.render(*arguments, model_image=image).tag == found.tag
+    assert render.render(*arguments, images={"m": image}).tag == found.tag
 
 
 def test_a_model_is_found_in_the_cache_by_digest_and_by_tag(tmp_path: Path, folder: Path) -> None:

@@ -19,7 +19,6 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event
 from inferctl.image.plan import BuildOptions, BuildPlan
 from inferctl.image.render import Rendered
-from inferctl.image.size_forecast import SizeForecast
 
 PYTHON = "/usr/local/bin/python3.11"
 # Value of the label `test` of all images and containers of a test, so that tests can run in parallel and clean up.
@@ -180,11 +179,10 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
         spec=spec,
         base=catalog.base("cpu"),
         stack=catalog.stack(catalog.base("cpu").stack),
-        task="auto",
+        tasks={"tiny": "auto"},
         rendered=image,
         server_files={},
-        model=None,
-        forecast=SizeForecast(()),
+        folders={},
         findings=(),
         options=options or BuildOptions(ready_seconds=60.0),
     )

@@ -28,11 +28,10 @@ from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local_backend import LocalBackend, Stack
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import ServerProcess
 from tests.reading import saved_models
 from tests.reading.saved_models import WIDTH
@@ -62,12 +61,9 @@ def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: A
 
 def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
     """Return what an engine computes for texts."""
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     config = task_config.read("embed", folder)
     assert isinstance(config, EmbeddingConfig)
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision=precision, device="cpu"))
-    info = engine.load()
+    engine, info = engines.loaded(folder, precision)
     pool = TokenizerPool(folder, config, threads=1)
     prompt = config.prompts.select(input_type=role)
     form = config.checked | (Form.QUERY if role == "query" else Form(0))
@@ -77,8 +73,7 @@ def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str 
         ids.append(sequence)
         marks.append(mark(form, attended))
     pool.close()
-    lengths = np.array([len(each) for each in ids], np.int32)
-    rows = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(marks, np.int32))).rows
+    rows = engine.run(engines.batch(ids, marks)).rows
     return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows]
 
 

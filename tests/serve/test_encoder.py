@@ -22,19 +22,16 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.modules import Normalize
 from inferctl.reading.outputs import TokensConfig
 from inferctl.reading.rows import Tokens, Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, EngineConfig
 from inferctl.serve.observe import describe
 from tests import tiny_models
+from tests.engines import batch
 
 
 def sequences(count: int = 12, longest: int = 120) -> list[Tokens]:
     rng = np.random.default_rng(3)
     lengths = [1, 2, 2, longest, *rng.integers(3, longest, count - 4).tolist()]
     return [rng.integers(1000, 30000, n).astype(np.int32) for n in lengths]
-
-
-def batch(rows: list[Tokens]) -> Batch:
-    return Batch(1, np.concatenate(rows), np.array([len(r) for r in rows], dtype=np.int32))
 
 
 def plain(folder: Path, rows: list[Tokens]) -> Vectors:

@@ -33,9 +33,7 @@ class CompareOptions:
 
     `thresholds` are shares by metric; they replace the defaults in `METRICS`. The floors are minimum absolute
     differences: in ms, in MiB, in percentage points. `metrics` lists those to judge; empty: all that were measured.
-    `cosine_drop` and `recall_drop` are the largest drops of the 1st percentile of the cosine and of the recall; None:
-    `quality_drop.allowed_drop`. `allow` lists differences between the receipts that are accepted, from
-    `comparable.ALLOWABLE`.
+    `allow` lists differences between the receipts that are accepted, from `comparable.ALLOWABLE`.
     """
 
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -43,8 +41,6 @@ class CompareOptions:
     floor_mib: float = 8.0
     floor_rejected: float = 0.1
     metrics: Sequence[str] = ()
-    cosine_drop: float | None = None
-    recall_drop: float | None = None
     allow: Sequence[str] = ()
 
     def selected(self, pair: ReceiptPair) -> list[Metric]:
@@ -88,8 +84,7 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
     rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
     rows = [_beside_noise(pair, row) for row in [*rows, *_judge_rejected(pair, options, family)]]
-    drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
-    rows += quality_drop.judge(pair, drops, options.allow)
+    rows += quality_drop.judge(pair, options.allow)
     outcomes = {row.outcome for row in rows}
     order: tuple[PairOutcome, ...] = ("regression", "not enough evidence", "improvement")
     return PairResult(

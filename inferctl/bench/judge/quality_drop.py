@@ -7,7 +7,7 @@ which depends on how many of the most likely tokens are near-ties.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
@@ -20,11 +20,8 @@ _MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005, "kendall": 0.005, "top_
 _MAX_RISE, _MIN_RISE = 0.02, 0.001
 
 
-def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[str]) -> list[MetricResult]:
-    """Return the verdicts on the quality of `pair.new`, by the limits of its plan and by the quality of `pair.old`.
-
-    `drops` has the largest drop of each metric; None: `allowed_drop`.
-    """
+def judge(pair: ReceiptPair, allow: Sequence[str]) -> list[MetricResult]:
+    """Return the verdicts on the quality of `pair.new`, by the limits of its plan and by the quality of `pair.old`."""
     assert pair.new is not None
     old, new = pair.old.quality, pair.new.quality
     if not new.get("checked"):
@@ -38,11 +35,8 @@ def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[
     same_texts = pair.same_texts and old.get("texts") == new.get("texts")
     before = _figures(old) if old.get("checked") and same_texts else {}
     limits = new.get("limits") or {}
-    if "kl" in new and before:
-        drops = {"top_1": max(allowed_drop("top_1", before["top_1"], allow), _noise(old, new)), **drops}
-    rows = [
-        _judge(name, before.get(name), value, limits.get(name), drops.get(name), allow) for name, value in after.items()
-    ]
+    noise = _noise(old, new) if "kl" in new and before else 0.0
+    rows = [_judge(name, before.get(name), value, limits.get(name), noise, allow) for name, value in after.items()]
     return [*rows, *_judge_scores(before and old, new), *_judge_kl(before and old, new, allow)]
 
 
@@ -120,9 +114,9 @@ def allowed_drop(name: str, old: float | None, allow: Sequence[str] = ()) -> flo
 
 
 def _judge(
-    name: str, old: float | None, new: float, least: float | None, given_drop: float | None, allow: Sequence[str]
+    name: str, old: float | None, new: float, least: float | None, noise: float, allow: Sequence[str]
 ) -> MetricResult:
-    drop = allowed_drop(name, old, allow) if given_drop is None else given_drop
+    drop = max(allowed_drop(name, old, allow), noise)
     reason = ""
     if least is not None and new < least:
         reason = f"below the plan's limit of {least:g}"

@@ -47,7 +47,7 @@ def judge_outcome(outcome: Outcome, cores: int, budget_percent: float) -> Judged
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]
     cautions = list(found.cautions)
     if _workload_changed([run.workload for run in runs]):
-        reasons.append("the runs differ in what was sent, because a corpus or a trace changed: measure again")
+        reasons.append("the runs differ in what was sent, because a corpus changed: measure again")
     if outcome.failure:
         reasons.append(outcome.failure)
     if outcome.interrupted:
@@ -56,7 +56,7 @@ def judge_outcome(outcome: Outcome, cores: int, budget_percent: float) -> Judged
 
 
 def _workload_changed(workloads: Sequence[WorkloadRecord]) -> bool:
-    """Return whether a corpus or a trace changed between runs: one seed has two digests, or one corpus has two."""
+    """Return whether a corpus changed between runs: one seed has two digests, or one corpus has two."""
     digests = {(work.seed, work.sha256) for work in workloads}
     corpora = {work.corpus_sha256 for work in workloads}
     return len(digests) > len({seed for seed, _ in digests}) or len(corpora) > 1

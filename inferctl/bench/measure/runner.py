@@ -28,7 +28,6 @@ from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
-from inferctl.bench.plan.shape import Load
 from inferctl.core.errors import InferctlError
 
 
@@ -90,7 +89,12 @@ def _measure(
         if run.repeat == 0:
             notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
-            outcome.quality = checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
+            names = bench.load_of(outcome.target).names
+            outcome.quality = (
+                quality.unchecked("requests use other names: compare each model in a benchmark of its own spec")
+                if names and (bench.model is None or {*names} != {server.connection.model})
+                else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
+            )
             if server.child:
                 server.child.check()
         notify("stopping")
@@ -101,8 +105,7 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
-    load = load.for_emulated() if server.connection.emulated else load
-    seed, loop = _seed(bench, load, run), None
+    seed, loop = bench.plan.seed_of(run.repeat), None
     if load.capacity_percent is not None:
         loop = closed_loop.measure(server, load, corpus, seed, run, folder, bench.tokenizer)
         # All targets receive the same rate, so that their latencies can be compared.
@@ -116,11 +119,6 @@ def _capacity(outcomes: Sequence[Outcome]) -> float | None:
     """Return the capacity that the first run of the benchmark measured; None if the rate is not a share of it."""
     runs = (run for outcome in outcomes for run in outcome.measurements)
     return next((run.capacity_rps for run in runs), None)
-
-
-def _seed(bench: Bench, load: Load, run: Run) -> int:
-    """Return the seed of a run. A trace is the same in each repeat."""
-    return bench.plan.seed if load.trace else bench.plan.seed_of(run.repeat)
 
 
 def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:

@@ -1,1 +1,1 @@
-"""Reads a plan, its load and a recorded trace, and draws the requests and their times."""
+"""Reads a plan and its load, and draws the requests and their times."""

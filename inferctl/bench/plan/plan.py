@@ -11,8 +11,8 @@ from typing import Unpack
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl.bench.plan.overrides import Overrides, apply, merge_generation
-from inferctl.bench.plan.sections import DOCUMENTS, Configuration, GenerationPlan, Matrix, Quality, Search
-from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Spike, Stage
+from inferctl.bench.plan.sections import Configuration, GenerationPlan, Matrix, Quality, Search
+from inferctl.bench.plan.shape import DOCUMENTS, Generation, Keys, Load, Name, Spike, Stage
 from inferctl.config.spec_types import Section, Task
 from inferctl.core import assets, validation
 from inferctl.core.document import Document, read
@@ -84,7 +84,7 @@ class Plan(Section):
             return self.load
         implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
         own = self.load.model_dump(exclude_unset=True)
-        if not {"rate", "users", "stages", "trace"}.isdisjoint(changes):
+        if not {"rate", "users", "stages"}.isdisjoint(changes):
             own.pop("auto_users", None)
         if "rate" in changes:
             own.pop("capacity_percent", None)
@@ -102,7 +102,7 @@ class Plan(Section):
                 "remove `load.task` from the plan",
             )
         loads = [self.load.model_dump(exclude_none=True), *(each.load or {} for each in self.configurations)]
-        for key in ("trace", "prompt_name", "query_share") if task != "embed" else ():
+        for key in ("prompt_name", "query_share") if task != "embed" else ():
             if any(load.get(key) is not None for load in loads):
                 raise UsageError(
                     f"`load.{key}` is for embeddings, but the task of the model is {task}", "remove it from the plan"
@@ -121,7 +121,8 @@ class Plan(Section):
             )
         if task == self.load.task:
             return self
-        ranks = task == "rerank" and "inputs_per_request" not in given
+        # A load with names sets the inputs of each (`Load.of_name`).
+        ranks = task == "rerank" and "inputs_per_request" not in given and not any(load.get("names") for load in loads)
         count = DOCUMENTS if ranks else self.load.inputs_per_request
         load = self.load.model_copy(update={"task": task, "inputs_per_request": count})
         return self.model_copy(update={"load": load})
@@ -261,7 +262,7 @@ def _folder() -> Path:
 
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
     problems = []
-    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages or plan.load.trace
+    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages
     if plan.load.mode == "open" and not given:
         problems.append(
             Problem(

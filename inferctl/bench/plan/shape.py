@@ -1,4 +1,4 @@
-"""The load of a plan: a closed or an open loop, optionally in stages, with a spike, or replayed from a trace."""
+"""The load of a plan: a closed or an open loop, optionally in stages or with a spike."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from inferctl.bench.plan import traces
 from inferctl.config.spec_types import Section, Task
+from inferctl.core.errors import UsageError
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -18,10 +18,17 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
+# Names of models and adapters, each with its share of the requests; `uniform`, `zipf` or, with an exponent, `zipf:1.2`.
+Mix = (
+    dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(gt=0, le=1e6)]]
+    | Annotated[str, Field(pattern=r"^(uniform|zipf(:\d+(\.\d+)?)?)$")]
+)
+# Documents of a rerank request.
+DOCUMENTS = 16
 # Keys of a section as YAML or a command line has them, before validation.
 Keys = dict[str, object]
 # The keys of a load that describe its loop, its rate over time and what is measured for it before.
-_SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike", "trace"}
+_SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike"}
 
 
 class Stage(Section):
@@ -91,7 +98,6 @@ class Load(Section):
 
     `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
-    `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
     For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those
@@ -100,7 +106,7 @@ class Load(Section):
 
     task: Task = Field("embed", description="Task of the models. Set by the benchmark.")
     mode: Literal["closed", "open"] = Field(
-        "closed", description="`closed` or `open`. Follows from `rate: 60%`, `stages` or a `trace`."
+        "closed", description="`closed` or `open`. Follows from `rate: 60%` or `stages`."
     )
     users: int = Field(8, ge=1, le=10_000, description="Closed loop: number of users, or `auto`.")
     auto_users: bool = Field(False, description="Set by `users: auto`.")
@@ -114,16 +120,7 @@ class Load(Section):
         default_factory=list, max_length=1000, description="Parts of the load, one after the other."
     )
     spike: Spike | None = Field(None, description="A burst.")
-    trace: str | None = Field(None, description="JSONL file to replay in an open loop.")
-    duration_s: float = Field(
-        15, ge=1, le=86_400, description="Seconds of the measurement. A trace lasts as long as it is."
-    )
-    emulated_s: float | None = Field(
-        None,
-        ge=1,
-        le=86_400,
-        description="Embeddings in a closed loop: seconds of the measurement of an emulated precision, if less.",
-    )
+    duration_s: float = Field(15, ge=1, le=86_400, description="Seconds of the measurement.")
     warmup_s: float = Field(15, ge=0, le=3600, description="Limit of the warm-up in seconds.")
     window_s: float = Field(1, ge=0.2, le=60, description="Window of the warm-up in seconds.")
     timeout_s: float = Field(30, gt=0, le=3600, description="Limit of a request in seconds. For generation, 300.")
@@ -151,12 +148,19 @@ class Load(Section):
         description="Embeddings: share of the requests whose `input_type` is `query`. The others are `document`.",
     )
     generation: Generation | None = Field(None, description="Requests to generation servers.")
+    names: Mix | None = Field(
+        None,
+        description="Models and adapters that requests name: `{a: 2, b: 1}` sends twice as many to `a`. `uniform`: all "
+        "that the server lists, equally. `zipf:1.2`: the k-th of them has weight 1 / k^1.2. Default: one model, but "
+        "`uniform` for a spec with `models`.",
+    )
+    tasks: dict[str, Task] | None = Field(None, description="Task of each name. Set by the benchmark.")
     workers: int = Field(1, ge=1, le=256, description="Load generator processes.")
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        """Set the duration and the loop that follow from stages, a trace or the type of the rate."""
+        """Set the duration and the loop that follow from stages or the type of the rate."""
         if not isinstance(given, dict):
             return given
         data = dict(given)
@@ -171,22 +175,16 @@ class Load(Section):
             if len(seconds) == len(stages):
                 data.setdefault("duration_s", sum(seconds))
             data.setdefault("mode", "open" if any(stage.get("rate") is not None for stage in stages) else "closed")
-        if isinstance(data.get("trace"), str):
-            data.setdefault("mode", "open")
-            if "duration_s" not in data:
-                data["duration_s"] = max(1.0, math.ceil(traces.read(data["trace"])[-1].at_s + 1e-9))
         return data
 
     @model_validator(mode="after")
     def _check(self) -> Load:
         if self.prompt_name is not None and self.query_share is not None:
             raise ValueError("prompt_name and query_share cannot be combined: keep one of them")
-        if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
-            raise ValueError("stages, spike and trace cannot be combined: keep one of them")
-        if self.trace and self.mode == "closed":
-            raise ValueError("a trace requires an open loop: remove mode, or set it to open")
-        if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
-            raise ValueError("a rate in percent of the capacity requires an open loop without stages and trace")
+        if self.stages and self.spike:
+            raise ValueError("stages and spike cannot be combined: keep one of them")
+        if self.capacity_percent is not None and (self.mode == "closed" or self.stages):
+            raise ValueError("a rate in percent of the capacity requires an open loop without stages")
         if self.auto_users and (self.stages or (self.mode == "open" and self.capacity_percent is None)):
             raise ValueError("users: auto requires a closed loop without stages")
         wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
@@ -212,14 +210,23 @@ class Load(Section):
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
 
-    def for_emulated(self) -> Load:
-        """Return the load of a server that emulates its precision: this one, if `emulated_s` is not less.
+    def with_names(self, tasks: dict[str, Task]) -> Load:
+        """Return the load with a share for each name, of those that the server has. Raises `UsageError`."""
+        mix = self.names
+        if isinstance(mix, str):
+            exponent = 0.0 if mix == "uniform" else float(mix.partition(":")[2] or 1)
+            mix = {name: 1 / number**exponent for number, name in enumerate(tasks, 1)}
+        if unknown := [name for name in mix or () if name not in tasks]:
+            raise UsageError(
+                f"`names`: the server has no model or adapter {unknown[0]!r}", f"it has {', '.join(tasks)}"
+            )
+        return self.model_copy(update={"names": mix, "tasks": tasks})
 
-        Requests of reranking and generation are so few that a shorter run would not have enough of them.
-        """
-        one_stage = self.task == "embed" and self.mode == "closed" and len(self.timeline) == 1
-        shorter = one_stage and self.emulated_s is not None and self.emulated_s < self.duration_s
-        return self.model_copy(update={"duration_s": self.emulated_s}) if shorter else self
+    def of_name(self, name: str) -> Load:
+        """Return the load of the requests of one name. A rerank request has 16 documents, unless the load sets more."""
+        task = (self.tasks or {}).get(name, self.task)
+        count = DOCUMENTS if task == "rerank" and self.inputs_per_request == 1 else self.inputs_per_request
+        return self.model_copy(update={"task": task, "inputs_per_request": count})
 
     def as_single_stage(self, **changes: object) -> Load:
         """Return the same requests as a closed loop of `users` with one stage. `changes` replace its keys."""
@@ -227,14 +234,12 @@ class Load(Section):
 
     @property
     def timeline(self) -> list[Stage]:
-        """All stages in order, with names. They cover `duration_s`. A trace is one stage without a rate."""
+        """All stages in order, with names. They cover `duration_s`."""
         if self.stages:
             return [
                 stage.model_copy(update={"name": stage.name or f"stage-{number}"})
                 for number, stage in enumerate(self.stages, 1)
             ]
-        if self.trace:
-            return [Stage(name="trace", duration_s=self.duration_s)]
         if not self.spike:
             return [self._stage("all", self.duration_s)]
         after = self.duration_s - self.spike.at_s - self.spike.duration_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from inferctl.bench.report import search_findings
@@ -75,7 +74,7 @@ def _symbol(probe: JsonObject) -> str:
 
 
 def latency_over_time(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return median and highest latency of each window of the first run, with the stages of the load.
+    """Return median and highest latency of each window of the first run.
 
     In a closed loop without stages, throughput over time shows the same: users / requests/s.
     """
@@ -93,20 +92,18 @@ def latency_over_time(receipts: Sequence[Receipt], colors: Mapping[str, str]) ->
         marker = {"color": colors[receipt.name], "size": 5, "opacity": 0.7}
         highest = {"mode": "markers", "marker": marker, "y": [point[3] for point in points], "showlegend": False}
         data += [{**shared, **median}, {**shared, **highest, "hovertemplate": _hover("highest")}]
-    values = [y for trace in data for y in trace["y"] if y]
     layout: Json = {
         "xaxis": {"title": {"text": "time in the measured window (s)"}, "rangemode": "tozero"},
-        "yaxis": {"type": "log", "title": {"text": "latency (ms)"}, **ticks(values)},
+        "yaxis": {
+            "type": "log",
+            "title": {"text": "latency (ms)"},
+            **ticks([y for trace in data for y in trace["y"] if y]),
+        },
         "hovermode": "closest",
     }
-    staged = next((receipt.data["stages"] for receipt in receipts if receipt.data.get("stages")), None)
-    if staged and data:
-        layout |= _stage_bands(staged)
-        # Room above the points for the names of the stages.
-        layout["yaxis"]["range"] = [math.log10(0.8 * min(values)), math.log10(3 * max(values))]
     text = (
         "Median (line) and highest latency (dots) in each window of the first run, by the intended send time of the "
-        "requests." + (" Shaded: stages with more load than the first." if staged else "")
+        "requests."
     )
     return Chart("Latency over time", text, data, layout)
 
@@ -139,40 +136,3 @@ def profile(receipt: Receipt) -> Chart:
 
 def _hover(which: str) -> str:
     return which + " %{y:.1f} ms at %{x:.1f} s<extra>%{fullData.name}</extra>"
-
-
-def _stage_bands(stages: Sequence[JsonObject]) -> Json:
-    """Return bands behind the stages that send more than the first one, and the name of each stage."""
-    level = "rate" if stages[0]["rate"] is not None else "users"
-    lowest = stages[0][level] or 0
-    shapes = [
-        {
-            "type": "rect",
-            "xref": "x",
-            "yref": "paper",
-            "x0": stage["start_s"],
-            "x1": stage["end_s"],
-            "y0": 0,
-            "y1": 1,
-            "fillcolor": "#d55e00",
-            "opacity": 0.14,
-            "line": {"width": 0},
-            "layer": "below",
-        }
-        for stage in stages
-        if (stage[level] or 0) > lowest
-    ]
-    unit = "/s" if level == "rate" else " users"
-    notes = [
-        {
-            "text": f"{stage['name']}<br>{stage[level] or 0:g}{unit}",
-            "x": (stage["start_s"] + stage["end_s"]) / 2,
-            "y": 1,
-            "yref": "paper",
-            "yanchor": "top",
-            "showarrow": False,
-            "font": {"size": 11},
-        }
-        for stage in stages
-    ]
-    return {"shapes": shapes, "annotations": notes if len(notes) <= 8 else []}

@@ -69,6 +69,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "validity": privacy.without_folders(judged.validity.as_dict()),
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
+        "names": summary.of_names(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
         "profile": outcome.profile,
         "closed_loop": closed_loop.pooled(runs),
@@ -122,8 +123,8 @@ def _bounds(load: Load | None) -> dict[str, float | None]:
 
 
 def load_without_folder(load: Load | None) -> dict[str, Any]:
-    """Return a load in JSON form, with the name of its trace instead of the path; empty for None."""
-    return privacy.without_trace_folder(load.model_dump(mode="json")) if load else {}
+    """Return a load in JSON form, with the name of its lengths instead of the path; empty for None."""
+    return privacy.without_lengths_folder(load.model_dump(mode="json")) if load else {}
 
 
 def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         for key in ("corpus", "checkpoint"):
             configuration |= {key: privacy.name_of(configuration[key])} if configuration.get(key) else {}
         configuration |= (
-            {"load": privacy.without_trace_folder(configuration["load"])} if configuration.get("load") else {}
+            {"load": privacy.without_lengths_folder(configuration["load"])} if configuration.get("load") else {}
         )
     return plan
 
@@ -159,6 +160,8 @@ def _source(bench: Bench, info: JsonObject, target: BenchTarget) -> str | None:
 def _without_paths(info: JsonObject) -> dict[str, Any]:
     """Return `GET /info` with the name of the model folder instead of its path."""
     found = dict(info)
+    if models := info.get("models"):
+        found["models"] = [_without_paths(each) for each in models]
     for key, name in (("model", "source"), ("api", "model")):
         section = info.get(key) or {}
         if section.get(name):

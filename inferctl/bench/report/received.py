@@ -19,6 +19,9 @@ def describe(data: JsonObject) -> str:
         parts.append(f"with the prompt {load['prompt_name']}")
     if load.get("query_share") is not None:
         parts.append(f"{100 * load['query_share']:g}% queries")
+    if names := load.get("names"):
+        shares = [f"{name} {100 * share / sum(names.values()):.3g}%" for name, share in names.items()]
+        parts.append(f"names {', '.join(shares)}" if len(shares) <= 8 else f"{len(shares)} names")
     runs, seconds = found["runs"], f"{round(found['seconds'], 1):g} s"
     parts.append(f"one run of {seconds}" if runs == 1 else f"{runs} runs, {seconds} in all")
     return _of_search(data.get("search")) + ", ".join(parts)
@@ -27,8 +30,7 @@ def describe(data: JsonObject) -> str:
 def _loop(load: JsonObject, offered: float | None, capacity: JsonObject | None) -> str:
     if offered is None:
         return f"closed loop, {load['users']} user{'s' * (load['users'] != 1)}"
-    kind = f"times of the trace {load['trace']}" if load.get("trace") else load["arrivals"]
-    text = f"open loop, {offered:.4g} requests/s offered ({kind})"
+    text = f"open loop, {offered:.4g} requests/s offered ({load['arrivals']})"
     if capacity:
         text += f", {load['capacity_percent']:g}% of a capacity of {capacity['reference_rps']:.4g} requests/s"
     return text

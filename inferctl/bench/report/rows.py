@@ -92,7 +92,7 @@ class MeasuredRow(Row):
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
     above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
-    `concurrency`, `stages`, `profile` and `quality` are sections of the receipt. For the task rerank, the quality has
+    `concurrency`, `stages`, `names`, `profile` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
     for classify the share of texts with the same label.
@@ -111,6 +111,7 @@ class MeasuredRow(Row):
     closed_loop: ClosedLoopFigures | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
+    names: Sequence[JsonObject] | None = None
     url: str | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
@@ -188,12 +189,13 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         receipt=str(receipt.path),
         hardware=data["hardware"],
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
-        workload=(data["workload"]["corpus"], _load_changes(outcome)),
+        workload=(data["workload"]["corpus"], outcome.target.load),
         search=data.get("search"),
         profile=data.get("profile"),
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
+        names=data.get("names"),
         url=data["configuration"]["url"],
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),
@@ -225,15 +227,6 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         kl_mean=(quality.get("kl") or {}).get("mean"),
         top_1=quality.get("top_1") if receipt.task == "classify" else (quality.get("agreement") or {}).get("share"),
     )
-
-
-def _load_changes(outcome: Outcome) -> JsonObject | None:
-    """Return the keys in which the load differs from the plan's. Two traces of one name differ by their digests."""
-    changes = outcome.target.load
-    if not changes or not changes.get("trace"):
-        return changes
-    digest = str(outcome.measurements[0].workload.sha256)[:8]
-    return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({digest})"}
 
 
 def _generation(figures: JsonObject) -> JsonObject:

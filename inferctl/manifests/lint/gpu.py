@@ -66,7 +66,7 @@ def _visible(manifests: Manifests) -> Iterator[Hit]:
 )
 def _too_large(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        need, device = models.weights(manifests, workload), _device_bytes(workload)
+        need, device = models.weights(workload), _device_bytes(workload)
         count = sum(workload.gpus.values()) * workload.group_size
         if need and device and need.size > device[0] * max(count, models.devices(workload)):
             container = next(each for each in workload.containers if each.gpus)
@@ -167,25 +167,13 @@ def _toleration(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if workload.object.kind == "PodTemplate" or not any(name.startswith("nvidia.com/") for name in workload.gpus):
             continue
-        path = (*workload.spec_path, "tolerations")
-        allowed = [node for node in manifests.nodes if workload.runs_on(node)]
-        refused = [taint for node in allowed if (taint := workload.untolerated(node))]
-        if allowed:
-            if len(refused) == len(allowed):
-                key, effect = refused[0].key, refused[0].effect
-                yield Hit(
-                    workload.object,
-                    path,
-                    f"each node with the required labels has a taint that it does not tolerate, such as {key}",
-                    level="error",
-                    fix=f"tolerate the taint: {{key: {key}, operator: Exists, effect: {effect}}}",
-                )
         # GKE adds the toleration itself. Key and value of the taint differ: nvidia.com/gpu, or sku=gpu on Azure.
-        elif GKE_ACCELERATOR not in workload.node_labels and not any(
+        if GKE_ACCELERATOR not in workload.node_labels and not any(
             _GPU_TAINT.search(f"{text(each, 'key')} {text(each, 'value')}")
             or (not get(each, "key") and get(each, "operator") == "Exists")
             for each in sequence(workload.spec, "tolerations")
         ):
+            path = (*workload.spec_path, "tolerations")
             yield Hit(workload.object, path, "no toleration for the taint nvidia.com/gpu:NoSchedule")
 
 

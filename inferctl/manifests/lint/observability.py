@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,11 @@ from inferctl.core.errors import did_you_mean
 from inferctl.manifests import metric_names
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence, text
-from inferctl.manifests.lint import promql
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, same_namespace
 from inferctl.manifests.manifests_file import FieldPath, Located
+
+_STRINGS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|`[^`]*`")
 
 
 def _rules(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, Mapping[str, Any]]]:
@@ -34,20 +36,6 @@ def _expressions(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str
 
 
 @rule(
-    "bad-promql",
-    "error",
-    "observability",
-    finds="an expression that is not PromQL",
-    consequence="Prometheus rejects the whole file of rules; a KEDA trigger gets an error instead of a number",
-    fix="try the expression with `promtool check rules`",
-)
-def _promql(manifests: Manifests) -> Iterator[Hit]:
-    for each, path, expression in _expressions(manifests):
-        if problem := promql.problem(expression):
-            yield Hit(each, path, problem)
-
-
-@rule(
     "unknown-metric",
     "error",
     "observability",
@@ -58,10 +46,16 @@ def _promql(manifests: Manifests) -> Iterator[Hit]:
 def _metric(manifests: Manifests) -> Iterator[Hit]:
     recorded = {str(one.get("record")) for _, _, one in _rules(manifests) if one.get("record")}
     for each, path, expression in _expressions(manifests):
-        for name in promql.unknown_metrics(expression):
+        for name in unknown_metrics(expression):
             if name not in recorded:
                 close = did_you_mean(name, sorted(metric_names.SERVER))
                 yield Hit(each, path, f"there is no metric {name}{f'; {close}' if close else ''}")
+
+
+def unknown_metrics(expression: str) -> list[str]:
+    """Return the names inferctl_... in `expression` that no server of inferctl has, in alphabetical order."""
+    names = metric_names.used(_STRINGS.sub('""', expression)) - metric_names.SERVER
+    return sorted(name for name in names if name.startswith("inferctl_"))
 
 
 @rule(

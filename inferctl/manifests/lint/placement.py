@@ -1,46 +1,17 @@
-"""Rules on where pods land: selectors, spread, anti-affinity, node labels, zones."""
+"""Rules on where pods land: selectors, volumes, anti-affinity, zones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from inferctl.manifests.kubernetes import selectors
-from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
+from inferctl.manifests.kubernetes.fields import get, integer, sequence, text
 from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
-from inferctl.manifests.label_keys import CLIENT
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import FieldPath
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
-
-
-@rule(
-    "service-selects-nothing",
-    "error",
-    "placement",
-    finds="a Service, PodDisruptionBudget or NetworkPolicy whose selector selects no pod",
-    consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
-    fix="use labels of the pod template",
-)
-def _selects_nothing(manifests: Manifests) -> Iterator[Hit]:
-    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy"):
-        path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
-        selector = mapping(each.data, *path)
-        if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
-            continue
-        if selector == {"matchLabels": {CLIENT: "true"}}:
-            continue  # clients in the namespace are pods of others
-        if each.kind == "Service":
-            selector = {"matchLabels": selector}
-        if not any(manifests.selected(each, selector)):
-            # An operator may make the pods. With all label keys of these pods, it is more likely a wrong value.
-            keys = mapping(selector, "matchLabels").keys()
-            near = keys and any(
-                same_namespace(each, one.object) and keys <= one.labels.keys() for one in manifests.workloads
-            )
-            what = "the selector selects no pod of these manifests"
-            yield Hit(each, path, what, level=None if near else "warning")
 
 
 @rule(
@@ -71,9 +42,8 @@ def _one_node(manifests: Manifests) -> Iterator[Hit]:
     "hostname-anti-affinity",
     "warning",
     "placement",
-    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used, or that "
-    "needs more nodes than there are",
-    consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
+    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used",
+    consequence="each replica needs its own node: the other slices of its GPU stay empty",
     fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
 )
 def _anti_affinity(manifests: Manifests) -> Iterator[Hit]:
@@ -82,47 +52,18 @@ def _anti_affinity(manifests: Manifests) -> Iterator[Hit]:
             selector = get(term, "labelSelector")
             if get(term, "topologyKey") != HOSTNAME or not selectors.matches(selector, workload.labels):
                 continue
-            path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
-            most = manifests.replicas(workload)[1]
-            fitting = [node for node in manifests.nodes if workload.runs_on(node)]
-            if manifests.nodes and most > len(fitting):
-                what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
-                yield Hit(workload.object, path, what, level="error")
-            elif not manifests.nodes and most > 1 and _is_share(workload):
-                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
+            if manifests.replicas(workload)[1] > 1 and (share := _share_of(workload)):
+                path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
+                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({share})")
 
 
-def _is_share(workload: ManifestWorkload) -> str | None:
+def _share_of(workload: ManifestWorkload) -> str | None:
     """Return what says that a workload has a share of a GPU; None if it has whole ones."""
     for name in workload.gpus:
         if "/mig-" in name or name.endswith(".shared"):
             return name
     products = workload.node_labels.get("nvidia.com/gpu.product", set())
     return next((value for value in sorted(products) if "-MIG-" in value or value.endswith("-SHARED")), None)
-
-
-@rule(
-    "no-such-node",
-    "error",
-    "placement",
-    finds="required node labels that no described node (Node, NodePool) has",
-    consequence="the pod stays pending",
-    fix="use labels of the nodes: `kubectl get nodes --show-labels`",
-)
-def _no_node(manifests: Manifests) -> Iterator[Hit]:
-    nodes = [] if manifests.of("NodePool") else manifests.nodes
-    for workload in manifests.workloads:
-        if not (workload.gpus and workload.node_labels and nodes):
-            continue
-        if not any(workload.runs_on(node) for node in nodes):
-            missing = [
-                f"{key} in {', '.join(sorted(values))}"
-                for key, values in sorted(workload.node_labels.items())
-                if not any(node.labels.get(key) in values for node in nodes)
-            ]
-            what = f"no node has {missing[0]}" if missing else "no node has all required labels together"
-            field = "nodeSelector" if get(workload.spec, "nodeSelector") else "affinity"
-            yield Hit(workload.object, (*workload.spec_path, field), what)
 
 
 @rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,8 +58,9 @@ def owners(models: Sequence[ServedModel]) -> dict[str, int | None]:
 
 def error_body(path: str, error: ApiError) -> bytes:
     """Return the body of an error at a path, also at one that no API has. The tasks of a path have the same shape."""
-    shape = next((shape for prefix, shape in _PREFIXES.items() if path.startswith(prefix)), ApiError.body)
-    return _SHAPES.get(path, shape)(error)
+    others = (shape for prefix, shape in _PREFIXES.items() if path.startswith(prefix))
+    shape: Callable[[ApiError], bytes] = _SHAPES.get(path) or next(others, ApiError.body)
+    return shape(error)
 
 
 class _Target(NamedTuple):

@@ -71,10 +71,7 @@ def test_a_lost_cluster_is_compared_with_the_whole_peak(result: dict[str, Any]) 
     assert loss["share"]["at_once"] == 0.8
 
 
-def test_the_nodes_have_all_labels_and_slices_that_the_manifests_require(tmp_path: Path) -> None:
-    specs = [argument for name in ("embed", "generate") for argument in ("-f", str(EXAMPLE / f"{name}.yaml"))]
-    assert cli.run(["deploy", *specs, "--output", str(tmp_path)]) == 0
-    assert cli.run(["deploy", "--lint", str(tmp_path), "--nodes", str(EXAMPLE / "nodes.yaml")]) == 0
+def test_the_nodes_have_all_slices_of_their_gpus() -> None:
     groups = yaml.safe_load((EXAMPLE / "nodes.yaml").read_text())["nodes"]
     slices = {each["allocatable"].get("nvidia.com/mig-3g.20gb") for each in groups} - {None}
     # all-3g.20gb makes two slices of each A100, and a p4d.24xlarge has eight.
