@@ -305,7 +305,7 @@ def _document(judgment: _Judgment, file: str | None) -> dict[str, Any]:
 
 
 def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
-    parts = {f"{name}_bytes": size for name, size in vars(need).items()}
+    parts = {f"{name}_bytes": size for name, size in vars(need).items() if size or name != "adapters"}
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 

@@ -357,7 +357,7 @@ class Spec(Section):
     def names(self) -> list[str]:
         """The names that requests may use for the model, its own first, and those of its adapters."""
         adapters = [adapter.name for adapter in self.model.adapters]
-        return [self.name, *self.serve.aliases, *adapters]
+        return [*dict.fromkeys([self.name, *self.serve.aliases]), *adapters]
 
     def each(self) -> list[Spec]:
         """Return a spec of one model for each model. All of a spec that has one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 from inferctl.config.spec import Spec
@@ -103,7 +103,7 @@ class ModelSize:
     weights_bytes: int = 0
     has_modules: bool = False
     library_type: str | None = None
-    adapter_numbers: Mapping[str, int] = field(default_factory=dict)
+    adapter_numbers: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)

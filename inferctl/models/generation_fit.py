@@ -191,9 +191,8 @@ class _Need:
         step = step_tokens(part) * (5 * shape.hidden_size + 3 * shape.width // gpus) * cell
         logits = most_sequences(self.spec, part) * shape.vocabulary * _SAMPLING_BYTES
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
-        slots = (
-            self.model.adapter_numbers.get(part.kind, 0) * cell * (gpus + 1) // (2 * gpus)
-        )  # GPUs share one of the two matrices
+        numbers = (self.model.adapter_numbers or {}).get(part.kind, 0)
+        slots = numbers * cell * (gpus + 1) // (2 * gpus)  # GPUs share one of the two matrices
         return Memory(weights // gpus, step + logits, overhead, slots)
 
     def capacity(self, part: Hardware, gpus: int | None = None) -> KvCapacity:
