@@ -95,6 +95,26 @@ def test_a_key_sees_and_uses_its_names_only(server: tuple[ServerProcess, dict[st
     assert ask(running, keys[scope], "absent", "/tokenize").status_code == 404
 
 
+def test_log_probabilities_of_a_prompt_are_computed_alone(server: tuple[ServerProcess, dict[str, str]]) -> None:
+    running, keys = server
+
+    def send(script: str, **options: Any) -> httpx.Response:
+        body = {"model": POET, "messages": [{"role": "user", "content": script}], "max_tokens": 1, **options}
+        headers = {"authorization": f"Bearer {keys['all']}"}
+        return httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+    for options in ({"n": 2}, {"max_tokens": 2}):
+        assert send("1", prompt_logprobs=1, **options).json()["error"]["param"] == "prompt_logprobs"
+    with ThreadPoolExecutor(4) as pool:
+        plain = pool.submit(send, "60")
+        until(lambda: send("1", prompt_logprobs=0).json().get("error", {}).get("code") == "prompt_logprobs_busy", 3)
+        assert plain.result().status_code == 200
+        alone = pool.submit(send, "20", echo=True)
+        others = [pool.submit(send, "1") for _ in range(3)]
+        assert {each.result().status_code for each in (alone, *others)} <= {200, 429}
+    assert send("1", prompt_logprobs=1).status_code == 200
+
+
 def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[ServerProcess, dict[str, str]]) -> None:
     running, keys = server
     folder = running.log.parent
@@ -192,6 +212,14 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
             mixed = names * 3
             with ThreadPoolExecutor(6) as pool:
                 assert list(pool.map(answer, mixed)) == [alone[name] for name in mixed]
+            shown = {"prompt": [1, 2, 3], "max_tokens": 1, "prompt_logprobs": 1}
+            with ThreadPoolExecutor(6) as pool:  # together they would end vLLM's engine
+                codes = pool.map(
+                    lambda name: httpx.post(f"{server.url}/v1/completions", json={"model": name, **shown}).status_code,
+                    [*names, *names],
+                )
+                assert set(codes) == {200, 429}
+            assert answer("one") == alone["one"]
             with pytest.raises(openai.NotFoundError, match="'three' not found; use 'smollm2' or 'one' or 'two'"):
                 answer("three")
             for path in ("load_lora_adapter", "unload_lora_adapter"):

@@ -18,6 +18,7 @@ class ModelNames:
 
     def __init__(self, base: Sequence[str], source: str, adapters: Sequence[str], context: int) -> None:
         self._own, self._of_base, self.context = base[0], (*base, source), context
+        self.adapters = adapters
         # Name -> that of usage events.
         self._names = dict.fromkeys(base, self._own) | {name: name for name in adapters}
         self._created = int(time.time())

@@ -45,7 +45,8 @@ class VllmRequest:
     """One parsed request. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
     `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
-    a stream must have its usage at its end, and in each event. `stream`: the response is one.
+    a stream must have its usage at its end, and in each event. `stream`: the response is one. `prompt_logprobs`: it asks
+    for the log-probabilities of its prompt.
     """
 
     body: bytes
@@ -56,6 +57,7 @@ class VllmRequest:
     usage: bool = False
     continuous_usage: bool = False
     stream: bool = False
+    prompt_logprobs: bool = False
 
     @property
     def sequences(self) -> int:
@@ -122,6 +124,7 @@ def generation(
         usage,
         usage and continuous,
         _flag(request, "stream"),
+        request.get("prompt_logprobs") is not None or bool(request.get("echo")),
     )
 
 
