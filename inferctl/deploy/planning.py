@@ -358,13 +358,13 @@ def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str,
         _check_memory_share(source, share, where)
     elif share > 1 and hardware.memory_bytes:
         part = replace(hardware, memory_bytes=hardware.memory_bytes // share)
-    base, fits = catalog.base(source.spec.image.base), []
+    base, fits = catalog.base(source.spec.image.base), {}
     check = generation_fit.check_part if source.task == "generate" else fit.check_part
     for each in source.models or (source,):
         # One of several models may have its own.
         own = each.spec.serve.precision if source.models else precision
         spec = each.spec.model_copy(update={"serve": each.spec.serve.model_copy(update={"precision": own})})
-        fits.append(check(spec, base, catalog.stack(base.stack), part, each.size))
+        fits[spec.name] = check(spec, base, catalog.stack(base.stack), part, each.size)
     found = fit.together(fits, part)
     errors = [each for each in found.findings if each.level == "error"]
     if flavor.image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
@@ -157,16 +157,17 @@ def check_part(
     return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
 
 
-def together(fits: Sequence[Fit], part: Hardware) -> Fit:
-    """Return how `part` runs the models of one server: each has a process of its own, so their memory adds up."""
-    if len(fits) == 1:
-        return fits[0]
-    needs, total = [each.memory for each in fits if each.memory], None
-    findings = [finding for each in fits for finding in each.findings if finding.topic != "memory" or not each.memory]
-    if len(needs) == len(fits):
-        total = Memory(*(sum(column) for column in zip(*map(astuple, needs), strict=True)))
-        findings.append(_memory(total, part))
-    return replace(fits[0], memory=total, findings=tuple(dict.fromkeys(findings)))
+def together(fits: Mapping[str, Fit], part: Hardware) -> Fit:
+    """Return how `part` runs the models of one server, by name: their memory adds up."""
+    first, *others = fits.values()
+    if not others:
+        return first
+    needs = {name: each.memory for name, each in fits.items() if each.memory}
+    findings = [one for each in fits.values() for one in each.findings if one.topic != "memory" or not each.memory]
+    findings.append(memory_of_all(needs, part.memory_bytes, part.key, cuda=part.kind == "cuda"))
+    known = zip(*map(astuple, needs.values()), strict=True) if len(needs) == len(fits) else None
+    total = Memory(*map(sum, known)) if known else None
+    return replace(first, memory=total, findings=tuple(dict.fromkeys(findings)))
 
 
 def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
