@@ -9,6 +9,7 @@ import typer
 
 from inferctl.cli import console, deploy_explain, deploy_files, deploy_lint, deploy_preview, options
 from inferctl.config.settings import Resolved
+from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import clusters, planning
 from inferctl.deploy.clusters import Cluster
@@ -141,7 +142,7 @@ def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
 ) -> DeploymentPlan:
     files: list[Path | None] = [*spec_files] if spec_files else [None]
-    found = [options.load(file, {}) for file in files]
+    found = [options.load(file, {}, several=True) for file in files]
     sources = [_source(each) for each in found]
     return planning.make_plan(sources, _clusters(sources, clusters_file), _checked(version), images=images)
 
@@ -154,9 +155,13 @@ def _checked(version: str | None) -> str | None:
 
 
 def _source(resolved: Resolved) -> SpecSource:
-    """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    spec = resolved.spec
-    folder = Path(resolved.file).parent if resolved.file else Path()
+    """Return a spec with what is known about its models. Raises `UsageError` if a task is not known."""
+    models = tuple(_model_source(each, resolved.file) for each in resolved.spec.each())
+    return planning.of_several(resolved.spec, models) if resolved.spec.models else models[0]
+
+
+def _model_source(spec: Spec, file: str | None) -> SpecSource:
+    folder = Path(file).parent if file else Path()
     size: fit.ModelSize | fit.UnknownSize
     try:
         found = locate(spec, model_image.facts)
@@ -166,14 +171,14 @@ def _source(resolved: Resolved) -> SpecSource:
     if isinstance(size, fit.ModelSize):
         task = resolve_task(spec.model.task, size, spec.model.source)
         local = hub.cached(spec.model.source, spec.model.revision)
-        return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
+        return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, file)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(
             f"the task of {spec.name} is not known, because {size.why}",
             "set model.task: embed, rerank, classify or generate",
         )
-    return SpecSource(spec, folder, size, spec.model.task, file=resolved.file)
+    return SpecSource(spec, folder, size, spec.model.task, file=file)
 
 
 def _clusters(sources: list[SpecSource], file: Path | None) -> tuple[Cluster, ...]:

@@ -6,7 +6,6 @@ fields of the configuration. So an adapter for another model can load, be listed
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -90,11 +89,31 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over its configuration and weights."""
-        total = hashlib.sha256()
-        for name in (CONFIG, WEIGHTS):
-            with (self.path / name).open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        return total.hexdigest()
+        return AdapterFolder(self.path).digest
+
+
+class AdapterFolder(ModelFolder):
+    """A folder with an adapter of PEFT. Folders of a training have more files, which no server reads."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Content of `adapter_config.json`."""
+        found = untrusted.read_json(self.path / CONFIG)
+        return found if isinstance(found, dict) else _refuse(f"{CONFIG} is not a JSON object", _SAVE)
+
+    @property
+    def architecture(self) -> str:
+        """Kind of the adapter, such as `LORA`."""
+        return str(self.config.get("peft_type"))
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The file with the weights."""
+        return [self.path / WEIGHTS]
+
+    def files(self) -> list[Path]:
+        """Return the files that determine what the adapter changes."""
+        return [self.path / CONFIG, self.path / WEIGHTS]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,13 +22,14 @@ from inferctl.models.adapter import Slots
 from inferctl.models.model import ModelFolder
 from inferctl.serve.generate import generation_server, probe
 from tests.conftest import ROOT
-from tests.models.adapters import HOSTILE, WRONG, write_adapter, write_base
+from tests.models.adapters import HOSTILE, WRONG, renamed, write_adapter, write_base
 from tests.processes import ServerProcess, python, until
 from tests.required import missing
 from tests.serve.test_generation import FAKE
 from tests.serve.test_vllm import MODEL, SPEC, greedy, serving
 from tests.tenancy.key_files import add
 from tests.tenancy.metering.test_metered_server import ledger_of
+from tests.tiny_models import make_generator
 
 BASE, POET, CODER = ["m", "gpt-4o"], "poet", "org/coder"
 # Names of a key -> those that it sees.
@@ -118,6 +120,32 @@ def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[Se
     assert [Path(paths[name]).name for name in found] == [each["sha256"] for each in found.values()]
 
 
+@pytest.mark.parametrize(
+    ("write", "name", "reason"),
+    [
+        (write_base, "a", "adapter a changes nothing: vLLM responds as without it"),
+        (make_generator, "poet", "adapter poet is not applied as PEFT does: KL divergence from PEFT in fp32"),
+    ],
+    ids=["without a reference", "with the reference"],
+)
+def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, reason: str
+) -> None:
+    base = write(tmp_path / "base")
+    spec = {"name": "m", "model": {"source": str(base)}, "serve": {"port": 0}}
+    spec["model"]["adapters"] = [{"name": name, "source": str(write_adapter(tmp_path / "adapter", base))}]
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    options = ["--spec", "inferctl.yaml", "--device", "cpu"]
+    server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    try:
+        assert server.process.wait(280) == 3
+    finally:
+        server.kill()
+    said = server.log.read_text()
+    assert f"error: {reason}" in said
+    assert "ready " not in said
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
@@ -157,6 +185,8 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
 
             names = [card.id for card in client.models.list().data]
             assert names == ["smollm2", *sources]
+            effects = [each["next_tokens"] for each in server.get("/info").json()["adapters"]]
+            assert all(each["kl"] < 1e-3 < 0.1 < each["kl_base"] for each in effects), effects
             alone = {name: answer(name) for name in names}
             assert len(set(alone.values())) == 3
             mixed = names * 3
@@ -167,3 +197,25 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
             for path in ("load_lora_adapter", "unload_lora_adapter"):
                 body = {"lora_name": "one", "lora_path": str(sources["one"])}
                 assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 404
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_an_adapter_that_vllm_serves_as_the_base_is_refused_at_the_start(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed")
+    source = write_adapter(tmp_path / "right", MODEL)
+    ignored = write_adapter(tmp_path / "ignored", MODEL, renamed("model.layers", "language_model.model.layers"))
+    spec = {**SPEC, "model": {**SPEC["model"], "adapters": [{"name": "one", "source": str(source)}]}}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    variables = {"SWAPPED_ADAPTER": str(ignored), "PYTHONPATH": str(ROOT)}
+    server = ServerProcess.launch(tmp_path, "tests.serve.swapped_adapter", "--spec", "inferctl.yaml", **variables)
+    try:
+        assert server.process.wait(580) == 3
+    finally:
+        server.kill()
+    said = server.log.read_text()
+    found = re.search(r"error: adapter one is not applied as PEFT does: KL .* fp32 ([\d.]+) nats, base ([\d.]+)", said)
+    assert found and float(found[1]) == pytest.approx(float(found[2]), rel=0.2), said

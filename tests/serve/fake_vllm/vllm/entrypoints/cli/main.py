@@ -153,6 +153,19 @@ async def chat(request: Request) -> Response:
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
 
 
+async def completions(request: Request) -> Response:
+    """Return log-probabilities of a prompt: those of the base for all names, or without a reference by their length."""
+    body = await request.json()
+    ids = body["prompt"] if isinstance(body["prompt"], list) else [1, 2]
+    rows = [{token: {"logprob": -len(body["model"])}} for token in ids[1:]]
+    for text in json.loads((Path(os.environ["INFERCTL_EDGE"]) / "adapters.json").read_text()).get("texts", []):
+        if text and text["ids"] == ids:
+            lists = zip(text["top_ids"], text["top_logprobs"], ids[1:], text["logprobs"], strict=True)
+            rows = [dict(zip([*tops, own], [*values, value], strict=True)) for tops, values, own, value in lists]
+            rows = [{token: {"logprob": value} for token, value in row.items()} for row in rows]
+    return JSONResponse({"choices": [{"prompt_token_ids": ids, "prompt_logprobs": [None, *rows]}]})
+
+
 async def tokenize(request: Request) -> Response:
     await request.json()
     await asyncio.sleep(3)
@@ -204,6 +217,7 @@ def main() -> None:
         Route("/openapi.json", document),
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
