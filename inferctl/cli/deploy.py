@@ -80,12 +80,11 @@ def deploy(
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
     if lint:
-        if nodes or explain or output:
-            raise UsageError("--lint with another mode", "run `--preview`, `--output` and `--explain` without `--lint`")
+        if nodes or explain or output or spec_files or clusters_file:
+            raise UsageError("--lint checks manifests only", "pass specs, clusters and other modes without `--lint`")
         if not manifests:
             raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
-        plan = _plan(spec_files, clusters_file, kubernetes_version) if spec_files else None
-        deploy_lint.run(manifests, version=kubernetes_version, plan=plan, as_json=as_json)
+        deploy_lint.run(manifests, version=kubernetes_version, as_json=as_json)
         return
     if nodes or manifests:
         _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
