@@ -63,7 +63,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         plan.load.task == "generate" or folder is None or not any(each.precision for each in targets)
     ):
         raise UsageError(
-            "`--profile` shows the engine of a server that inferctl starts with one model, not a running server or vLLM",
+            "`--profile` shows the engine of a server that inferctl starts with one model, without vLLM",
             "remove `--profile`, or measure a precision of an encoder: `-p bf16`",
         )
     if plan.load.task == "generate":
@@ -77,7 +77,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
     command = None
     if resolved and (folder or resolved.spec.models):
         spec_file = Path(resolved.file).resolve() if resolved.file else None
-        command = child_server.serve_command(folder and str(folder), resolved.spec.name, spec_file)
+        command = child_server.serve_command(str(folder) if folder else None, resolved.spec.name, spec_file)
     return Bench(
         plan,
         targets,

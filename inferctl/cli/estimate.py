@@ -127,6 +127,8 @@ def estimate(
         if spec and len(models) > 1:
             console.report(Text(f"\n{spec.name}, with the hardware for itself\n", style="bold underline"))
         console.report(render(result) if result["rows"] else Text(f"not estimated: {result['absent'][0]['reason']}"))
+    if len(models) > 1:
+        console.report(Text("\n`inferctl check` says on which hardware their memory fits together"))
 
 
 def _models(spec_file: Path | None, model: str | None, config: Path | None) -> list[tuple[Spec | None, Path]]:

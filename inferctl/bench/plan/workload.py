@@ -105,7 +105,7 @@ class Workload:
 def draw(load: Load, corpus: str, seed: int, tokenizer: tokens.Tokenizer | None = None) -> Workload:
     """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`.
 
-    The tokens of prompts for generation are counted with `tokenizer`, else estimated. Names of one task get equal texts.
+    The tokens of prompts for generation are counted with `tokenizer`, else estimated. Names of a task get equal texts.
     """
     if isinstance(load.names, dict):
         return _draw_mix(load, load.names, corpus, seed, tokenizer)

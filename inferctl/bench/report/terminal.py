@@ -16,7 +16,6 @@ from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import PARTS, unit_of
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow, Row
-from inferctl.config.spec_types import Task
 from inferctl.receipts.receipt import JsonObject
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
@@ -61,7 +60,7 @@ def table(rows: Sequence[MeasuredRow]) -> Table:
     return grid
 
 
-def name_columns(task: Task) -> list[tuple[str, str, str]]:
+def name_columns(task: str) -> list[tuple[str, str, str]]:
     """Return the percentiles in the table of names: heading, figure and key."""
     figures = (("TTFT ", "ttft_ms"), ("ITL ", "itl_ms")) if task == "generate" else (("", "latency_ms"),)
     return [(label * (key == "p50") + key, figure, key) for label, figure in figures for key in ("p50", "p99")]
