@@ -12,9 +12,8 @@ from typing import Any
 from inferctl.cli import console
 from inferctl.core import document
 from inferctl.core.errors import InferctlError, SpecError, UsageError
-from inferctl.deploy.plan import DeploymentPlan
 from inferctl.manifests import lint, manifests_file, versions
-from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts
+from inferctl.manifests.lint import LintFinding
 from inferctl.manifests.manifests_file import KUSTOMIZATIONS, Located, kustomization
 from inferctl.manifests.preview import overlays
 
@@ -25,27 +24,16 @@ _MOST_NAMES = 5
 _TEMPLATE = re.compile(r"^[ \t]*(?:- )?(?:[\w./-]+: +)?\{\{", re.MULTILINE)
 
 
-def run(
-    paths: Sequence[Path],
-    *,
-    version: str | None,
-    plan: DeploymentPlan | None,
-    as_json: bool,
-) -> None:
-    """Print the findings about the manifests in `paths`; raise `InferctlError` (exit code 1) if one is an error.
-
-    `plan`: what the specs say about the models.
-    """
-    known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
-    minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
-    context = lint.LintContext(minor, _models(plan))
+def run(paths: Sequence[Path], *, version: str | None, as_json: bool) -> None:
+    """Print the findings about the manifests in `paths`; raise `InferctlError` (exit code 1) if one is an error."""
+    minor = versions.minor_of(versions.tested(version)) if version else versions.OLDEST_SUPPORTED
     left_out: list[str] = []
     groups = _read(paths, left_out)
-    found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
+    found = {finding: None for objects in groups for finding in lint.lint(objects, minor)}
     findings, count = list(found), sum(map(len, groups))
     unread = lint.unread([each for objects in groups for each in objects])
     if as_json:
-        console.document({**_document(count, findings, context), "unread": unread, "left_out": left_out})
+        console.document({**_document(count, findings, minor), "unread": unread, "left_out": left_out})
     else:
         for finding in findings:
             console.data(_text(finding))
@@ -56,7 +44,7 @@ def run(
             names = ", ".join(left_out[:_MOST_NAMES])
             more = f" and {len(left_out) - _MOST_NAMES:,} more" if len(left_out) > _MOST_NAMES else ""
             console.note(console.plain(f"left out, because these are no Kubernetes objects: {names}{more}"))
-        assumed = "" if known else " (the oldest with updates; pass `--kubernetes-version` for another)"
+        assumed = "" if version else " (the oldest with updates; pass `--kubernetes-version` for another)"
         console.note(f"{_summary(findings)} in {count} objects, for Kubernetes 1.{minor}{assumed}")
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
@@ -128,20 +116,6 @@ def _built(folder: Path) -> list[Located]:
     return [Located(each.data, str(kustomization(folder) or folder)) for each in overlays.build(folder)]
 
 
-def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:
-    """Return what the plan says about each flavor of each model. Assumed times are facts too: the pods have them."""
-    return tuple(
-        ModelFacts(
-            flavor.name,
-            load_s=flavor.load_s.value,
-            drain_s=flavor.drain_s.value,
-            memory_bytes=flavor.fit.memory.total if flavor.fit.memory else None,
-        )
-        for model in (plan.models if plan else ())
-        for flavor in model.flavors
-    )
-
-
 def _text(finding: LintFinding) -> str:
     place = f"{finding.file}:{finding.line}: " if finding.line else f"{finding.file}: " if finding.file else ""
     return "\n".join(
@@ -164,10 +138,10 @@ def _summary(findings: Sequence[LintFinding]) -> str:
     )
 
 
-def _document(count: int, findings: Sequence[LintFinding], context: LintContext) -> dict[str, Any]:
+def _document(count: int, findings: Sequence[LintFinding], minor: int) -> dict[str, Any]:
     counts = Counter(finding.level for finding in findings)
     return {
-        "kubernetes": f"1.{context.minor}",
+        "kubernetes": f"1.{minor}",
         "objects": count,
         "errors": counts["error"],
         "warnings": counts["warning"],

@@ -61,6 +61,12 @@ _EDGE_OPTIONS = (
 )
 _SETTING_OF_OPTION = {
     "--dtype": "serve.precision",
+    "--enable-lora": "model.adapters",
+    "--lora-modules": "model.adapters",
+    "--lora-target-modules": "model.adapters",
+    "--max-cpu-loras": "model.adapters",
+    "--max-lora-rank": "model.adapters",
+    "--max-loras": "model.adapters",
     "--quantization": "serve.precision",
     "-q": "serve.precision",
     "--gpu-memory-utilization": "serve.gpu_memory_share",

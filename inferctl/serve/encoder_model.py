@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inferctl.batching.batcher import Batcher, QueueLimits
+from inferctl.batching.device_share import DeviceShare
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
@@ -17,6 +18,7 @@ from inferctl.serve.backend.local_backend import Stack
 from inferctl.serve.cache import vector_cache
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
+from inferctl.serve.engine_process.supervisor import EngineSupervisor
 from inferctl.serve.observe import describe
 from inferctl.serve.observe.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
@@ -25,7 +27,7 @@ from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 
 class EncoderModel:
-    """`spec`: of this model only. `number`: among the models of the server. `several`: whether it has others.
+    """`spec`: of this model only. `number`: among the models of the server. `share`: with others, that of the device.
 
     `on_ready` gets it after each start of an engine. `first_ready`: set after the first one. `device`: of the last one.
     `caches`: how many models share the size of the cache.
@@ -41,7 +43,8 @@ class EncoderModel:
         on_phase: Callable[[str], None],
         number: int = 0,
         *,
-        several: bool = False,
+        share: DeviceShare | None = None,
+        weight: float = 1.0,
         caches: int = 1,
     ) -> None:
         self.spec, self.task, self.number, self.folder, self._options = spec, task, number, folder, options
@@ -52,16 +55,17 @@ class EncoderModel:
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         self.objectives = objectives(spec.slo, slo_ms)
         # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
-        self.metrics = metrics = Metrics(self.objectives, spec.name if several else None)
+        self.metrics = metrics = Metrics(self.objectives, spec.name if share else None)
         self.batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
-        self.dispatcher = Dispatcher(self.batcher, metrics)
+        self.dispatcher = Dispatcher(self.batcher, metrics, share=share, weight=weight)
         self.pool = EnginePool(
             _engine_config(spec, task, options, folder),
             options.engines,
             self.dispatcher,
             self._batch_timeout,
             self._engine_ready,
-            (lambda phase: on_phase(f"{spec.name}: {phase}")) if several else on_phase,
+            (lambda phase: on_phase(f"{spec.name}: {phase}")) if share else on_phase,
+            f"the engine process of {spec.name}" if share else EngineSupervisor.name,
         )
         self.stack = Stack(self.dispatcher, vector_cache.create(spec.cache, task, metrics, caches))
         self.tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)

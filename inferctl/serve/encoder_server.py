@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import inferctl
+from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core import cgroup
@@ -21,6 +22,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.encoder_model import EncoderModel
+from inferctl.serve.engine_process import memory
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.observe import describe
@@ -45,10 +47,14 @@ class EncoderServer(ServerLifetime):
         notify: Callable[[str], None],
         progress: StartProgress,
     ) -> None:
-        """Raises `UsageError` for a model or an option that is not usable."""
+        """Raises `UsageError` for a model or an option that is not usable, `NotReadyError` for insufficient memory."""
         several, tasks = len(loaded) > 1, [task for task, _ in loaded]
         if several and options.capacity:
             raise UsageError("a capacity file is of one model, and the spec has several", "remove `--capacity`")
+        if several and options.engine != "echo":
+            folders = (folder for _, folder in loaded)
+            memory.check_all(list(zip(spec.each(), folders, strict=True)), options.device)
+        share = DeviceShare() if several else None
         self._models = models = [
             EncoderModel(
                 one,
@@ -57,7 +63,8 @@ class EncoderServer(ServerLifetime):
                 self._model_ready,
                 progress.phase,
                 number,
-                several=several,
+                share=share,
+                weight=spec.models[number].weight if several else 1.0,
                 caches=sum(task in CACHED for task in tasks),
             )
             for number, (one, found) in enumerate(zip(spec.each(), loaded, strict=True))

@@ -176,4 +176,4 @@ class ServerLifetime(ABC):
 
 def key_names(spec: Spec) -> list[str]:
     """Return the names of models that keys of a server may have."""
-    return [name for one in spec.each() for name in (one.name, one.model.source)]
+    return [name for one in spec.each() for name in (*one.names, one.model.source)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from inferctl.config.spec import Spec, Task
 from inferctl.core import core_files, outputs
 from inferctl.core.errors import UsageError
-from inferctl.models import hub, model
+from inferctl.models import adapter, hub, model
 from inferctl.models.model import ModelFolder
 from inferctl.serve import event_loop
 from inferctl.serve.observe import logs
@@ -89,7 +89,10 @@ def _server(
         from inferctl.serve.generate.generation_server import GenerationServer
 
         signals.check()
-        return GenerationServer(spec, options, notify, folder, progress, signals)
+        adapters = hub.fetch_adapters(spec.model.adapters, folder, lambda source: hub.Lines(source, notify))
+        return GenerationServer(spec, options, notify, folder, adapters, progress, signals)
+    if wrong := [(one, of) for one, (of, _) in zip(spec.each(), loaded, strict=True) if one.model.adapters]:
+        raise UsageError(f"{wrong[0][0].name}: the task {wrong[0][1]} has no adapters", adapter.MERGE)
     from inferctl.serve.encoder_server import EncoderServer
 
     signals.check()

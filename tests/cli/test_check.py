@@ -273,3 +273,25 @@ def test_the_catalog_is_a_table_a_document_and_explained_entries(what: str, caps
         assert run(["catalog", what, key]) == 0
         explained = yaml.safe_load(capsys.readouterr().out)
         assert (explained["key"], len(explained["sources"])) == (key, len(entry.sources))
+
+
+@pytest.mark.parametrize(
+    ("rows", "part", "code", "level"), [((7, 7), "t4", 2, "error"), ((7, 6), "t4", 0, "warn"), ((7, 7), "l4", 0, "ok")]
+)
+def test_several_models_need_the_sum_of_their_memory(
+    rows: tuple[int, int], part: str, code: int, level: str, here: Path, capsys: Captured
+) -> None:
+    """Rows of 384 16-bit numbers, in units of 1 GB. Each model fits alone."""
+    models = []
+    for number, gigabytes in enumerate(rows):
+        model_folder(here / f"model{number}", gigabytes * 10**9 // (2 * 384))
+        add_pooling(here / f"model{number}")
+        models.append({"name": f"m{number}", "model": {"source": f"model{number}"}})
+    spec = {"name": "mix", "hardware": [part], "models": models}
+    (here / "inferctl.yaml").write_text(yaml.safe_dump(spec))
+    assert run(["check", "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert [model["hardware"][0]["verdict"] for model in found["models"]] == ["ok", "ok"]
+    (memory,) = [each for each in found["findings"] if each["topic"] == "memory.all"]
+    assert (memory["level"], memory["part"]) == (level, part)
+    assert all(f"m{number} {gigabytes + 1}." in memory["why"] for number, gigabytes in enumerate(rows))

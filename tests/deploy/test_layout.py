@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from inferctl.config.deploy_spec import Omitted
+from inferctl.config.spec import Adapter, Model, Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.manifests.kubernetes import selectors
@@ -326,6 +327,32 @@ def test_a_model_image_is_mounted_without_further_settings(build: Build) -> None
     unpinned = spec.model_copy(update={"model": spec.model.model_copy(update={"source": "oci://example.com/m:v1"})})
     assert any("has no digest" in warning for warning in plans.plan(unpinned, kubernetes="1.35").models[0].warnings)
     assert not any("has no digest" in each for each in plans.plan(spec, kubernetes="1.35").models[0].warnings)
+
+
+def test_each_model_and_each_adapter_has_its_own_volume(build: Build) -> None:
+    def source(name: str) -> str:
+        return f"oci://registry.example.com/models/{name}{plans.DIGEST}"
+
+    flavor = {"hardware": "l4", "image": f"r.example.com/x{plans.DIGEST}", "min_replicas": 1, "max_replicas": 2}
+    deploy: dict[str, Any] = {"flavors": [flavor], "traffic": {}}
+    models = [{"name": name, "model": {"source": source(name), "task": name}} for name in ("embed", "classify")]
+    both = Spec.model_validate({"name": "both", "models": models, "deploy": deploy})
+    adapters = [Adapter(name="Team/sql", source=source("sql"))]
+    chat = plans.generate(**deploy)
+    chat = chat.model_copy(update={"model": Model(source=source("chat"), task="generate", adapters=adapters)})
+    objects = build(layout.files(plans.plan(both, chat, clusters=[{"name": "a"}], kubernetes="1.35")), "overlays/a")
+    assert [problem for each in objects for problem in problems(each, "1.35")] == []
+    for name, expected in {
+        "both-l4": {"model-0": ("/models/embed", "embed"), "model-1": ("/models/classify", "classify")},
+        "chat-l4": {"model": ("/model", "chat"), "model-1": ("/adapters/Team%2Fsql", "sql")},
+    }.items():
+        pod = named(objects, "Deployment", name)["spec"]["template"]["spec"]
+        images = {each["name"]: each["image"]["reference"] for each in pod["volumes"] if "image" in each}
+        assert images == {volume: source(model)[6:] for volume, (_, model) in expected.items()}
+        mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        assert {volume: mounts[volume] for volume in images} == {name: path for name, (path, _) in expected.items()}
+        paths = [each["value"] for each in pod["containers"][0]["env"] if each["name"] == "INFERCTL_MODEL_SOURCE"]
+        assert paths == (["/model/model"] if name == "chat-l4" else [])
 
 
 def test_a_derived_number_has_its_origin_next_to_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 from inferctl import cli
 from inferctl.deploy import layout
 from inferctl.manifests import manifests_file, versions
-from inferctl.manifests.lint import LintContext, lint
+from inferctl.manifests.lint import lint
 from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS
@@ -21,7 +21,7 @@ ONE_EACH = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans
 
 def findings(folder: Path, minor: int) -> list[str]:
     text = kustomize(folder)
-    found = lint(manifests_file.parse(text, folder.name), LintContext(minor=minor))
+    found = lint(manifests_file.parse(text, folder.name), minor)
     return [f"{each.rule} {each.object} {each.field}: {each.what}" for each in found]
 
 

@@ -238,6 +238,7 @@ def test_an_engine_that_is_killed_is_that_of_its_model(mix: Mix) -> None:
     after = {name: each["restarts"] - before[name] for name, each in info().items()}
     assert after == {"minilm": 0, "second": 0, "ranker": 1, "moods": 0}
     assert {each["phase"] for each in info().values()} == {"ready"}
+    assert "the engine process of ranker was killed by signal 9" in mix.server.log.read_text()
 
 
 def test_the_document_names_the_models(mix: Mix) -> None:

@@ -153,6 +153,7 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         # Older receipts have these, which do not change what is sent.
         load.pop("remote_workers", None)
         load.pop("master_port", None)
+        load.pop("emulated_s", None)
         # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)

@@ -21,7 +21,6 @@ LESSONS = {
     "guardrails": "Autoscalers are too clever without guardrails.",
     "regions": "Spread over zones, regions and clouds.",
     "life": "A pod must start and stop without losing a request.",
-    "access": "Give a pod what it needs, and nothing else.",
     "observability": "Metrics and alerts must work before they are needed.",
     "versions": "A schema does not know what a version of Kubernetes has switched on.",
 }

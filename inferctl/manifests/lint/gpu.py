@@ -66,7 +66,7 @@ def _visible(manifests: Manifests) -> Iterator[Hit]:
 )
 def _too_large(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        need, device = models.weights(manifests, workload), _device_bytes(workload)
+        need, device = models.weights(workload), _device_bytes(workload)
         count = sum(workload.gpus.values()) * workload.group_size
         if need and device and need.size > device[0] * max(count, models.devices(workload)):
             container = next(each for each in workload.containers if each.gpus)

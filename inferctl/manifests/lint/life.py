@@ -10,35 +10,12 @@ from inferctl.manifests import label_keys
 from inferctl.manifests.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
 from inferctl.manifests.lint import models
 from inferctl.manifests.lint.finding import Hit, rule
-from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload
+from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, same_namespace
 
-_HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
 _DRAIN_WORDS = ("--drain-seconds", "--shutdown-timeout", "--timeout-graceful-shutdown", "--exit-timeout-secs")
 _DRAIN_VARIABLES = ("INFERCTL_SERVE_DRAIN_SECONDS",)
 # A server that loads a model needs longer than this on most hardware. Measured load times replace it.
 _SHORT_START_S = 60
-
-
-@rule(
-    "pdb-blocks-eviction",
-    "error",
-    "life",
-    finds="a PodDisruptionBudget that never allows an eviction",
-    consequence="nodes cannot be drained: upgrades and repairs wait forever",
-    fix="use maxUnavailable: 1, with two replicas or more",
-)
-def _blocks(manifests: Manifests) -> Iterator[Hit]:
-    for budget in manifests.of("PodDisruptionBudget"):
-        spec = mapping(budget.data, "spec")
-        workloads = list(manifests.selected(budget, get(spec, "selector"))) if get(spec, "selector") else []
-        least = sum(manifests.replicas(each)[0] for each in workloads)
-        low, high = spec.get("minAvailable"), spec.get("maxUnavailable")
-        if high in (0, "0", "0%"):
-            yield Hit(budget, ("spec", "maxUnavailable"), f"maxUnavailable is {high}")
-        elif low == "100%":
-            yield Hit(budget, ("spec", "minAvailable"), "minAvailable is 100%")
-        elif workloads and 0 < least <= (count_of(low, least) or 0):
-            yield Hit(budget, ("spec", "minAvailable"), f"minAvailable is {low}, and there may be {least} replicas")
 
 
 @rule(
@@ -58,15 +35,11 @@ def _grace(manifests: Manifests) -> Iterator[Hit]:
         if grace == 0 and workload.is_model_server:
             yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
             continue
-        facts = models.facts(manifests, workload) if workload.is_model_server else None
         for each in workload.containers:
             sleep, drain = _pre_stop(each), _drain(each)
-            measured = facts.drain_s if facts is not None and each.gpus else None
-            need = sleep + max(drain, measured or 0)
             # A hook that takes all of the period leaves nothing for the server; without one, only a drain counts.
-            if need > grace or (sleep and sleep >= grace):
-                source = "known drain" if (measured or 0) > drain else "drain"
-                parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
+            if sleep + drain > grace or (sleep and sleep >= grace):
+                parts = f"preStop {sleep:g} s + drain {drain:g} s"
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
 
 
@@ -111,7 +84,7 @@ def _window(probe: Any) -> int:
 )
 def _startup(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        load = _load_s(manifests, workload)
+        load = as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
         for each in workload.containers:
             startup, liveness = mapping(each.data, "startupProbe"), mapping(each.data, "livenessProbe")
             if not (each.gpus or load) or (not each.gpus and not _has_probe(each)):
@@ -127,38 +100,8 @@ def _startup(manifests: Manifests) -> Iterator[Hit]:
                 yield Hit(workload.object, (*each.path, key), what, level="warning")
 
 
-def _load_s(manifests: Manifests, workload: ManifestWorkload) -> float | None:
-    """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
-    facts = models.facts(manifests, workload)
-    if facts is not None and facts.load_s is not None:
-        return facts.load_s
-    return as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
-
-
 def _has_probe(container: ManifestContainer) -> bool:
     return bool(mapping(container.data, "startupProbe") or mapping(container.data, "livenessProbe"))
-
-
-@rule(
-    "liveness-is-readiness",
-    "warning",
-    "life",
-    finds="a liveness probe that asks the same as the readiness probe and fails no later",
-    consequence="a server that is only overloaded is killed, and its load goes to the others",
-    fix="use an endpoint that only says that the process works, or a failureThreshold several times as high",
-)
-def _liveness(manifests: Manifests) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        for each in workload.containers:
-            live, ready = mapping(each.data, "livenessProbe"), mapping(each.data, "readinessProbe")
-            same = live and [live.get(key) for key in _HANDLERS] == [ready.get(key) for key in _HANDLERS]
-            if same and _span(live) <= _span(ready):
-                yield Hit(workload.object, (*each.path, "livenessProbe"), f"both probes of {each.name} are the same")
-
-
-def _span(probe: Any) -> int:
-    """Return the seconds of failures after which a probe counts as failed."""
-    return _window(probe) - (integer(probe, "initialDelaySeconds") or 0)
 
 
 @rule(
@@ -251,3 +194,27 @@ def _memory_limit(workload: ManifestWorkload, volume: str) -> float | None:
     ]
     known = [limit for limit in limits if limit]
     return sum(known) if known and len(known) == len(limits) else None
+
+
+@rule(
+    "service-links",
+    "error",
+    "life",
+    finds="vLLM in the namespace of a Service named vllm",
+    consequence="Kubernetes sets VLLM_PORT=tcp://... in its pods; vLLM reads it as its own setting and does not start",
+    fix="set enableServiceLinks: false, or rename the Service",
+)
+def _links(manifests: Manifests) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers)
+        for service in manifests.of("Service"):
+            if (
+                service.name == "vllm"
+                # A headless Service has no address to tell.
+                and get(service.data, "spec", "clusterIP") != "None"
+                and "vllm" in words
+                and same_namespace(service, workload.object)
+                and (get(workload.spec, "enableServiceLinks") is not False)
+            ):
+                path = (*workload.spec_path, "enableServiceLinks")
+                yield Hit(workload.object, path, "the Service vllm sets VLLM_PORT in the pods")

@@ -139,17 +139,6 @@ class ManifestWorkload:
             return 1
         return self.group_size - (1 if get(self.object.data, *pod_templates.LEADER) and self.group_size > 1 else 0)
 
-    def selected_by(self, selector: Any) -> bool:
-        """Return whether a label selector selects its pods, also by labels that a controller adds to them."""
-        wanted = mapping(selector, "matchLabels")
-        leads = self.path == pod_templates.LEADER or not get(self.object.data, *pod_templates.LEADER)
-        added = {
-            key: value
-            for key, value in wanted.items()
-            if key not in self.labels and pod_templates.adds_label(self.object, key, value, leads=leads)
-        }
-        return selectors.matches(selector, self.labels | fields.text_map(added))
-
     @property
     def containers(self) -> list[ManifestContainer]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
@@ -233,34 +222,11 @@ class ManifestWorkload:
         return found
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known about one model on its hardware, for rules that need more than the manifests say. None: unknown.
-
-    `load_s`: seconds from start until ready. `drain_s`: seconds that accepted requests may need after SIGTERM.
-    `memory_bytes`: memory on the device. `name`: of its Deployment.
-    """
-
-    name: str
-    load_s: float | None = None
-    drain_s: float | None = None
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class LintContext:
-    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`."""
-
-    minor: int = OLDEST_SUPPORTED
-    models: tuple[ModelFacts, ...] = ()
-
-
 class Manifests:
-    """All objects of one lint run, and what else is known."""
+    """All objects of one lint run. `minor`: the version of Kubernetes is 1.`minor`."""
 
-    def __init__(self, objects: Sequence[Located], context: LintContext | None = None) -> None:
-        self.objects = list(objects)
-        self.context = context or LintContext()
+    def __init__(self, objects: Sequence[Located], minor: int = OLDEST_SUPPORTED) -> None:
+        self.objects, self.minor = list(objects), minor
 
     def of(self, *kinds: str) -> list[Located]:
         """Return the objects of these kinds."""
@@ -346,9 +312,9 @@ class Manifests:
         return -(-most * 25 // 100) if surge is None else surge
 
     def selected(self, by: Located, selector: Any) -> Iterator[ManifestWorkload]:
-        """Yield the workloads in the namespace of `by` whose pods a label selector selects: none without one."""
+        """Yield the workloads in the namespace of `by` whose templates a label selector selects: none without one."""
         for each in self.workloads:
-            if same_namespace(by, each.object) and each.selected_by(selector):
+            if same_namespace(by, each.object) and selectors.matches(selector, each.labels):
                 yield each
 
     def behind(self, service: Located) -> list[ManifestWorkload]:

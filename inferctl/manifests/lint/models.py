@@ -10,7 +10,7 @@ from typing import Any
 from inferctl.core import document
 from inferctl.core.errors import SpecError
 from inferctl.manifests.kubernetes.fields import get
-from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, ModelFacts
+from inferctl.manifests.lint.manifests import ManifestContainer, ManifestWorkload
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
 _VARIABLES = ("MODEL_ID", "MODEL_NAME", "MODEL", "HF_MODEL_ID", "INFERCTL_MODEL_SOURCE", "VLLM_MODEL")
@@ -60,13 +60,6 @@ class Weights:
     how: str
 
 
-def facts(manifests: Manifests, workload: ManifestWorkload) -> ModelFacts | None:
-    """Return the facts of the model that `workload` serves: by name or label, or those of the only model."""
-    names = {workload.object.name, *workload.labels.values()}
-    known = manifests.context.models
-    return next((each for each in known if each.name in names), known[0] if len(known) == 1 else None)
-
-
 def name_of(workload: ManifestWorkload) -> str:
     """Return the model that the command line or the environment of a workload names; "" if neither does."""
     for container in workload.containers:
@@ -98,11 +91,8 @@ def values(container: ManifestContainer, options: Sequence[str], variables: Sequ
     return [each for each in (*found, *(known.get(name, "") for name in variables)) if each]
 
 
-def weights(manifests: Manifests, workload: ManifestWorkload) -> Weights | None:
-    """Return the memory that the model needs at least: by its receipt, else from the parameters in its name."""
-    known = facts(manifests, workload)
-    if known is not None and known.memory_bytes:
-        return Weights(known.name, known.memory_bytes, f"it needs {known.memory_bytes / 1e9:.1f} GB")
+def weights(workload: ManifestWorkload) -> Weights | None:
+    """Return the memory that the model needs at least, from the parameters in its name."""
     name = name_of(workload)
     found = _PARAMETERS.search(name)
     if not found:

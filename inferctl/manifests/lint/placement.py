@@ -5,42 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from inferctl.manifests.kubernetes import selectors
-from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
+from inferctl.manifests.kubernetes.fields import get, integer, sequence, text
 from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
-from inferctl.manifests.label_keys import CLIENT
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import FieldPath
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
-
-
-@rule(
-    "service-selects-nothing",
-    "error",
-    "placement",
-    finds="a Service, PodDisruptionBudget or NetworkPolicy whose selector selects no pod",
-    consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
-    fix="use labels of the pod template",
-)
-def _selects_nothing(manifests: Manifests) -> Iterator[Hit]:
-    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy"):
-        path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
-        selector = mapping(each.data, *path)
-        if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
-            continue
-        if selector == {"matchLabels": {CLIENT: "true"}}:
-            continue  # clients in the namespace are pods of others
-        if each.kind == "Service":
-            selector = {"matchLabels": selector}
-        if not any(manifests.selected(each, selector)):
-            # An operator may make the pods. With all label keys of these pods, it is more likely a wrong value.
-            keys = mapping(selector, "matchLabels").keys()
-            near = keys and any(
-                same_namespace(each, one.object) and keys <= one.labels.keys() for one in manifests.workloads
-            )
-            what = "the selector selects no pod of these manifests"
-            yield Hit(each, path, what, level=None if near else "warning")
 
 
 @rule(

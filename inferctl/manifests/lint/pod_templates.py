@@ -1,8 +1,7 @@
-"""Where objects have pod templates, and which labels their controllers add to the pods."""
+"""Where objects have pod templates."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,11 +25,6 @@ _TEMPLATES: Mapping[str, FieldPath] = {
 }
 LEADER: FieldPath = ("spec", "leaderWorkerTemplate", "leaderTemplate")
 _RAY: Mapping[str, FieldPath] = {"RayCluster": ("spec",), "RayService": ("spec", "rayClusterConfig")}
-_GENERATED = re.compile(
-    r"pod-template-hash|controller-revision-hash|pod-template-generation|(?:batch\.kubernetes\.io/)?controller-uid"
-    r"|(?:batch\.kubernetes\.io/)?job-name|batch\.kubernetes\.io/job-completion-index|apps\.kubernetes\.io/pod-index"
-    r"|statefulset\.kubernetes\.io/pod-name|leaderworkerset\.sigs\.k8s\.io/.+|ray\.io/.+"
-)
 
 
 def paths(item: Located) -> list[FieldPath]:
@@ -64,17 +58,3 @@ def _has_containers(value: Any) -> bool:
     containers = value.get("containers")
     own = isinstance(containers, list) and any(isinstance(each, dict) and "image" in each for each in containers)
     return own or any(_has_containers(each) for each in value.values())
-
-
-def adds_label(owner: Located, key: str, value: object, *, leads: bool) -> bool:
-    """Return whether the controller of `owner` may give one of its pods the label. `leads`: of a LeaderWorkerSet."""
-    if not _GENERATED.fullmatch(key):
-        return False
-    if key.startswith("leaderworkerset."):
-        known = {"name": value == owner.name, "worker-index": leads or value != "0"}
-        return owner.kind == "LeaderWorkerSet" and known.get(key.rpartition("/")[2], True)
-    if key.startswith("ray.io/"):
-        return owner.kind in _RAY
-    if key.endswith("job-name"):
-        return owner.kind == "Job" and value == owner.name
-    return not key.startswith("statefulset.") or owner.kind == "StatefulSet"

@@ -41,22 +41,6 @@ def _metrics(autoscaler: Located) -> list[tuple[FieldPath, str]]:
 
 
 @rule(
-    "two-autoscalers",
-    "error",
-    "guardrails",
-    finds="two autoscalers of one workload (HPA and ScaledObject, or two of a kind)",
-    consequence="they set the number of replicas in turns, and the workload swings between both",
-    fix="keep one: a ScaledObject makes its own HPA, and can have several triggers",
-)
-def _two(manifests: Manifests) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        found = manifests.autoscalers_of(workload)
-        if len(found) > 1:
-            names = " and ".join(f"{each.kind} {each.name}" for each in found)
-            yield Hit(found[-1], ("spec", "scaleTargetRef"), f"{workload.object.name} is scaled by {names}")
-
-
-@rule(
     "replicas-and-autoscaler",
     "warning",
     "guardrails",
@@ -225,12 +209,11 @@ def _may_start(pool: Located, server: ManifestWorkload) -> bool:
     fix="set behavior.scaleDown.stabilizationWindowSeconds to 300 or more (the default), at least one cold start",
 )
 def _window(manifests: Manifests) -> Iterator[Hit]:
-    cold = max((each.load_s or 0 for each in manifests.context.models), default=0)
     for each in manifests.autoscalers:
         prefix: FieldPath = ("spec",)
         if each.kind == "ScaledObject":
             prefix = ("spec", "advanced", "horizontalPodAutoscalerConfig")
         path = (*prefix, "behavior", "scaleDown", "stabilizationWindowSeconds")
         window = get(each.data, *path)
-        if isinstance(window, int) and window < max(60, cold):
+        if isinstance(window, int) and window < 60:
             yield Hit(each, path, f"the window is {window} s")

@@ -24,8 +24,8 @@ _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "Resource
 def _fields(manifests: Manifests) -> Iterator[Hit]:
     for each, path, feature in _used(manifests):
         known = versions.FEATURES[feature]
-        if not known.works(manifests.context.minor):
-            what = f"{known.field} works by default from 1.{known.since} on, and this is 1.{manifests.context.minor}"
+        if not known.works(manifests.minor):
+            what = f"{known.field} works by default from 1.{known.since} on, and this is 1.{manifests.minor}"
             yield Hit(each, path, what, fix=f"before 1.{known.since} use {known.instead}")
 
 

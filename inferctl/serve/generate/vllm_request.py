@@ -5,7 +5,7 @@ So vLLM cannot read a body in another way: with another encoding, another one of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +68,20 @@ class VllmRequest:
 
 
 def generation(
-    endpoint: str, raw: bytes, context: int, *, limited: bool = False, most_sequences: int | None = None
+    endpoint: str,
+    raw: bytes,
+    context: int,
+    resolve: Callable[[Any], str],
+    *,
+    limited: bool = False,
+    most_sequences: int | None = None,
 ) -> VllmRequest:
-    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400.
+    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400, and what `resolve` does.
 
-    `context`: the largest one, in tokens. `limited`: the answers must have a limit. `most_sequences`: of one request.
+    `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the answers must have a limit. `most_sequences`: of one request.
     """
     request = _object(raw, context)
+    request["model"] = resolve(request.get("model"))
     extra = request.get("vllm_xargs")
     for name in _OF_SERVERS:
         if request.get(name) is not None or (isinstance(extra, dict) and name in extra):
@@ -118,12 +125,13 @@ def generation(
     )
 
 
-def tokenization(raw: bytes, context: int) -> VllmRequest:
-    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413."""
+def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str]) -> VllmRequest:
+    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does."""
     most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
     if len(raw) > most:
         raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
     request = _object(raw, context)
+    request["model"] = resolve(request.get("model"))
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)

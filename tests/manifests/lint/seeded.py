@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from inferctl.manifests.lint import LintContext, ModelFacts
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.versions import OLDEST_SUPPORTED
 
@@ -29,17 +28,11 @@ class Fault:
     what: str
     objects: list[dict[str, Any]]
     also: Sequence[str] = ()
-    minor: int | None = None
-    model: dict[str, Any] | None = None
+    minor: int = OLDEST_SUPPORTED
 
     @property
     def name(self) -> str:
         return f"{self.rule}: {self.what}"
-
-    @property
-    def context(self) -> LintContext:
-        models = (ModelFacts(**self.model),) if self.model else ()
-        return LintContext(self.minor or OLDEST_SUPPORTED, models)
 
 
 def good() -> list[dict[str, Any]]:
@@ -66,8 +59,7 @@ def faults() -> list[Fault]:
             entry["fault"],
             _changed(entry),
             entry.get("also", ()),
-            entry.get("minor"),
-            entry.get("model"),
+            entry.get("minor", OLDEST_SUPPORTED),
         )
         for entry in entries
     ]

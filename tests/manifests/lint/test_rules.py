@@ -15,14 +15,15 @@ from inferctl.manifests import lint, manifests_file
 from inferctl.manifests.lint import models, observability
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.versions import OLDEST_SUPPORTED
 from tests.manifests import kube
 from tests.manifests.lint import seeded
 
 FAULTS = seeded.faults()
 
 
-def rules(objects: list[dict[str, Any]], context: lint.LintContext | None = None) -> set[str]:
-    return {finding.rule for finding in lint.lint(seeded.located(objects), context)}
+def rules(objects: list[dict[str, Any]], minor: int = OLDEST_SUPPORTED) -> set[str]:
+    return {finding.rule for finding in lint.lint(seeded.located(objects), minor)}
 
 
 def changed(name: str, path: tuple[str | int, ...], value: Any) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def test_there_are_no_findings_in_good_manifests() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_rule_finds_its_fault(fault: seeded.Fault) -> None:
-    assert rules(fault.objects, fault.context) == {fault.rule, *fault.also}
+    assert rules(fault.objects, fault.minor) == {fault.rule, *fault.also}
 
 
 def test_each_rule_has_a_fault() -> None:
@@ -58,11 +59,8 @@ def test_each_rule_has_a_fault() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_same_manifests_without_the_fault_are_good(fault: seeded.Fault) -> None:
-    """The mended twin has the same version and facts, unless the fault is in them."""
-    if fault.minor is None and fault.model is None:
-        assert rules(seeded.good(), fault.context) == set()
-    else:
-        assert fault.rule not in rules(seeded.good(), lint.LintContext())
+    """The mended twin has the same version, unless the fault is in it."""
+    assert fault.rule not in rules(seeded.good())
 
 
 def test_a_node_pool_has_room_for_replicas_and_a_rollout() -> None:
@@ -137,7 +135,7 @@ def test_findings_name_the_place_and_what_differs_there() -> None:
 
     def finding(rule: str, what: str) -> lint.LintFinding:
         fault = faults[rule, what]
-        (found,) = (f for f in lint.lint(seeded.located(fault.objects), fault.context) if f.rule == rule)
+        (found,) = (f for f in lint.lint(seeded.located(fault.objects), fault.minor) if f.rule == rule)
         return found
 
     assert finding("placeholder-differs", "a placeholder for other nodes").what.endswith(": nvidia.com/gpu.product")
@@ -255,9 +253,9 @@ def test_processes_of_several_gpus_have_shared_memory(changes: dict[str, Any], g
 
 def test_versions_decide() -> None:
     tolerance = changed("HorizontalPodAutoscaler/chat", ("spec", "behavior"), {"scaleUp": {"tolerance": "0.05"}})
-    assert rules(tolerance, lint.LintContext(35)) == set()
+    assert rules(tolerance, 35) == set()
     zone = changed("Service/embed", ("spec", "trafficDistribution"), "PreferSameZone")
-    assert rules(zone, lint.LintContext(35)) == set()
+    assert rules(zone, 35) == set()
 
 
 def test_an_annotation_ignores_a_rule_for_its_object() -> None:
@@ -267,14 +265,6 @@ def test_an_annotation_ignores_a_rule_for_its_object() -> None:
     assert rules(objects) == set()
     deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone"}
     assert rules(objects) == {"empty-dir-unbounded"}
-
-
-def test_measured_facts_replace_guesses() -> None:
-    """A model of 70 B in its name, that is known to need 10 GB, fits an L4."""
-    objects = changed("Deployment/chat", (*SERVER, "args", 1), "meta-llama/Llama-3.1-70B-Instruct")
-    facts = (lint.ModelFacts("chat", memory_bytes=10_000_000_000),)
-    assert rules(objects) == {"model-exceeds-memory"}
-    assert rules(objects, lint.LintContext(models=facts)) == set()
 
 
 @pytest.mark.parametrize(
@@ -290,7 +280,7 @@ def test_measured_facts_replace_guesses() -> None:
 )
 def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: float | None) -> None:
     pod = {"kind": "Pod", "spec": {"containers": [{"command": args, "image": "vllm"}]}}
-    found = models.weights(Manifests([]), ManifestWorkload(Located(pod), ()))
+    found = models.weights(ManifestWorkload(Located(pod), ()))
     assert (found.size if found else None) == (pytest.approx(expected) if expected else None)
 
 
@@ -333,8 +323,7 @@ def test_no_rule_fails_on_broken_manifests() -> None:
         objects = copy.deepcopy(chosen.choice(starts))
         for _ in range(chosen.randint(1, 4)):
             _spoil(objects[chosen.randrange(len(objects))], chosen)
-        context = lint.LintContext(32 + number % 6)
-        for finding in lint.lint(seeded.located(objects), context):
+        for finding in lint.lint(seeded.located(objects), 32 + number % 6):
             assert finding.rule in lint.RULES
 
 
