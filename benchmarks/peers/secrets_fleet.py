@@ -229,8 +229,11 @@ class Fleet:
         self.collector.shutdown()
 
     def _signal(self, number: int) -> None:
-        for process in self.running:
-            peers.send(number, sorted(peers.processes(process.pid), reverse=True))
+        for process in (each for each in self.running if each.poll() is None):
+            peers.send(signal.SIGSTOP, [process.pid])  # a gateway would start its Envoy again
+            pids = sorted(peers.processes(process.pid), reverse=True)
+            peers.send(number, pids)
+            peers.send(signal.SIGCONT, pids)
 
 
 def chat(client: Client, marks: Marks) -> dict[str, int]:
