@@ -38,12 +38,6 @@ FEATURES: Mapping[str, Feature] = {
     "image-volume": Feature(
         "volumes[].image", 35, "a PersistentVolumeClaim, or an init container that copies the weights"
     ),
-    "dra": Feature("resource.k8s.io/v1", 34, "the device plugin (resources.limits) instead of resource claims"),
-    "dra-first-available": Feature(
-        "ResourceClaim firstAvailable", 34, "`exactly` with one device class, and one Deployment per kind of GPU"
-    ),
-    "dra-extended-resource": Feature("DeviceClass extendedResourceName", 36, "the device plugin, or resource claims"),
-    "dra-device-taints": Feature("DeviceTaintRule", 37, "taints of the node"),
     "hpa-tolerance": Feature("HorizontalPodAutoscaler behavior.*.tolerance", 35, "stabilizationWindowSeconds"),
     "hpa-scale-to-zero": Feature(
         "HorizontalPodAutoscaler minReplicas: 0", 37, "a KEDA ScaledObject with minReplicaCount: 0, or minReplicas: 1"

@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
 from inferctl.core.sizes import size
@@ -38,17 +38,9 @@ if TYPE_CHECKING:
 _EXTRA_BYTES = 4 * 2**30
 # The structure of the largest published models has 2 MB.
 _MAX_STRUCTURE_BYTES = 64 * 2**20
-# Tensors that share memory are written once for each name, unless transformers ties them again when it loads the model.
-# Without a limit, a small file could fill the disk.
+# Tensors that share memory are written once for each name. Without a limit, a small file could fill the disk.
 _MAX_GROWTH = 4
 _SMALL_BYTES = 64 * 2**20
-# Heads that transformers ties to the input embeddings (`_tied_weights_keys`), and embeddings that T5 and BART tie to
-# `shared`.
-_TIED_HEAD = re.compile(
-    r"(?:^|\.)(?:(?:lm_head|generator_lm_head|vocab_projector|embed_out|predictions|lm_predictions|mlm_head)\b"
-    r"|decoder\.(?:weight|bias)$)"
-)
-_TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
 _SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 # Weights in other formats are quantized: their sum with others needs new scales.
 _SUMMED = ("F32", "F16", "BF16")
@@ -69,27 +61,25 @@ def convert(source: Path, target: Path) -> None:
     if folder.static is not None:
         raise UsageError(f"{source} has static embeddings as a pickle, which is not converted", "use safetensors")
     pickles = folder.pickled
-    tied: dict[str, str] = {}
     indexes: dict[Path, dict[str, str]] = {}
     for file in pickles:
         name = file.relative_to(source)
         place = target / name.with_name(_new_name(name.name))
         place.parent.mkdir(parents=True, exist_ok=True)
-        tensors, dropped = _tensors(file, _ties(folder.config))
+        tensors = _tensors(file)
         index = indexes.setdefault(place.parent, {})
         if repeated := sorted(index.keys() & tensors.keys()):
             raise UsageError(f"{source} has {repeated[0]} in two files with weights", "download the model again")
         index |= dict.fromkeys(tensors, place.name)
         _save(tensors, place)
-        tied |= dropped
         del tensors
     for file in folder.head_pickles:
-        tensors, _ = _tensors(file, ties=False)
+        tensors = _tensors(file)
         place = target / file.stem / "model.safetensors"
         place.parent.mkdir()
         _save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
     for parent, index in indexes.items():
-        _write_index(source / parent.relative_to(target), parent, index, tied)
+        _write_index(source / parent.relative_to(target), parent, index)
     converted = {file.parent for file in pickles}
     config = source / "config.json"
     for file in folder.files():
@@ -212,46 +202,20 @@ def _new_name(name: str) -> str:
     return f"{name.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
 
 
-def _ties(config: dict[str, Any]) -> bool:
-    """Return whether transformers ties heads to the input embeddings when it loads a model of this `config.json`."""
-    inner = config.get("text_config")
-    found = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else config
-    return found.get("tie_word_embeddings", True) is not False
-
-
-def _tensors(file: Path, ties: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors of a pickle to write, and the names that are left out, each with the name that it equals."""
-    loaded = _load(file)
-    dropped = _tied(loaded) if ties else {}
-    kept = {name: tensor for name, tensor in loaded.items() if name not in dropped}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickle to write by name. One that shares its memory with another one gets its own."""
+    tensors = _load(file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if total > _MAX_GROWTH * file.stat().st_size + _SMALL_BYTES:
         raise UsageError(
             f"{file} has {size(file.stat().st_size)}, but its tensors would have {size(total)}",
             "do not use this file: weights that were trained do not repeat",
         )
-    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in kept.values())
-    for name, tensor in kept.items():
-        # A tensor that shares its memory with another one gets its own.
-        own = tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
-        kept[name] = own.contiguous()
-    return kept, dropped
-
-
-def _tied(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return the names that transformers ties again when it loads a model, each with the name that it ties it to."""
-    groups: dict[object, list[str]] = {}
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype)
-        groups.setdefault((*place, tensor.shape, tensor.stride()) if tensor.numel() else name, []).append(name)
-    found = {}
-    for names in groups.values():
-        kept = min(names, key=lambda name: (_TIED_HEAD.search(name) is not None, name.count("."), len(name), name))
-        shared = kept.endswith("shared.weight")
-        for name in set(names) - {kept}:
-            if _TIED_HEAD.search(name) or (shared and _TIED_EMBEDDING.search(name)):
-                found[name] = kept
-    return found
+        own = tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        tensors[name] = own.contiguous()
+    return tensors
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
@@ -318,12 +282,12 @@ def _save(tensors: dict[str, torch.Tensor], place: Path) -> None:
         raise UsageError(f"{place.name} cannot be written: {error}", "export the weights again") from None
 
 
-def _write_index(source: Path, target: Path, index: dict[str, str], tied: dict[str, str]) -> None:
+def _write_index(source: Path, target: Path, index: dict[str, str]) -> None:
     """Write the index of shards, if there are any. Raises `UsageError` if a tensor of the source's index is absent."""
     if set(index.values()) == {"model.safetensors"}:
         return
     listed = weight_map(source / "pytorch_model.bin.index.json")
-    if missing := sorted(listed.keys() - index.keys() - tied.keys()):
+    if missing := sorted(listed.keys() - index.keys()):
         raise UsageError(f"{source} is incomplete: no shard has {missing[0]}", "download the model again")
     document = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
     (target / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -25,13 +25,9 @@ def test_other_texts_are_errors(text: str) -> None:
 SINCE = {
     "pre-stop-sleep": 32,
     "in-place-resize": 33,
-    "dra": 34,
-    "dra-first-available": 34,
     "prefer-same-zone": 34,
     "image-volume": 35,
     "hpa-tolerance": 35,
-    "dra-extended-resource": 36,
-    "dra-device-taints": 37,
     "hpa-scale-to-zero": 37,
 }
 

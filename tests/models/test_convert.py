@@ -107,7 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", TIED)
-def test_tied_weights_are_written_once_and_transformers_loads_all_of_them(kind: str, tmp_path: Path) -> None:
+def test_transformers_loads_all_weights_and_ties_heads_again(kind: str, tmp_path: Path) -> None:
     head, settings, base = TIED[kind]
     common = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(kind, **common, **settings)
@@ -118,12 +118,11 @@ def test_tied_weights_are_written_once_and_transformers_loads_all_of_them(kind: 
     config.save_pretrained(source)
     save(original.state_dict(), source / "pytorch_model.bin")
     target = converted(source)
-    tied = original.state_dict().keys() - load_file(target / "model.safetensors").keys()
-    assert tied, "each of these models ties its head to its embeddings"
     again, report = getattr(transformers, head).from_pretrained(target, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     expected, found = original.state_dict(), again.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert sum(tensor.numel() for tensor in again.parameters()) == sum(each.numel() for each in original.parameters())
     _, report = getattr(transformers, base).from_pretrained(target, output_loading_info=True)
     assert all("pooler" in name for name in report["missing_keys"]), report
 
@@ -158,16 +157,6 @@ def test_views_number_formats_and_shared_layers_survive(tmp_path: Path, legacy: 
         assert found[name].dtype == expected[name].dtype
         assert torch.equal(found[name].nan_to_num(9), expected[name].nan_to_num(9)), name
     assert (target / "model.safetensors").stat().st_mode & 0o777 == (target / "config.json").stat().st_mode & 0o777
-
-
-def test_a_model_that_does_not_tie_its_head_keeps_both_copies(tmp_path: Path) -> None:
-    shared = torch.randn(6, 4)
-    for nested in (False, True):
-        config: dict[str, Any] = {"architectures": ["X"], "tie_word_embeddings": False}
-        config = {"text_config": config} if nested else config
-        source = folder_of(tmp_path / f"source-{nested}", config)
-        save({"model.embed_tokens.weight": shared, "lm_head.weight": shared}, source / "pytorch_model.bin")
-        assert len(load_file(converted(source, f"new-{nested}") / "model.safetensors")) == 2
 
 
 def sharded(source: Path) -> Path:

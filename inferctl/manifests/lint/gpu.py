@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from inferctl.facts import catalog
 from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequence, text
-from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
+from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GPU_PRODUCT, MIG_STATE
 from inferctl.manifests.lint import models
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
@@ -57,24 +56,6 @@ def _visible(manifests: Manifests) -> Iterator[Hit]:
 
 
 @rule(
-    "model-exceeds-memory",
-    "error",
-    "placement",
-    finds="a model whose weights alone are larger than the memory of its GPU or slice",
-    consequence="the server runs out of memory while it loads, restarts, and never becomes ready",
-    fix="use a larger GPU or slice, fewer bits per weight, or more GPUs per pod",
-)
-def _too_large(manifests: Manifests) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        need, device = models.weights(workload), _device_bytes(workload)
-        count = sum(workload.gpus.values()) * workload.group_size
-        if need and device and need.size > device[0] * max(count, models.devices(workload)):
-            container = next(each for each in workload.containers if each.gpus)
-            what = f"{need.name}: {need.how}, but {device[1]} has {device[0] / 1e9:.0f} GB"
-            yield Hit(workload.object, (*container.path, "resources"), what)
-
-
-@rule(
     "parallel-size",
     "error",
     "placement",
@@ -111,25 +92,6 @@ def _shared_memory(manifests: Manifests) -> Iterator[Hit]:
             if several and "/dev/shm" not in mounted and get(workload.spec, "hostIPC") is not True:
                 what = f"{each.name} uses {count} GPUs, and mounts nothing at /dev/shm"
                 yield Hit(workload.object, (*each.path, "volumeMounts"), what)
-
-
-def _device_bytes(workload: ManifestWorkload) -> tuple[int, str] | None:
-    """Return the memory of one GPU of a workload, and which GPU it is: the largest that the node labels allow."""
-    for name in workload.gpus:
-        if found := re.match(r"nvidia\.com/mig-\d+g\.(\d+)gb", name):
-            return int(found[1]) * 10**9, name
-    labels = workload.node_labels
-    for values in (labels.get(GPU_PRODUCT, set()), labels.get(GKE_PARTITION, set())):
-        sizes = [re.search(r"(?:-MIG-|^)\d+g\.(\d+)gb", value) for value in values]
-        if sizes and all(sizes):
-            return max(int(size[1]) for size in sizes if size) * 10**9, "/".join(sorted(values))
-    found_parts = [
-        part
-        for part in catalog.hardware_profiles().values()
-        if not part.mig and any(part.labels.get(key) in labels.get(key, ()) for key in (GPU_PRODUCT, GKE_ACCELERATOR))
-    ]
-    memory = [part.memory_bytes for part in found_parts if part.memory_bytes]
-    return (max(memory), found_parts[0].name) if memory and workload.gpus else None
 
 
 @rule(

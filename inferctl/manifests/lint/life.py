@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.manifests import label_keys
-from inferctl.manifests.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
+from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
 from inferctl.manifests.lint import models
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, same_namespace
@@ -128,26 +128,6 @@ def _surge(manifests: Manifests) -> Iterator[Hit]:
         yield Hit(workload.object, path, what)
 
 
-@rule(
-    "rollout-stops-all",
-    "warning",
-    "life",
-    finds="a rollout that stops all replicas of a model server at once: Recreate, or maxUnavailable of all",
-    consequence="each change of the pods is an outage until the first new server has loaded its model",
-    fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
-)
-def _stops_all(manifests: Manifests) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
-        if workload.object.kind != "Deployment" or most < 2:
-            continue
-        recreate = strategy.get("type") == "Recreate"
-        unavailable = count_of(get(strategy, "rollingUpdate", "maxUnavailable"), most) or 0
-        if recreate or unavailable >= most:
-            how = "the strategy Recreate" if recreate else "maxUnavailable"
-            yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
-
-
 def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     """Return whether placeholders or a CapacityBuffer keep a GPU of the same kind free."""
     buffers = (manifests.buffer_target(each) for each in manifests.of("CapacityBuffer"))
@@ -159,7 +139,7 @@ def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     "empty-dir-unbounded",
     "warning",
     "life",
-    finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
+    finds="an emptyDir without sizeLimit",
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
     fix="set emptyDir.sizeLimit; medium: Memory counts toward the memory limit of the container",
 )
@@ -168,32 +148,9 @@ def _empty_dir(manifests: Manifests) -> Iterator[Hit]:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
             path, name = (*workload.spec_path, "volumes", index), text(volume, "name")
             size, in_memory = get(volume, "emptyDir", "sizeLimit"), get(volume, "emptyDir", "medium") == "Memory"
-            if size and in_memory:
-                limit = _memory_limit(workload, name)
-                if limit is not None and (as_float(size) or 0) > limit:
-                    yield Hit(
-                        workload.object,
-                        (*path, "emptyDir", "sizeLimit"),
-                        f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
-                        consequence="its files count toward the memory limit: a container is killed before it is full",
-                        fix="lower the sizeLimit, or raise the memory limit",
-                    )
             # A volume without a source is an emptyDir.
-            elif isinstance(volume, dict) and not size and ("emptyDir" in volume or volume.keys() <= {"name"}):
+            if isinstance(volume, dict) and not size and ("emptyDir" in volume or volume.keys() <= {"name"}):
                 yield Hit(workload.object, path, f"emptyDir {name}{' in memory' if in_memory else ''} has no sizeLimit")
-
-
-def _memory_limit(workload: ManifestWorkload, volume: str) -> float | None:
-    """Return how much memory the containers that mount a volume may take together; None if that is not limited."""
-    if (of_pod := as_float(get(workload.spec, "resources", "limits", "memory"))) is not None:
-        return of_pod
-    limits = [
-        as_float(get(each.data, "resources", "limits", "memory"))
-        for each in workload.all_containers
-        if any(text(mount, "name") == volume for mount in sequence(each.data, "volumeMounts"))
-    ]
-    known = [limit for limit in limits if limit]
-    return sum(known) if known and len(known) == len(limits) else None
 
 
 @rule(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from inferctl.manifests import versions
-from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence
+from inferctl.manifests.kubernetes.fields import get, integer
 from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.manifests_file import FieldPath, Located
-
-_DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "ResourceSlice")
 
 
 @rule(
@@ -48,14 +46,3 @@ def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
     for each in manifests.of("Service"):
         if get(each.data, "spec", "trafficDistribution") in ("PreferSameZone", "PreferSameNode"):
             yield each, ("spec", "trafficDistribution"), "prefer-same-zone"
-    for each in manifests.objects:
-        if each.kind in _DRA_KINDS and each.api_version == "resource.k8s.io/v1":
-            yield each, ("apiVersion",), "dra"
-        prefix = ("spec", "spec") if each.kind == "ResourceClaimTemplate" else ("spec",)
-        for index, request in enumerate(sequence(each.data, *prefix, "devices", "requests")):
-            if each.kind in _DRA_KINDS and get(request, "firstAvailable"):
-                yield each, (*prefix, "devices", "requests", index, "firstAvailable"), "dra-first-available"
-        if each.kind == "DeviceClass" and mapping(each.data, "spec").get("extendedResourceName"):
-            yield each, ("spec", "extendedResourceName"), "dra-extended-resource"
-        if each.kind == "DeviceTaintRule":
-            yield each, ("kind",), "dra-device-taints"

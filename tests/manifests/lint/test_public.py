@@ -25,20 +25,17 @@ FINDINGS = {
         "empty-dir-unbounded",
         "backlog-only",
     },
-    # A 70B model of Ollama has 4 bits per weight, and fits. `sku=gpu` is the taint of Azure. A volume without a source
+    # `sku=gpu` is the taint of Azure. A volume without a source
     # is an emptyDir.
     "ollama.yaml": {"empty-dir-unbounded"},
     # KServe makes the pods, and the lint says that it does not read them.
     "kserve.yaml": set(),
     # The operator of Ray adds the port `metrics`.
     "ray.yaml": set(),
-    # 405 billion weights on two nodes with eight GPUs each.
     "leader-worker-set.yaml": {"gpu-toleration-missing"},
-    # `-m` names a model: 70 billion weights of 4 bits.
     "llama-cpp.yaml": set(),
     # A monitor may have one port for each of its Services.
     "nim.yaml": set(),
-    # gpt-oss-120b is published in 4 bits, and fits.
     "sglang.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "image-unpinned"},
     # The picker has the name of the pool in its arguments. It is no model server.
     "inference-gateway.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "empty-dir-unbounded"},
@@ -130,24 +127,6 @@ def test_the_name_of_the_port_of_a_probe_is_one_of_its_container(port: object, f
     sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
     pod(item)["containers"].append(sidecar)
     assert ("port-name-unknown" in rules([item])) == found
-
-
-def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-    item = server(volumeMounts=mounts)
-    pod(item)["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "70Gi"}}]
-    assert rules([item])["empty-dir-unbounded"] == ("emptyDir shm may have 70Gi in memory, and its containers 64Gi")
-    sidecar = {"name": "proxy", "image": "proxy:1", "resources": {"limits": {"memory": "8Gi"}}}
-    pod(item)["containers"].append(sidecar)
-    assert "empty-dir-unbounded" in rules([item])
-    sidecar["volumeMounts"] = mounts
-    assert "empty-dir-unbounded" not in rules([item])
-    # Without a limit, only the node limits the memory.
-    sidecar["resources"] = {}
-    pod(item)["volumes"][0]["emptyDir"]["sizeLimit"] = "700Gi"
-    assert "empty-dir-unbounded" not in rules([item])
-    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
-    assert "empty-dir-unbounded" in rules([item])
 
 
 def test_an_activity_of_the_gpu_is_no_load() -> None:

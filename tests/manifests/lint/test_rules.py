@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from inferctl.manifests import lint, manifests_file
-from inferctl.manifests.lint import models, observability
+from inferctl.manifests.lint import observability
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.versions import OLDEST_SUPPORTED
@@ -265,23 +265,6 @@ def test_an_annotation_ignores_a_rule_for_its_object() -> None:
     assert rules(objects) == set()
     deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone"}
     assert rules(objects) == {"empty-dir-unbounded"}
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["--model", "org/name-7B"], 14e9),
-        (["--model=mistralai/Mixtral-8x7B-v0.1"], 89.6e9),
-        (["--model-id", "org/name-0.5b-gptq"], 0.25e9),
-        (["bash", "-c", "exec vllm serve org/name-13b --quantization fp8"], 13e9),
-        (["serve", "--port", "8000"], None),
-        (["--model", "org/name"], None),
-    ],
-)
-def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: float | None) -> None:
-    pod = {"kind": "Pod", "spec": {"containers": [{"command": args, "image": "vllm"}]}}
-    found = models.weights(ManifestWorkload(Located(pod), ()))
-    assert (found.size if found else None) == (pytest.approx(expected) if expected else None)
 
 
 def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
