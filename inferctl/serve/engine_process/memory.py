@@ -43,7 +43,7 @@ def check_all(models: Sequence[tuple[Spec, ModelFolder]], device: str) -> None:
     """
     info, traits = cpu.detect()
     cuda, limit = device != "cpu" and Path("/dev/nvidiactl").exists(), cgroup.memory_limit()
-    available = limit - cgroup.memory_in_use() if limit else info.memory_bytes
+    available: int | None = limit - cgroup.memory_in_use() if limit else info.memory_bytes
     precision, most_tokens = best_precision(traits), cpu.BATCH_TOKENS_PER_CORE * (info.threads or 1)
     if cuda:
         available, precision, most_tokens = _free_on_gpus(), "bf16", 1 << 20
