@@ -115,7 +115,11 @@ def keys(root: type[BaseModel], hidden: Collection[str] = ()) -> str:
             key = prefix + name
             if key in hidden:
                 continue
-            if inner := section(info.annotation):
+            if (inner := section(info.annotation)) and "[]." in key:  # of an item of a list, described at the whole
+                own = [f"`{each}`" for each in inner.model_fields if f"{name}.{each}" not in hidden]
+                rows.append(f"| `{key}` | - | As `{name}`, with its keys {', '.join(own)}. |")
+                continue
+            if inner:
                 walk(inner, f"{key}.")
                 continue
             default = (

@@ -13,7 +13,7 @@ GROUPS = {
     "voyageai",
     "dev-deploy": "cel check-jsonschema envoy kubectl kubernetes_validate shellcheck",
     "dev-docs": "plotly zensical",
-    "dev-models": "sentence_transformers sentencepiece",
+    "dev-models": "peft sentence_transformers sentencepiece",
 }
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from load import requests, run_closed, run_open
+from load import requests, run_closed
+from recorder import OpenLoop, latencies, quantile, statuses
 
 sys.path.insert(0, str(peers.ROOT))
 KEYS, CLIENTS, LOAD = 10_000, 64, 0.4
@@ -114,10 +115,11 @@ def main() -> None:
                 assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
                 found["requests/s"].append(outcome.rate)
                 found["CPU us"].append(1e6 * (server.cpu_seconds() - before) / outcome.statuses[200])
-                outcome = run_open(server.url, ready, rate, options.seconds)
-                assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
-                found["p50 ms"].append(outcome.quantile(0.5))
-                found["p99 ms"].append(outcome.quantile(0.99))
+                with OpenLoop(server.url, [("", request) for request in ready], rate, options.seconds) as load:
+                    load.join()
+                assert list(seen := statuses(load.records)) == ["200"], f"{server.name} rejected requests: {seen}"
+                for name, q in (("p50 ms", 0.5), ("p99 ms", 0.99)):
+                    found[name].append(quantile(latencies(load.records), q))
         finally:
             for server, _ in servers:
                 server.end()

@@ -14,18 +14,13 @@ model's computation does not hide the edge. MODEL then needs no weights that run
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,70 +54,6 @@ class Window:
         return 1e6 * self.cpu_s / self.all_tokens
 
 
-class Server:
-    """A server process in its own group."""
-
-    def __init__(self, name: str, port: int, command: list[str], variables: dict[str, str]) -> None:
-        self.name, self.port = name, port
-        self._log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log")  # noqa: SIM115  # until the end
-        environment = os.environ | variables
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
-        )
-
-    @property
-    def pid(self) -> int:
-        """The id of its first process."""
-        return self._process.pid
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds of all its processes so far."""
-        ticks = 0
-        for pid in self._processes():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def wait(self) -> None:
-        """Wait until the server responds."""
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(
-                    f"http://127.0.0.1:{self.port}/readyz"
-                    if self.name == "inferctl"
-                    else f"http://127.0.0.1:{self.port}/health"
-                ):
-                    return
-            except OSError:
-                time.sleep(1)
-            if self._process.poll() is not None:
-                break
-        sys.exit(f"{self.name} did not start: {Path(self._log.name).read_text()[-2000:]}")
-
-    def _processes(self) -> list[int]:
-        """Return the process and everything below it; vLLM starts its children in groups of their own."""
-        found, todo = [], [self._process.pid]
-        while todo:
-            found.append(todo.pop())
-            done = subprocess.run(["pgrep", "-P", str(found[-1])], capture_output=True, text=True, check=False)
-            todo += map(int, done.stdout.split())
-        return found
-
-    def signal(self, number: int) -> None:
-        for pid in self._processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def end(self) -> None:
-        self.signal(signal.SIGCONT)
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
-
-
 async def user(port: int, number: int, window: Window, begin: float, end: float) -> None:
     """Stream one completion after the other until `end`, and count what arrives from `begin` on."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -145,17 +76,10 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
         sent = time.monotonic()
         writer.write(head.encode() + b"\r\n\r\n" + body)
         arrived: list[float] = []
-        connections = 1
         while True:
             line = await reader.readline()
             if not line:
-                if arrived or connections == 3:
-                    sys.exit("the server closed the connection")
-                # llama.cpp's server ends connections between requests. As HTTP clients do, send it on a new one.
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(head.encode() + b"\r\n\r\n" + body)
-                connections += 1
-                continue
+                sys.exit("the server closed the connection")
             if not line.startswith(b"data: "):
                 continue
             if line.startswith(b"data: [DONE]"):
@@ -173,7 +97,7 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
     writer.close()
 
 
-async def measure(server: Server, users: int, seconds: float) -> Window:
+async def measure(server: peers.Server, users: int, seconds: float) -> Window:
     window = Window(seconds)
     begin, cpu_s = time.monotonic() + 3, server.cpu_seconds()
     await asyncio.gather(*(user(server.port, number, window, begin, begin + seconds) for number in range(users)))
@@ -182,15 +106,13 @@ async def measure(server: Server, users: int, seconds: float) -> Window:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(rounds=4, seconds=20)
+    parser.add_argument("model", type=Path)
     parser.add_argument("--users", default="1,8,32")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--stand-in", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--stand-in", action="store_true", help="without vLLM: the stand-in of the tests")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers too
+    model = str(options.model.resolve())
     users = [int(each) for each in options.users.split(",")]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     if options.stand_in:
@@ -198,29 +120,29 @@ def main() -> None:
         variables["PYTHONPATH"] = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
     spec = {
         "name": "m",
-        "model": {"source": options.model},
+        "model": {"source": model},
         "serve": {"max_context_tokens": 2048, "kv_cache": "1GiB", "port": 18601, "precision": "bf16"},
     }
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", options.model, "--served-model-name", "m"]
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m"]
     with tempfile.TemporaryDirectory() as folder:
         if not options.stand_in:
             variables |= peers.vllm_environment(Path(folder))
         file = Path(folder) / "inferctl.yaml"
         file.write_text(json.dumps(spec))
-        servers = [Server("vllm", 18600, [*vllm, "--port", "18600", *SHARED], variables)]
-        servers[0].wait()
+        servers: list[peers.Server] = []
         command = [sys.executable, "-m", "inferctl.serve", "--spec", str(file)]
-        servers.append(Server("inferctl", 18601, command, variables if options.stand_in else {}))
+        own = variables if options.stand_in else {}
         try:
-            servers[1].wait()
+            servers.append(peers.start("vllm", [*vllm, "--port", "18600", *SHARED], 18600, "", "/health", **variables))
+            servers.append(peers.start("inferctl", command, 18601, "", "/readyz", **own))
             results: dict[tuple[str, int], list[Window]] = {}
             for count in users:
                 for round_number in range(options.rounds):
                     for server in servers if round_number % 2 == 0 else servers[::-1]:
                         other = servers[1 - servers.index(server)]
-                        other.signal(signal.SIGSTOP)
+                        other.pause()
                         window = asyncio.run(measure(server, count, options.seconds))
-                        other.signal(signal.SIGCONT)
+                        other.resume()
                         results.setdefault((server.name, count), []).append(window)
         finally:
             for server in servers:

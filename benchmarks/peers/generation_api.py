@@ -145,7 +145,7 @@ async def load(port: int, headers: str, clients: int, tokens: int, seconds: floa
     return found
 
 
-def start(name: str, model: Path, folder: Path) -> tuple[generation.Server, str]:
+def start(name: str, model: Path, folder: Path) -> tuple[peers.Server, str]:
     """Start a server. Return it, and the headers of its requests."""
     edge, sections, more = SERVERS[name]
     shared = ["--max-num-seqs", "256"]
@@ -154,7 +154,8 @@ def start(name: str, model: Path, folder: Path) -> tuple[generation.Server, str]
     if not edge:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "m"]
         command += ["--port", str(port), *generation.SHARED, *shared, *more]
-        return generation.Server("vllm", port, command, variables | peers.vllm_environment(folder)), headers
+        variables |= peers.vllm_environment(folder)
+        return peers.start("vllm", command, port, "", "/health", **variables), headers
     serve = {"port": port, "precision": "bf16", "max_sequences": 256, "kv_cache": "1GiB", "vllm_options": more}
     spec: dict[str, Any] = {"name": "m", "model": {"source": str(model)}, "serve": serve}
     for section in sections:
@@ -163,9 +164,8 @@ def start(name: str, model: Path, folder: Path) -> tuple[generation.Server, str]
         headers += "".join(f"{name}: {value}\r\n" for name, value in found.items())
     file = folder / "inferctl.yaml"
     file.write_text(json.dumps(spec))
-    return generation.Server(
-        "inferctl", port, [sys.executable, "-m", "inferctl.serve", "--spec", str(file)], variables
-    ), headers
+    command = [sys.executable, "-m", "inferctl.serve", "--spec", str(file)]
+    return peers.start("inferctl", command, port, "", "/readyz", **variables), headers
 
 
 def main() -> None:
@@ -189,8 +189,7 @@ def main() -> None:
             folder.mkdir()
             server, headers = start(name, model, folder)
             try:
-                server.wait()
-                pids = processes(server.pid)
+                pids = processes(server.process.pid)
                 for clients in counts:
                     for tokens in peers.order(OUTPUTS, options.rounds):
                         window = asyncio.run(load(server.port, headers, clients, tokens, options.seconds, pids))

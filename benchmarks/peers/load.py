@@ -1,16 +1,13 @@
 """A load generator with a low CPU cost, for comparisons with other servers.
 
 It sends prepared bytes, reads status and length of the response, and has one asyncio protocol per connection. It shares
-the machine with the server. `python benchmarks/peers/load.py` measures its own ceiling, against a server that sends
-fixed bytes.
+the machine with the server. `recorder.py` has an open loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
-import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,11 +95,6 @@ def run_closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, w
     return _run(_closed(url, ready, clients, seconds, warm))
 
 
-def run_open(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int = 1) -> Outcome:
-    """Run an open loop: `rate` requests/s with Poisson arrivals. Latencies count from the intended send times."""
-    return _run(_open(url, ready, rate, seconds, seed))
-
-
 async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float) -> Outcome:
     outcome, begin = Outcome(seconds), time.perf_counter() + warm
     end, at = begin + seconds, 0
@@ -135,39 +127,9 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
     for connection, done in zip(connections, finished, strict=True):
         drive(connection, done)
     await asyncio.wait(finished, timeout=warm + seconds + 30)
-    _close(connections)
-    return outcome
-
-
-async def _open(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int) -> Outcome:
-    outcome, random_ = Outcome(seconds), random.Random(seed)
-    free = [await _connect(url) for _ in range(64)]
-    connections, waiting = list(free), set()
-    due, index, begin = 0.0, 0, time.perf_counter()
-    while (due := due + random_.expovariate(rate)) < seconds:
-        intended = begin + due
-        if (pause := intended - time.perf_counter()) > 0:
-            await asyncio.sleep(pause)
-        while free and free[-1].transport.is_closing():  # servers close idle connections
-            free.pop()
-        if not free:
-            free.append(await _connect(url))
-            connections.append(free[-1])
-        connection, done = free.pop(), asyncio.get_running_loop().create_future()
-
-        def on_response(status: int, c: _Connection = connection, d: Any = done, m: float = intended) -> None:
-            outcome.latencies.append(time.perf_counter() - m)
-            outcome.statuses[status] = outcome.statuses.get(status, 0) + 1
-            free.append(c)
-            d.done() or d.set_result(None)
-
-        connection.on_response = on_response
-        waiting.add(done)
-        done.add_done_callback(waiting.discard)
-        connection.send(ready[(index := index + 1) % len(ready)])
-    if waiting:
-        await asyncio.wait(list(waiting), timeout=60)
-    _close(connections)
+    for connection in connections:
+        connection.on_response = lambda _: None
+        connection.transport.close()
     return outcome
 
 
@@ -175,12 +137,6 @@ async def _connect(url: str) -> _Connection:
     at = urlsplit(url)
     _, connection = await asyncio.get_running_loop().create_connection(_Connection, at.hostname, at.port)
     return connection
-
-
-def _close(connections: Sequence[_Connection]) -> None:
-    for connection in connections:
-        connection.on_response = lambda _: None
-        connection.transport.close()
 
 
 def _run(work: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -192,42 +148,3 @@ def _run(work: Coroutine[Any, Any, Outcome]) -> Outcome:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work)
-
-
-class _Fixed(asyncio.Protocol):
-    """A server without any work: it sends the same bytes after each read."""
-
-    BODY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 8000\r\n\r\n" + b"x" * 8000
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.transport.write(self.BODY)  # type: ignore[attr-defined]
-
-
-async def _fixed_server(port: int) -> Any:
-    server = await asyncio.get_running_loop().create_server(_Fixed, "127.0.0.1", port)
-    await server.serve_forever()
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["serve"]:
-        _run(_fixed_server(int(sys.argv[2])))
-    import subprocess
-
-    server = subprocess.Popen([sys.executable, __file__, "serve", "18599"])
-    time.sleep(1)
-    try:
-        url = "http://127.0.0.1:18599"
-        outcome = run_closed(url, requests(url, "/", [{"input": "x" * 250}]), 64, 5)
-        print(
-            f"ceiling of the load generator: {outcome.rate:.0f} requests/s "
-            "(8 KB responses, 64 clients, server and load generator on the same cores)"
-        )
-    finally:
-        server.kill()
-
-
-if __name__ == "__main__":
-    main()

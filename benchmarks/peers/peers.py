@@ -23,7 +23,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ PACKAGES = {
     "fastembed": ("fastembed",),
 }
 BACKENDS = ("sentence-transformers onnx", "sentence-transformers openvino", "openvino")
-START_SECONDS = 180
+START_SECONDS = 600  # vLLM compiles
 T = TypeVar("T")
 
 
@@ -142,6 +142,12 @@ def processes(pid: int) -> set[int]:
     return found
 
 
+def send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def pss_mb(pid: int) -> float:
     """Return the memory of a process and all below it (PSS, MB)."""
     lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
@@ -162,12 +168,16 @@ class Server:
     pausable: bool = True
     start_seconds: float = 0.0
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def pause(self) -> None:
         if self.pausable:
-            os.killpg(self.process.pid, signal.SIGSTOP)
+            send(signal.SIGSTOP, processes(self.process.pid))
 
     def resume(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
+        send(signal.SIGCONT, processes(self.process.pid))
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of its processes so far."""
@@ -178,7 +188,13 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Let it remove what it has in shared memory, then kill what is left."""
+        self.resume()
+        pids = processes(self.process.pid)
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        send(signal.SIGKILL, pids)
         self.process.wait()
 
 
@@ -191,6 +207,7 @@ def start(
     *,
     pausable: bool = True,
     folder: Path = HERE,
+    **variables: str,
 ) -> Server:
     """Start a server in its own process group and wait until GET `ready` returns 200."""
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -201,7 +218,7 @@ def start(
             stdout=stream,
             stderr=stream,
             stdin=subprocess.DEVNULL,
-            env=environment(),
+            env=environment() | variables,
             start_new_session=True,
             cwd=folder,
         )

@@ -62,14 +62,14 @@ TEMPLATE = """<|im_start|>system
 """
 
 
-def make_model(folder: Path) -> None:
-    """Write the cross-encoder into `folder`."""
+def make_model(folder: Path, labels: int = 1) -> None:
+    """Write the cross-encoder, or a classifier with several labels, into `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     # With the usual range of 0.02, all scores are nearly equal.
-    config = AutoConfig.from_pretrained(peers.MODEL, num_labels=1, initializer_range=0.06)
+    config = AutoConfig.from_pretrained(peers.MODEL, num_labels=labels, initializer_range=0.06)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(peers.MODEL / name, folder)

@@ -19,7 +19,6 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import peers
-import psutil
 import psycopg
 from secret_marks import Client, Marks, launch, search, search_all, serve, url_of
 
@@ -204,7 +203,7 @@ class Fleet:
 
     def read_pages(self) -> None:
         """Write what metrics, `/info`, Envoy's admin interface and the list of processes say to files."""
-        pids = [pid for process in self.running for pid in _tree(process.pid)]
+        pids = [pid for process in self.running for pid in peers.processes(process.pid)]
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
         (self.folder / "commands.txt").write_bytes(b"\n".join(commands))
         for name, url in self.pages.items():
@@ -230,17 +229,11 @@ class Fleet:
         self.collector.shutdown()
 
     def _signal(self, number: int) -> None:
-        for process in self.running:
-            for pid in reversed(_tree(process.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-
-
-def _tree(pid: int) -> list[int]:
-    """Return the process `pid` and all processes below it, if it runs."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-    return []
+        for process in (each for each in self.running if each.poll() is None):
+            peers.send(signal.SIGSTOP, [process.pid])  # a gateway would start its Envoy again
+            pids = sorted(peers.processes(process.pid), reverse=True)
+            peers.send(number, pids)
+            peers.send(signal.SIGCONT, pids)
 
 
 def chat(client: Client, marks: Marks) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -82,11 +82,15 @@ class PriorityQueue:
 
 @dataclass
 class Batcher:
-    """The queue in front of the ready engines, which run `slots` batches at a time in total."""
+    """The queue in front of the ready engines, which run `slots` batches at a time in total.
+
+    `elapsed`: of several models on a device, returns the predicted seconds until it spent some on this one.
+    """
 
     limits: QueueLimits
     latency: LatencyModel = field(default_factory=LatencyModel)
     slots: int = 1
+    elapsed: Callable[[float], float] | None = None
     _interactive: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     _bulk: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     # The queued sequences by request and position. A sequence whose request is missing here was cancelled.
@@ -160,7 +164,8 @@ class Batcher:
             raise AdmissionError("max_wait", message, wait - self.limits.max_wait_s)
         # The sequences run on all engines that are free by then. One sequence runs on one engine.
         parallel = max(1, min(self.slots, tokens // max(_MIN_SPLIT_TOKENS, longest)))
-        predicted = wait + self.latency.seconds(tokens, self.limits.batch_tokens) / parallel
+        own = self.latency.seconds(tokens, self.limits.batch_tokens) / parallel
+        predicted = wait + (own if self.elapsed is None else self.elapsed(own))
         if self.limits.slo_s is not None and not bulk and wait:
             late = predicted - self.limits.slo_s / self._safety_factor
             if late > 0:
@@ -176,6 +181,7 @@ class Batcher:
         if self.limits.slo_s is not None and not bulk:
             bound = min(bound, self.limits.slo_s / self._safety_factor)
         seconds = self.latency.seconds(held + tokens, self.limits.batch_tokens) / max(1, self.slots)
+        seconds = seconds if self.elapsed is None else self.elapsed(seconds)
         if exceeds_share(held, tokens, free) or seconds > SHARE * (bound - wait):
             message = f"this key has {held} tokens in the queue, and other keys need room"
             raise AdmissionError("key_share", message, wait if self.latency.known else 1.0)
@@ -183,7 +189,8 @@ class Batcher:
     def expected_wait(self, *, bulk: bool = True) -> float:
         """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
         tokens = self.waiting_tokens if bulk else self._interactive.tokens
-        return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
+        seconds = self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
+        return seconds if self.elapsed is None else self.elapsed(seconds)
 
     def cancel(self, request: int) -> None:
         """Remove the queued sequences of a request. Unknown requests are ignored."""

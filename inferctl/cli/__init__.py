@@ -39,6 +39,7 @@ class Root(LazyGroup):
         "convert": Command(
             "inferctl.cli.convert", "convert", "Convert pickled weights to safetensors, and a tokenizer."
         ),
+        "merge": Command("inferctl.cli.merge", "merge", "Make one model of a base and a LoRA adapter."),
         "serve": Command("inferctl.cli.serve", "serve", "Serve a model with an OpenAI-compatible API."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),

@@ -123,6 +123,12 @@ Lengths = Annotated[
         help="Generation: set the tokens of prompt and output, as 128,64, azure-llm-2023 or FILE.csv.",
     ),
 ]
+Names = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MIX", help="Request these models or adapters: a=2,b=1, uniform or zipf:1.2. [default: the plan's]"
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -166,6 +172,7 @@ def bench(
     slo_ttft: SloTtft = None,
     slo_itl: SloItl = None,
     lengths: Lengths = None,
+    names: Names = None,
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
@@ -189,7 +196,7 @@ def bench(
         "rate": rate,
         "duration_s": duration,
         "repeats": repeats,
-        "load": {"workers": workers},
+        "load": {"workers": workers, "names": bench_options.parse_names(names)},
         "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
         "batch_tokens": batch_tokens,
         "corpora": corpus,

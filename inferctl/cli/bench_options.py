@@ -82,6 +82,17 @@ def parse_lengths(text: str | None) -> dict[str, int | str]:
     return {"lengths": text}
 
 
+def parse_names(text: str | None) -> dict[str, float] | str | None:
+    """Return `load.names` for `--names`: `a,b=2`, where a name without a number has the share 1, or a distribution."""
+    if text is None or re.fullmatch(r"uniform|zipf(:.*)?", text):
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    try:
+        return {name: float(share or 1) for name, _, share in pairs}
+    except ValueError:
+        raise UsageError(f"--names {text!r} is not a list of names", "pass `a=2,b=1`, uniform or zipf:1.2") from None
+
+
 def parse_target(text: str) -> tuple[str, str]:
     """Return name and address of `--url NAME=URL`. Raises `UsageError`."""
     name, separator, address = text.partition("=")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from inferctl.bench.load import child_server
@@ -56,9 +57,13 @@ def prepare(bench_options: BenchOptions) -> Bench:
     folder = _model_folder(resolved, needs_model)
     servers = _servers(targets, access)
     plan = plan.for_task(_task(resolved, folder, targets, servers))
-    if bench_options.profile and (plan.load.task == "generate" or not any(each.precision for each in targets)):
+    if resolved and resolved.spec.models and needs_model and plan.load.names is None:
+        plan = plan.model_copy(update={"load": plan.load.model_copy(update={"names": "uniform"})})
+    if bench_options.profile and (
+        plan.load.task == "generate" or folder is None or not any(each.precision for each in targets)
+    ):
         raise UsageError(
-            "`--profile` shows the engine of a server that inferctl starts, not a running server or vLLM",
+            "`--profile` shows the engine of a server that inferctl starts with one model, without vLLM",
             "remove `--profile`, or measure a precision of an encoder: `-p bf16`",
         )
     if plan.load.task == "generate":
@@ -66,12 +71,13 @@ def prepare(bench_options: BenchOptions) -> Bench:
         targets = _targets(plan, url_targets, bench_options)
         bench_checks.check_search(plan, targets, slo)
         bench_checks.check_lengths(plan)
+    plan = _with_names(plan, targets, lambda: _tasks(resolved, folder), servers)
     bench_checks.check_checkpoints(targets, folder)
     output = create_folder(bench_options.output, plan.name)
     command = None
-    if resolved and folder:
+    if resolved and (folder or resolved.spec.models):
         spec_file = Path(resolved.file).resolve() if resolved.file else None
-        command = child_server.serve_command(str(folder), resolved.spec.name, spec_file)
+        command = child_server.serve_command(str(folder) if folder else None, resolved.spec.name, spec_file)
     return Bench(
         plan,
         targets,
@@ -81,7 +87,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         slo,
         access,
         profile=bench_options.profile,
-        model_source=resolved.spec.model.source if resolved else None,
+        model_source=resolved.spec.model.source if resolved and resolved.spec.model else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )
 
@@ -96,9 +102,10 @@ def _task(
 ) -> Task:
     """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
     tasks = {name: server.task for name, server in servers.items()}
-    if resolved and folder and len(servers) < len(targets):
-        spec = resolved.spec.model
-        task = model_folder.resolve_task(spec.task, model_folder.ModelFolder(folder), spec.source)
+    if resolved and len(servers) < len(targets):
+        found = set(_tasks(resolved, folder).values())
+        # The requests of a load with names have the task of their name.
+        task = found.pop() if len(found) == 1 else "embed"
         tasks |= {target.name: task for target in targets if not target.url}
     if len(set(tasks.values())) > 1:
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
@@ -106,10 +113,43 @@ def _task(
     return next(iter(tasks.values()), "embed")
 
 
+def _tasks(resolved: Resolved | None, folder: Path | None) -> dict[str, Task]:
+    """Return the task of each model and adapter in the settings. `folder`: of the model, if it is the only one."""
+    found: dict[str, Task] = {}
+    for one in resolved.spec.each() if resolved else ():
+        files = model_folder.ModelFolder(folder) if folder else download.fetch(one.model.source, one.model.revision)
+        task = model_folder.resolve_task(one.model.task, files, one.model.source)
+        found |= dict.fromkeys([one.name, *(adapter.name for adapter in one.model.adapters)], task)
+    return found
+
+
+def _with_names(
+    plan: Plan,
+    targets: list[BenchTarget],
+    of_spec: Callable[[], dict[str, Task]],
+    servers: dict[str, ServerConnection],
+) -> Plan:
+    """Return the plan with the tasks of the names that requests use. `of_spec` returns those of the spec.
+
+    Raises `UsageError` for a name that a target does not have, and for names of generation and of other tasks.
+    """
+    if not any(plan.load_with(target.load).names for target in targets):
+        return plan
+    served = {target.name: servers[target.name].tasks() if target.url else of_spec() for target in targets}
+    load = plan.load.with_names(served[targets[0].name])
+    plan = plan.model_copy(update={"load": load})
+    loads = [plan.load_with(target.load).with_names(served[target.name]) for target in targets]
+    tasks = {each.of_name(name).task for each in loads for name in each.names or ()}
+    if "generate" in tasks and len(tasks) > 1:
+        raise UsageError("a load cannot name models of generation and of other tasks", "measure one after the other")
+    task = tasks.pop() if len(tasks) == 1 else "embed"
+    return plan.model_copy(update={"load": load.model_copy(update={"task": task})})
+
+
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
     try:
-        return options.load(bench_options.spec_file, {"model.source": bench_options.model})
+        return options.load(bench_options.spec_file, {"model.source": bench_options.model}, several=True)
     except UsageError:
         if needed or bench_options.spec_file or bench_options.model or Path(spec.DEFAULT_FILE).exists():
             raise
@@ -170,7 +210,7 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
 
     None if only running servers are measured and the model is not on this machine. Quality is then not checked.
     """
-    if resolved is None:
+    if resolved is None or resolved.spec.models:
         return None
     source, revision = resolved.spec.model.source, resolved.spec.model.revision
     folder = download.fetch(source, revision) if needed else hub.cached(source, revision)

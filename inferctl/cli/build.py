@@ -15,9 +15,9 @@ from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.image.from_spec import check_model_task, task_of
 from inferctl.image.image_name import full_reference
-from inferctl.models import model as model_folder
 from inferctl.models.image_source import is_image
 from inferctl.models.model import is_hub_id
+from inferctl.models.weights_folders import find
 
 if TYPE_CHECKING:
     from inferctl.image.build import Built
@@ -88,7 +88,7 @@ def build(
     """
     from inferctl.image.plan import BuildOptions, plan
 
-    resolved = load(spec_file, flags)
+    resolved = load(spec_file, flags, several=True)
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
         if file is not None and not file.is_file():
@@ -130,14 +130,18 @@ def _run(build_plan: BuildPlan) -> Built:
     from inferctl.image import build as building
     from inferctl.image.docker import DockerEngine
 
-    source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
-    if build_plan.needs_model and not is_hub_id(source) and not is_image(source):
-        build_plan = replace(build_plan, model=model_folder.find(source).path)
-    engine = DockerEngine.connect()
-    if build_plan.needs_model and build_plan.model is None:
-        folder = download.fetch(source, revision)
-        check_model_task(build_plan.spec, folder)  # before, the task of the model was unknown
-        build_plan = replace(build_plan, model=folder.path, task=task_of(build_plan.spec, folder))
+    needed, models = build_plan.needed, {each.name: each for each in build_plan.spec.each()}
+    folders = {
+        each.name: find(each).path for each in needed if not is_hub_id(each.source) and not is_image(each.source)
+    }
+    engine, tasks = DockerEngine.connect(), dict(build_plan.tasks)
+    for each in (one for one in needed if one.name not in folders):
+        folder = download.weights(each)
+        folders[each.name] = folder.path
+        if each.base is None:  # before, the task of the model was unknown
+            check_model_task(models[each.name], folder)
+            tasks[each.name] = task_of(models[each.name], folder)
+    build_plan = replace(build_plan, folders=folders, tasks=tasks)
     return build_view.follow(building.run(build_plan, engine, engine.info()))
 
 
@@ -152,8 +156,8 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
 def _print(built: Built, as_json: bool) -> None:
     for finding in built.findings:
         console.warn(finding.text())
-    if built.verified:
-        show_verified(built.verified)
+    for result in built.verified:
+        show_verified(result, several=len(built.verified) > 1)
     sizes = f"{size(built.size)} uncompressed"
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
     sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""

@@ -164,8 +164,8 @@ def short(name: str, width: int | None = None) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def show_verified(result: Verified) -> None:
-    """Print the result of a verification on stderr."""
+def show_verified(result: Verified, *, several: bool) -> None:
+    """Print the result of the verification of a model on stderr, with its name if there are `several`."""
     closeness = "not compared with fp32"
     if result.cosine_min is not None:
         closeness = f"cosine to fp32 at least {result.cosine_min:.6f}"
@@ -176,8 +176,9 @@ def show_verified(result: Verified) -> None:
     output = {"rerank": "scores", "classify": "scores", "generate": f"{result.tokens} tokens"}.get(
         result.task, f"{result.dimensions} dimensions"
     )
+    name = f"{result.name}: " if several else ""
     console.note(
-        f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
+        f"verified: {name}{result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
     )
     if result.library:
         show_compared(result.library)

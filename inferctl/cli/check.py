@@ -31,6 +31,7 @@ from inferctl.models.fit import (
     UnknownSize,
     check_image,
     check_part,
+    memory_of_all,
     worst,
 )
 from inferctl.models.hub import HubModel
@@ -78,19 +79,21 @@ def check(
         "hardware": None if not hardware or "all" in hardware else hardware,
     }
     try:
-        resolved = load(spec_file, flags)
+        resolved = load(spec_file, flags, several=True)
     except SpecError as error:
         if as_json:
             problems = [vars(problem) for problem in error.problems]
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    judgment = _judge(resolved.spec, all_hardware, _major(driver))
+    judgments = [_judge(one, all_hardware, _major(driver)) for one in resolved.spec.each()]
+    findings = _together(judgments) if resolved.spec.models else judgments[0].findings
     if as_json:
-        console.document(_document(judgment, resolved.file))
+        documents = [_document(judgment, resolved.file) for judgment in judgments]
+        console.document(_document_of_all(documents, findings) if resolved.spec.models else documents[0])
     else:
-        _report(judgment, resolved.file)
-    if worst(judgment.findings) == "error":
+        _report(judgments, findings, resolved.file)
+    if worst(findings) == "error":
         raise typer.Exit(2)
 
 
@@ -144,8 +147,10 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> _Judgment:
     except UsageError as error:
         general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         found = UnknownSize("the model was not found", "fix the model first")
-    size = size_of(found)
+    adapters, of_adapters = generation_fit.check_adapters(spec, found)
+    size = size_of(found, adapters)
     task, summary = _use(spec, found, general)
+    general += of_adapters if task == "generate" else []
     try:
         catalog.check_task(task, base, stack)
     except UsageError as error:
@@ -241,6 +246,31 @@ def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tup
     return [finding for finding in general if finding not in errors], moved
 
 
+def _together(judgments: list[_Judgment]) -> list[Finding]:
+    """Return the findings about several models: those of one have its name, and the memory is that of all."""
+    found: list[Finding] = []
+    for judgment in judgments:
+        for finding in judgment.findings:
+            if all(finding in other.findings for other in judgments):
+                found += [finding] if finding not in found else []
+            else:
+                found.append(replace(finding, what=f"{judgment.spec.name}: {finding.what}"))
+        if judgment.task == "generate":
+            why = "vLLM serves one model in each server"
+            found.append(Finding("error", "task", f"{judgment.spec.name} is of the task generate", why))
+    for fits in zip(*(judgment.fits for judgment in judgments), strict=True):
+        needs = {one.spec.name: fit.memory for one, fit in zip(judgments, fits, strict=True) if fit.memory}
+        cuda = catalog.hardware(fits[0].part).kind == "cuda"
+        found.append(memory_of_all(needs, fits[0].memory_bytes, fits[0].part, cuda=cuda))
+    return found
+
+
+def _document_of_all(documents: list[dict[str, Any]], findings: list[Finding]) -> dict[str, Any]:
+    verdict, listed = worst(findings), [vars(finding) for finding in findings]
+    common = {"ok": verdict != "error", "verdict": verdict, "file": documents[0]["file"]}
+    return {**common, "models": documents, "findings": listed, "problems": []}
+
+
 def _document(judgment: _Judgment, file: str | None) -> dict[str, Any]:
     spec, base, stack, findings = judgment.spec, judgment.base, judgment.stack, judgment.findings
     return {
@@ -275,7 +305,7 @@ def _document(judgment: _Judgment, file: str | None) -> dict[str, Any]:
 
 
 def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
-    parts = {f"{name}_bytes": size for name, size in vars(need).items()}
+    parts = {f"{name}_bytes": size for name, size in vars(need).items() if size or name != "adapters"}
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 
@@ -283,10 +313,9 @@ def _capacity(capacity: KvCapacity) -> dict[str, Any]:
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 
-def _report(judgment: _Judgment, file: str | None) -> None:
-    spec, base, stack, fits = judgment.spec, judgment.base, judgment.stack, judgment.fits
-    gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
-    grouped = _grouped(judgment.findings)
+def _report(judgments: list[_Judgment], findings: list[Finding], file: str | None) -> None:
+    fits = [fit for judgment in judgments for fit in judgment.fits]
+    grouped = _grouped(findings)
     notes = Table.grid(padding=(0, 2))
     notes.add_column()
     notes.add_column(overflow="fold")  # a hint has commands to paste
@@ -294,16 +323,22 @@ def _report(judgment: _Judgment, file: str | None) -> None:
         notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
     counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
-    pieces: list[RenderableType] = [
-        Text(f"{spec.name}: {judgment.task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
-        *([Text(f"model: {line}")] if (line := _line(judgment.summary)) else []),
-        Text(),
-    ]
-    if fits:
-        pieces += [*(_generation_table(fits) if judgment.task == "generate" else [_table(fits)]), Text()]
+    pieces: list[RenderableType] = []
+    for one in judgments:
+        spec, base, stack = one.spec, one.base, one.stack
+        gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
+        pieces += [
+            Text(f"{spec.name}: {one.task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
+            *([Text(f"model: {line}")] if (line := _line(one.summary)) else []),
+            Text(),
+        ]
+        if one.fits:
+            pieces += [*(_generation_table(one.fits) if one.task == "generate" else [_table(one.fits)]), Text()]
+    if sums := [each for each in findings if each.topic == "memory.all" and each.level == "ok"]:
+        pieces += [*(Text(f"{each.part}: {each.what}") for each in sums), Text()]
     pieces += [
         notes,
-        Text(f"\n{file or 'flags'}: {counts}" + (f"; {_runnable(fits)}" if fits else "")),
+        Text(f"\n{file or 'flags'}: {counts}" + (f"; {_runnable(fits)}" if fits and len(judgments) == 1 else "")),
     ]
     console.report(Group(*pieces))
 

@@ -9,6 +9,7 @@ import typer
 
 from inferctl.cli import console, deploy_explain, deploy_files, deploy_lint, deploy_preview, options
 from inferctl.config.settings import Resolved
+from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import clusters, planning
 from inferctl.deploy.clusters import Cluster
@@ -17,7 +18,7 @@ from inferctl.deploy.plan import DeploymentPlan
 from inferctl.deploy.planning import SpecSource
 from inferctl.image import model_image
 from inferctl.manifests import versions
-from inferctl.models import fit, hub
+from inferctl.models import fit, generation_fit, hub
 from inferctl.models.model import resolve_task
 from inferctl.models.size import locate, size_of
 
@@ -140,7 +141,7 @@ def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
 ) -> DeploymentPlan:
     files: list[Path | None] = [*spec_files] if spec_files else [None]
-    found = [options.load(file, {}) for file in files]
+    found = [options.load(file, {}, several=True) for file in files]
     sources = [_source(each) for each in found]
     return planning.make_plan(sources, _clusters(sources, clusters_file), _checked(version), images=images)
 
@@ -153,24 +154,30 @@ def _checked(version: str | None) -> str | None:
 
 
 def _source(resolved: Resolved) -> SpecSource:
-    """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    spec = resolved.spec
-    folder = Path(resolved.file).parent if resolved.file else Path()
+    """Return a spec with what is known about its models. Raises `UsageError` if a task is not known."""
+    models = tuple(_model_source(each, resolved.file) for each in resolved.spec.each())
+    return planning.of_several(resolved.spec, models) if resolved.spec.models else models[0]
+
+
+def _model_source(spec: Spec, file: str | None) -> SpecSource:
+    folder = Path(file).parent if file else Path()
+    size: fit.ModelSize | fit.UnknownSize
     try:
-        size: fit.ModelSize | fit.UnknownSize = size_of(locate(spec, model_image.facts))
+        found = locate(spec, model_image.facts)
+        size = size_of(found, generation_fit.check_adapters(spec, found)[0])
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):
         task = resolve_task(spec.model.task, size, spec.model.source)
         local = hub.cached(spec.model.source, spec.model.revision)
-        return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
+        return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, file)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(
             f"the task of {spec.name} is not known, because {size.why}",
             "set model.task: embed, rerank, classify or generate",
         )
-    return SpecSource(spec, folder, size, spec.model.task, file=resolved.file)
+    return SpecSource(spec, folder, size, spec.model.task, file=file)
 
 
 def _clusters(sources: list[SpecSource], file: Path | None) -> tuple[Cluster, ...]:

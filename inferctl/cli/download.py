@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from inferctl.cli import build_view, console
 from inferctl.models import hub, image_source
+from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder
+from inferctl.models.weights_folders import WeightsFolder, find
 
 
 def fetch(source: str, revision: str | None) -> ModelFolder:
@@ -19,12 +22,24 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
     Raises `UsageError` if the model does not exist, `NotReadyError` if the hub or the registry cannot be reached.
     """
     if image_source.is_image(source):
-        return hub.cached(source, revision) or pull_image(source)
+        return hub.cached(source, revision) or model_folder.find(str(pull_image(source)))
     with shown(source) as progress, shown(source, "convert") as convert_progress:
         return hub.fetch(source, revision, progress, convert_progress)
 
 
-def pull_image(source: str) -> ModelFolder:
+def weights(folder: WeightsFolder) -> ModelFolder:
+    """Return the local folder of a model or an adapter, after a download if the cache lacks it."""
+    if folder.base is None:
+        return fetch(folder.source, folder.revision)
+    if image_source.is_image(folder.source):
+        pull_image(folder.source)
+    elif model_folder.is_hub_id(folder.source) and not model_folder.snapshot(folder.source, folder.revision):
+        with shown(folder.source) as progress:
+            hub.download(folder.source, folder.revision, progress)
+    return find(folder)
+
+
+def pull_image(source: str) -> Path:
     """Return the folder of the model image `source` in the cache, pulled if it is not there."""
     from inferctl.image import model_transfer
 

@@ -92,48 +92,69 @@ def estimate(
     """
     if corpus is not None and length is not None:
         raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
-    spec, file = _model(spec_file, model, config)
-    data = forecast.read_config(file)
-    max_tokens = _max_tokens(data)
-    tokens, token_source = _tokens(corpus, length, file, max_tokens)
-    processes = api_processes or (spec.serve.least_api_processes if spec else 1)
-    batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
-    work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
-    question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
-    keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
-    known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
-    precisions = known or [spec.serve.precision if spec else "auto"]
-    with console.progress("estimating"):
-        result = document.build(keys, precisions, data, work, question)
-    result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
-    if not result["rows"]:
-        reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
-        raise UsageError("\n".join(reasons), result["absent"][0]["hint"])
+
+    def estimated(spec: Spec | None, file: Path) -> dict[str, Any]:
+        data = forecast.read_config(file)
+        tokens, token_source = _tokens(corpus, length, file, _max_tokens(data))
+        processes = api_processes or (spec.serve.least_api_processes if spec else 1)
+        batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
+        work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
+        question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
+        keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
+        known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
+        precisions = known or [spec.serve.precision if spec else "auto"]
+        with console.progress("estimating"):
+            result = document.build(keys, precisions, data, work, question)
+        result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
+        if not result["rows"]:
+            reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
+            raise UsageError("\n".join(reasons), result["absent"][0]["hint"])
+        return result
+
+    models, results = _models(spec_file, model, config), []
+    for spec, file in models:
+        try:
+            results.append(estimated(spec, file))
+        except UsageError as error:
+            if len(models) == 1:
+                raise
+            results.append({"rows": [], "absent": [{"reason": error.message, "hint": error.hint}]})
     if as_json:
-        console.document(result)
-    else:
-        console.report(render(result))
+        named = [{"name": spec and spec.name, **result} for (spec, _), result in zip(models, results, strict=True)]
+        console.document({"schema": document.SCHEMA, "models": named} if len(models) > 1 else results[0])
+        return
+    for (spec, _), result in zip(models, results, strict=True):
+        if spec and len(models) > 1:
+            console.report(Text(f"\n{spec.name}, with the hardware for itself\n", style="bold underline"))
+        console.report(render(result) if result["rows"] else Text(f"not estimated: {result['absent'][0]['reason']}"))
+    if len(models) > 1:
+        console.report(Text("\n`inferctl check` says on which hardware their memory fits together"))
 
 
-def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
-    """Return the spec, or None without one, and the path of the model's `config.json`."""
+def _models(spec_file: Path | None, model: str | None, config: Path | None) -> list[tuple[Spec | None, Path]]:
+    """Return the spec of each model, or None without one, and the path of its `config.json`."""
     if config is not None:
         spec = options.load(spec_file, {}).spec if options.names_model(spec_file, {}) and model is None else None
-        return spec, config
+        return [(spec, config)]
     if not options.names_model(spec_file, {"model.source": model}):
         raise UsageError("no model specified", "pass `--model DIR`, or `--config FILE` with its config.json")
-    spec = options.load(spec_file, {"model.source": model}).spec
+    resolved = options.load(spec_file, {"model.source": model}, several=True)
+    return [(spec, _config(spec)) for spec in resolved.spec.each()]
+
+
+def _config(spec: Spec) -> Path:
+    """Return the path of a model's `config.json`."""
     folder = Path(spec.model.source)
     # The weights are not needed, so the folder may lack them.
     if model_folder.is_folder(folder) and (folder / "config.json").is_file():
-        return spec, folder / "config.json"
+        return folder / "config.json"
     if (found := hub.cached(spec.model.source, spec.model.revision)) is not None:
-        return spec, found.path / "config.json"
+        return found.path / "config.json"
     if not model_folder.is_hub_id(spec.model.source):
-        return spec, model_folder.find(spec.model.source).path / "config.json"
+        return model_folder.find(spec.model.source).path / "config.json"
     names = ("config.json", "tokenizer.json", "modules.json")
     try:
-        return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
+        return hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
     except NotReadyError as error:
         raise NotReadyError(error.message, f"{error.hint}, or `--config FILE` with its config.json") from None
 

@@ -72,7 +72,8 @@ def create(
         typer.Option(metavar="TIME", help="End the key after this long, such as 12h or 90d. [default: never]"),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Limit the key to this model; repeatable. [default: all]")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Limit the key to this model or adapter; repeatable. [default: all]"),
     ] = None,
     endpoint: Annotated[
         list[str] | None,
@@ -109,7 +110,13 @@ def create(
         if not text.isprintable() or not 0 < len(text.strip()) == len(text) <= 100 or text == "-" or keys.parse(text):
             message = f"the name of a {what} must have 1 to 100 printable characters, and must not be `-` or a key"
             raise UsageError(message, "use a name such as team-a")
-    place, now = Place(options.access(spec_file, keys_)), key_file.now()
+    spec = options.without_model(spec_file, {"access.keys": keys_})
+    place, now = Place(options.with_keys(spec.access)), key_file.now()
+    served = [each for one in spec.each() for each in one.names] if options.names_model(spec_file, {}) else model or ()
+    for each in model or ():
+        if each not in served:
+            # Keys can be for other servers too.
+            console.warn(f"the spec has no model or adapter {shown(each)}, only {', '.join(served)}")
     key_id = keys.new_id()
     secret = keys.generate(key_id)
     key = ApiKey(

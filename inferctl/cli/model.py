@@ -13,8 +13,9 @@ from inferctl.cli.options import Json
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
-from inferctl.models import image_source
-from inferctl.models.model import is_hub_id
+from inferctl.models import adapter, image_source
+from inferctl.models.adapter import AdapterFolder
+from inferctl.models.model import ModelFolder, is_hub_id
 
 _Image = Annotated[
     str, typer.Argument(metavar="REF", help="Name of the model image, with or without `oci://`; a digest pins it.")
@@ -42,7 +43,9 @@ Examples:
 
 @app.command(epilog=_PUSH_EPILOG)
 def push(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id or model image (`oci://REF`).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a model or adapter, hub id or model image (`oci://REF`).")
+    ],
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/models/name:tag.")
     ],
@@ -53,7 +56,7 @@ def push(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Push a model as an image and print oci://name@digest.
+    """Push a model or an adapter as an image and print oci://name@digest.
 
     The image has no base. Each weight file is a layer, and all other files are one. Equal files make equal layers, so
     that a registry stores them once.
@@ -63,7 +66,10 @@ def push(
     if revision is not None and not is_hub_id(model):
         raise UsageError(f"{model} has no revision {revision}: it is no hub id", "remove `--revision`")
     name = tag_reference(reference.removeprefix("oci://"))
-    folder = download.fetch(model, revision)
+    if (Path(model) / adapter.WEIGHTS).is_file() and not (Path(model) / "config.json").is_file():
+        folder: ModelFolder = AdapterFolder(Path(model))
+    else:
+        folder = download.fetch(model, revision)
     found = build_view.follow(model_transfer.push(folder, model, name, license_id))
     console.result(found.document(), f"oci://{found.reference}", as_json=as_json)
 
@@ -113,7 +119,7 @@ def pull(
     from inferctl.image import model_image, model_transfer
 
     if output is None:
-        folder = download.pull_image(image).path
+        folder = download.pull_image(image)
     else:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"{output} already exists", "name a new folder with `--output`")

@@ -35,7 +35,7 @@ def render(
     """
     if output is not None:
         outputs.check_folder(output, "--output")
-    resolved = load(spec_file, flags)
+    resolved = load(spec_file, flags, several=True)
     rendered = rendered_image(resolved)
     if output is None:
         if as_json:

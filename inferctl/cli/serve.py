@@ -95,12 +95,13 @@ def serve(
     """
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
-    spec = options.load(spec_file, flags).spec
+    spec = options.load(spec_file, flags, several=True).spec
     with needs_packages("`inferctl serve`", "serve"), lazy.deferred_signals():
         from inferctl.serve import start
         from inferctl.serve.observe import tracing
-    if log == "json" and is_image(spec.model.source):
-        download.fetch(spec.model.source, None)  # the server pulls no images
+    for source in (one.model.source for one in spec.each()):
+        if log == "json" and is_image(source):
+            download.fetch(source, None)  # the server pulls no images
     server_options = ServerOptions(
         device=device,
         engine=engine,
@@ -137,14 +138,13 @@ def _serve_image(
         raise UsageError(f"`{option}` is not allowed with `--image`", f"remove `{option}`{instead}")
     has_model = options.names_model(spec_file, flags)
     # A spec requires a model, but an image needs none. The image name serves as a placeholder, which is not read.
-    spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}).spec
+    spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}, several=True).spec
     container_options = serve_image.ServeOptions(
         address=serve_image.Address(spec.serve.host, spec.serve.port),
-        model=spec.model.source if has_model else None,
-        revision=spec.model.revision if has_model else None,
+        spec=spec if has_model else None,
         replaces_model="model" in command_line,
         keys=Path(spec.access.key_file) if spec.access.key_file else None,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(command_line),
     )
-    return serve_image.run_server(image, container_options, console.note, announce, download.fetch)
+    return serve_image.run_server(image, container_options, console.note, announce, download.weights)

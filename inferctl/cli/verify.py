@@ -166,6 +166,7 @@ def _verify_image(
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
+    from inferctl.image.verify import document as verification
     from inferctl.image.verify import verify as verified
 
     engine = DockerEngine.connect()
@@ -176,39 +177,30 @@ def _verify_image(
         console.warn(finding.text())
     raise_for([finding for finding in findings if finding.level == "error"])
     has_model = options.names_model(spec_file, {"model.source": model})
-    spec = options.load(spec_file, {"model.source": model}).spec if has_model else None
-    mounts = image.labels.get("io.inferctl.model.weights") == "mount"
-    folder = library_model = None
-    if against and not mounts:
-        # The image has its own weights, so the library gets those that the user names.
+    spec = options.load(spec_file, {"model.source": model}, several=True).spec if has_model else None
+    mounts = serve_image.weights(image, spec, download.weights, replaces_model=model is not None and not against)
+    compared = {}
+    if against:
+        # Weights in the image are not on this machine, so the library gets those that the user names.
         if spec is None:
             raise UsageError(
                 f"{reference} contains or downloads its weights, and {against} needs them here", "pass `--model DIR`"
             )
-        library_model = download.fetch(spec.model.source, spec.model.revision).path
-    else:
-        folder = serve_image.weights(
-            image,
-            serve_image.ServeOptions(
-                address=serve_image.Address("127.0.0.1", 0),
-                model=spec.model.source if spec else None,
-                revision=spec.model.revision if spec else None,
-                replaces_model=model is not None,
-            ),
-            download.fetch,
-        )
-        library_model = folder if against else None
+        compared = {
+            each.name if spec.models else "": download.fetch(each.model.source, each.model.revision).path
+            for each in spec.each()
+        }
     checks = VerifyOptions(
-        model=folder,
+        mounts=mounts,
         network=network,
         ready_seconds=ready_timeout,
-        compare=image.labels.get("io.inferctl.model.weights") != "download",
-        library_model=library_model,
+        library_models=compared,
         requires_library=True,
     )
-    result = build_view.follow(verified(engine, image, checks))
-    if against:
-        _check_library(result.task, against)
-    show_verified(result)
-    document = {"image": image.id, "reference": reference, "verified": result.document()}
+    results = build_view.follow(verified(engine, image, checks))
+    for result in results:
+        if against:
+            _check_library(result.task, against)
+        show_verified(result, several=len(results) > 1)
+    document = {"image": image.id, "reference": reference, "verified": verification(results)}
     console.result(document, image.id, as_json=as_json)

@@ -282,7 +282,7 @@ def _get(data: Any, path: str) -> Any:
     return data
 
 
-def _put(data: dict[str, Any], path: str, value: Any) -> None:
+def _put(data: Any, path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for key in parents:
         inner: Any = data[int(key)] if isinstance(data, list) else data.get(key)
@@ -308,6 +308,9 @@ def _where(
     path = dotted(location)
     parents = (dotted(location[:end]) for end in range(len(location), 0, -1))  # a list comes from one place
     origin = next((origins[each] for each in parents if each in origins), "")
+    if not origin:  # of a section, that of what sets something in it
+        within = (origins[name] for name in origins if name.startswith(f"{path}."))
+        origin = next((each for each in within if each.startswith(("flag ", "env "))), "")
     if origin.startswith(("flag ", "env ")):
         return f"{path} (from {origin.split(' ', 1)[1]})", None
     return path, document.line(location) if document else None

@@ -61,6 +61,12 @@ _EDGE_OPTIONS = (
 )
 _SETTING_OF_OPTION = {
     "--dtype": "serve.precision",
+    "--enable-lora": "model.adapters",
+    "--lora-modules": "model.adapters",
+    "--lora-target-modules": "model.adapters",
+    "--max-cpu-loras": "model.adapters",
+    "--max-lora-rank": "model.adapters",
+    "--max-loras": "model.adapters",
     "--quantization": "serve.precision",
     "-q": "serve.precision",
     "--gpu-memory-utilization": "serve.gpu_memory_share",
@@ -309,7 +315,7 @@ class Spec(Section):
         "`name`, a `model`, and its own settings in `serve`, `slo` and `weight`.",
     )
     # None if there are `models`.
-    model: Model = Field(default_factory=lambda: None, validate_default=True)  # type: ignore[arg-type]
+    model: Model = Field(default_factory=lambda: None, validate_default=True)
     serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
     image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
     hardware: list[OneLine] = Field(
@@ -351,7 +357,7 @@ class Spec(Section):
     def names(self) -> list[str]:
         """The names that requests may use for the model, its own first, and those of its adapters."""
         adapters = [adapter.name for adapter in self.model.adapters]
-        return [self.name, *self.serve.aliases, *adapters]
+        return [*dict.fromkeys([self.name, *self.serve.aliases]), *adapters]
 
     def each(self) -> list[Spec]:
         """Return a spec of one model for each model. All of a spec that has one."""

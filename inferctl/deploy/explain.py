@@ -11,7 +11,7 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 from inferctl.manifests import versions
-from inferctl.models import image_source
+from inferctl.models.weights_folders import WeightsFolder, weights_folders
 
 SCHEMA = "inferctl.deploy/1"
 
@@ -24,7 +24,8 @@ def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, F
             yield model.name, figure
     if model.key_servers:
         yield model.name, model.key_servers
-    yield model.name, weights(model.spec)
+    for each in weights_folders(model.spec):
+        yield each.name if each.base or model.spec.models else model.name, weights(model.spec, each)
     for flavor in model.flavors:
         for figure in flavor_figures(flavor):
             yield flavor.name, figure
@@ -33,20 +34,20 @@ def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, F
                 yield f"{flavor.name} in {cluster.name}", figure
 
 
-def weights(spec: Spec) -> Figure:
-    """Return how the weights reach a pod, and what this needs."""
-    if image := image_source.volume(spec):
+def weights(spec: Spec, folder: WeightsFolder) -> Figure:
+    """Return how the weights of a model or an adapter reach a pod, and what this needs."""
+    if image := folder.volume:
         source = (
             f"image volumes are on by default from Kubernetes 1.{versions.FEATURES['image-volume'].since}; for an "
             "older cluster, set deploy.weights.pvc, or model.weights: bake"
         )
         return Figure("weights", 1, "image volume", image, source)
-    if claim := spec.model.weights == "mount" and spec.deploy.weights.pvc:
+    if claim := folder.weights == "mount" and spec.deploy.weights.pvc:
         source = "spec deploy.weights.pvc; for pods on several nodes, ReadOnlyMany or ReadWriteMany"
         return Figure("weights", 1, "claim", claim, source)
-    if spec.model.weights == "bake":
+    if folder.weights == "bake":
         return Figure("weights", 1, "layer of the image", "", "spec model.weights: bake")
-    return Figure("weights", 1, "download", spec.model.source, "spec model.weights: download; by each pod at its start")
+    return Figure("weights", 1, "download", folder.source, "spec model.weights: download; by each pod at its start")
 
 
 def flavor_figures(flavor: FlavorPlan) -> list[Figure]:
@@ -97,7 +98,7 @@ def _model(model: ModelPlan, clusters: Sequence[Cluster]) -> dict[str, Any]:
         "traffic": traffic
         and [figure.as_dict() for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope)],
         "key_servers": model.key_servers and model.key_servers.as_dict(),
-        "weights": weights(model.spec).as_dict(),
+        "weights": weights(model.spec, weights_folders(model.spec)[0]).as_dict(),
         "flavors": [_flavor(flavor, clusters) for flavor in model.flavors],
         "warnings": list(model.warnings),
     }

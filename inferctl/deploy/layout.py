@@ -31,7 +31,7 @@ from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
 from inferctl.manifests import versions
 from inferctl.manifests.label_keys import COMPONENT
-from inferctl.models import image_source
+from inferctl.models.weights_folders import downloads, weights_folders
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
@@ -143,7 +143,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     metering.check(spec)
     bench.check(spec)
     feature = versions.FEATURES["image-volume"]
-    for cluster in clusters if image_source.volume(spec) else ():
+    for cluster in clusters if any(each.volume for each in weights_folders(spec)) else ():
         if not feature.works(cluster.minor):
             raise UsageError(
                 f"{spec.name}: a model image needs Kubernetes 1.{feature.since}; cluster {cluster.name} has "
@@ -198,7 +198,7 @@ def _namespace(name: str, omitted: Container[str]) -> list[Object]:
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
-    if spec.model.weights == "download":
+    if downloads(spec):
         egress.append(endpoints.Endpoint(443, None))
     return [
         policy.service_account(model.name, namespace),

@@ -148,20 +148,25 @@ class TrafficPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model: its flavors in order of preference. `name` is the DNS label of its Service.
+    """One server: its flavors in order of preference. `name` is the DNS label of its Service.
 
-    `key_servers`: servers among which the limit of a key is divided; None without keys and limits. `weights_bytes`:
-    size of the weights on disk, 0 if unknown. `warnings`: also those of its flavors.
+    `tasks`: of its models. `key_servers`: servers among which the limit of a key is divided; None without keys and
+    limits. `weights_bytes`: size of the weights on disk, 0 if unknown. `warnings`: also those of its flavors.
     """
 
     spec: Spec
     name: str
-    task: Task
+    tasks: tuple[Task, ...]
     flavors: tuple[FlavorPlan, ...]
     traffic: TrafficPlan | None
     warnings: tuple[str, ...] = ()
     key_servers: Figure | None = None
     weights_bytes: int = 0
+
+    @property
+    def task(self) -> str:
+        """The tasks, as one word of a label."""
+        return "-".join(self.tasks)
 
 
 @dataclass(frozen=True)

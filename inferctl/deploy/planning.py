@@ -22,7 +22,9 @@ from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, generation_fit, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
+from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.size import uses_alibi
+from inferctl.models.weights_folders import downloads, weights_folders
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,6 +39,7 @@ _DIFFERENT_LENGTHS = 2.0
 class SpecSource:
     """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts.
 
+    `models`: the models of a spec with several, each as a source. `size` is then that of all, and `task` of the first.
     `digest`: returns the sha256 of the model, which can take seconds; None if the model is not on this machine.
     `file`: the spec file, for messages.
     """
@@ -47,6 +50,15 @@ class SpecSource:
     task: Task
     digest: Callable[[], str] | None = None
     file: str | None = None
+    models: tuple[SpecSource, ...] = ()
+
+
+def of_several(spec: Spec, models: Sequence[SpecSource]) -> SpecSource:
+    """Return a spec with several models as a source. Its size has no parameters: each model fits with its own."""
+    sizes = [each.size for each in models]
+    unknown = next((each for each in sizes if isinstance(each, UnknownSize)), None)
+    total = ModelSize(0, {}, sum(each.weights_bytes for each in sizes if isinstance(each, ModelSize)))
+    return replace(models[0], spec=spec, size=unknown or total, digest=None, models=tuple(models))
 
 
 def make_plan(
@@ -161,11 +173,12 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
     placing = [warning for each in placed for warning in each.warnings]
     warnings = [*(warning for each in planned for warning in each.warnings), *traffic.warnings, *placing]
     warnings += servers.warnings
-    volume = image_source.volume(spec)
-    if volume and not image_source.digest(volume):
-        warnings.append(
-            f"{spec.name}: {volume} has no digest, so pods that start later can get other weights: run `inferctl pin`"
-        )
+    volumes = [each.volume for each in weights_folders(spec) if each.volume]
+    warnings += [
+        f"{spec.name}: {volume} has no digest, so pods that start later can get other weights: run `inferctl pin`"
+        for volume in volumes
+        if not image_source.digest(volume)
+    ]
     if 0 < spec.serve.port < 1024:
         warnings.append(
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
@@ -173,16 +186,30 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
         )
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
     warned = tuple(dict.fromkeys(warnings))
-    return ModelPlan(spec, name, source.task, complete, traffic.value, warned, servers.value, weights)
+    return ModelPlan(spec, name, tasks(source), complete, traffic.value, warned, servers.value, weights)
+
+
+def tasks(source: SpecSource) -> tuple[Task, ...]:
+    """Return the tasks of the models of a server."""
+    return tuple(dict.fromkeys(each.task for each in source.models or (source,)))
 
 
 def _check_settings(spec: Spec) -> None:
     settings = spec.deploy
-    if spec.model.weights == "mount" and not (settings.weights.pvc or image_source.volume(spec)):
+    for each in weights_folders(spec):
+        if each.weights == "mount" and not each.volume and not (each.path == IMAGE_FOLDER and settings.weights.pvc):
+            claim = "set deploy.weights: {pvc: NAME}; or " if each.path == IMAGE_FOLDER else ""
+            raise UsageError(
+                f"{each.name} has mounted weights, but {'deploy.weights names no volume' if claim else 'no volume'}",
+                "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or "
+                f"{claim}set model.weights: bake",
+            )
+    if spec.models and settings.weights.pvc:
+        raise UsageError("deploy.weights.pvc is of one model", "remove it, and set weights: bake, or push each model")
+    if spec.models and (settings.bench or any(each.receipt for each in settings.flavors)):
         raise UsageError(
-            f"{spec.name} has mounted weights, but deploy.weights names no volume",
-            "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or set deploy.weights: "
-            "{pvc: NAME}; or set model.weights: bake",
+            f"{spec.name} has several models, and a receipt does not say how fast a mix of them is",
+            "remove receipt and deploy.bench; set tokens_per_second of your mix, or min_replicas and max_replicas",
         )
     if settings.keys_secret and not spec.access.keys:
         raise UsageError(
@@ -225,7 +252,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     effective = _fit(source, flavor, hardware, measured_precision or spec.serve.precision, where)
     memory, capacity = effective.memory, effective.capacity
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    load_time = sizing.load_s(rate, downloads=spec.model.weights == "download")
+    load_time = sizing.load_s(rate, downloads=downloads(spec), models=len(source.models) or 1)
     period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
@@ -234,7 +261,8 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         name=name,
         label=label,
         hardware=hardware,
-        precision=effective.precision,
+        # A setting of the server, which a model of several may override.
+        precision=spec.serve.precision if source.models else effective.precision,
         image=image.value,
         sharing=sharing,
         shared_by=flavor.shared_by,
@@ -253,7 +281,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             rate,
             memory.weights if memory else None,
             memory.total + kv_cache if memory and hardware.kind == "cpu" else None,
-            cache=parse_size(spec.cache.size) if spec.cache.size and source.task in CACHED else 0,
+            cache=parse_size(spec.cache.size) if spec.cache.size and {*CACHED} & {*tasks(source)} else 0,
             gpus=gpus if hardware.kind == "cuda" else 1,
         ),
         cpu=sizing.cores(
@@ -272,7 +300,7 @@ def _unknown_weights(name: str, source: SpecSource, rate: Rate | None, *, fits: 
     lacking = {
         "memory limit": not fits and not (rate and rate.memory_bytes),
         "startup probe": source.task == "generate" and not weights and not (rate and rate.load_s),
-        "volume of the download": not weights and source.spec.model.weights == "download",
+        "volume of the download": not weights and downloads(source.spec),
     }
     if not any(lacking.values()):
         return ()
@@ -317,7 +345,8 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
 def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     part, share = hardware, flavor.shared_by
-    if share > 1 and isinstance(source.size, ModelSize) and uses_alibi(source.size.config):
+    sizes = [each.size for each in source.models or (source,)]
+    if share > 1 and any(isinstance(each, ModelSize) and uses_alibi(each.config) for each in sizes):
         raise UsageError(
             f"{where}: {source.spec.name} uses ALiBi, and time slicing does not isolate memory. Its attention "
             "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "
@@ -329,12 +358,14 @@ def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str,
         _check_memory_share(source, share, where)
     elif share > 1 and hardware.memory_bytes:
         part = replace(hardware, memory_bytes=hardware.memory_bytes // share)
-    spec = source.spec.model_copy(
-        update={"serve": source.spec.serve.model_copy(update={"precision": precision})},
-    )
-    base = catalog.base(spec.image.base)
+    base, fits = catalog.base(source.spec.image.base), {}
     check = generation_fit.check_part if source.task == "generate" else fit.check_part
-    found = check(spec, base, catalog.stack(base.stack), part, source.size)
+    for each in source.models or (source,):
+        # One of several models may have its own.
+        own = each.spec.serve.precision if source.models else precision
+        spec = each.spec.model_copy(update={"serve": each.spec.serve.model_copy(update={"precision": own})})
+        fits[spec.name] = check(spec, base, catalog.stack(base.stack), part, each.size)
+    found = fit.together(fits, part)
     errors = [each for each in found.findings if each.level == "error"]
     if flavor.image:
         errors = [each for each in errors if each.topic not in _OF_THE_IMAGE]

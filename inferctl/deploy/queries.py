@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from inferctl.config.spec import Spec
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import shown
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
@@ -53,10 +54,11 @@ def of(model: ModelPlan, chain: Sequence[FlavorPlan], cluster: Cluster, namespac
     # Refused tokens are offered too.
     offered = f"sum(rate(inferctl_offered_tokens_total{{{series}}}[{_RATE_WINDOW}]))"
     queued = f"sum(inferctl_queue_tokens{{{series}}})"
+    own = f'{series},inferctl_io_flavor="{last.label}"'
     return [
         _tokens("offered", offered, share, f"{shown(share)} (deploy.utilization)", last, earlier, namespace),
         _tokens("backlog", queued, BACKLOG_S, f"{shown(BACKLOG_S)} s", last, earlier, namespace),
-        *_latency(model, f'{series},inferctl_io_flavor="{last.label}"'),
+        *(query for each in model.spec.each() for query in _latency(model, each, own)),
     ]
 
 
@@ -89,15 +91,18 @@ def _served(earlier: _Earlier, factor: float, namespace: str) -> str:
     return f"{count} * {_number(factor * earlier.rate)}"
 
 
-def _latency(model: ModelPlan, own: str) -> list[Query]:
-    """Return the replicas of the flavor times its p99 over the SLO, if that is above 1.
+def _latency(model: ModelPlan, spec: Spec, own: str) -> list[Query]:
+    """Return the replicas of the flavor times the p99 of one model over its SLO, if that is above 1.
 
     Only the flavor's own pods count: a slow flavor says nothing about a fast one. Without requests, the p99 is NaN,
     which no comparison lets through.
     """
-    slo, found = model.spec.slo, []
+    slo, found = spec.slo, []
+    of = ""
+    if model.spec.models:
+        own, of = f'{own},model="{spec.name}"', f"-{spec.name}"
     objectives = [("p99", slo.p99_ms, "inferctl_request_duration_seconds_bucket", ',priority="interactive"')]
-    if model.task == "generate":
+    if "generate" in model.tasks:
         objectives.append(("ttft", slo.ttft_ms, "inferctl_phase_duration_seconds_bucket", ',phase="first_token"'))
     for name, bound_ms, metric, extra in objectives:
         if bound_ms is None:
@@ -106,7 +111,7 @@ def _latency(model: ModelPlan, own: str) -> list[Query]:
         ratio = f"clamp_max(({quantile} / {_number(bound_ms / 1e3)}) > 1, {_LARGEST_STEP})"
         promql = f"(scalar(count(inferctl_model_info{{{own}}})) * {ratio}) or vector(0)"
         setting = "slo.ttft_ms" if name == "ttft" else "slo.p99_ms"
-        found.append(Query(name, promql, f"p99 over {shown(bound_ms)} ms (spec {setting})"))
+        found.append(Query(f"{name}{of}", promql, f"p99 over {shown(bound_ms)} ms (spec {setting})"))
     return found
 
 

@@ -225,14 +225,16 @@ def cold_start(setting: float | None, load_time: Figure) -> Figure:
     return Figure(name, ceil(value), "s", formula, source)
 
 
-def load_s(rate: Rate | None, *, downloads: bool = False) -> Figure:
+def load_s(rate: Rate | None, *, downloads: bool = False, models: int = 1) -> Figure:
     """Return the seconds from the start of a container until it is ready.
 
     `downloads`: whether the container downloads its weights. A receipt may be of a run that had them in its cache.
+    `models`: they start one after the other.
     """
     name = "load time"
     if not (rate and rate.load_s):
-        return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: no receipt")
+        formula = f"{models} x {_ASSUMED_LOAD_S}" if models > 1 else ""
+        return Figure(name, models * _ASSUMED_LOAD_S, "s", formula, "assumed: no receipt")
     seconds = round(rate.load_s, 1)
     if downloads:
         formula, source = f"max({_ASSUMED_LOAD_S}, {shown(seconds)})", f"at least that with a download; {rate.origin}"

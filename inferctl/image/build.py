@@ -21,9 +21,10 @@ from inferctl.image.plan import BuildPlan, raise_for
 from inferctl.image.publish import publish
 from inferctl.image.records import DockerInfo, ImageInfo
 from inferctl.image.verify import Verified, VerifyOptions, verify
+from inferctl.image.verify import document as verification
 from inferctl.models.fit import Finding
-from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
+from inferctl.models.weights_folders import downloads, weights_folders
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Built:
     steps: tuple[StepFinished, ...]
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
-    verified: Verified | None
+    verified: tuple[Verified, ...]
     seconds: Mapping[str, float]
 
     @property
@@ -72,7 +73,7 @@ class Built:
             "compressions": list(self.compressions),
             "steps": steps,
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
-            "verified": self.verified.document() if self.verified else None,
+            "verified": verification(self.verified),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -106,7 +107,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         )
         _check_supported(plan, builder, request, info)
         yield Phase("build", builder.describe())
-        if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
+        if builder.exports and " AS model-layers\n" in plan.rendered.dockerfile:
             yield from buildx.build_once(model_layers(request))
         steps, metadata = yield from buildx.build_once(request)
         times["build"] = time.monotonic()
@@ -158,7 +159,7 @@ def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.B
             f"cannot verify an image for {request.platform}: this engine runs {info.platform}",
             "build it on a machine of that platform, or pass `--no-verify`",
         )
-    if plan.options.verify and plan.stack.cuda and not info.gpu and plan.task == "generate":
+    if plan.options.verify and plan.stack.cuda and not info.gpu and "generate" in plan.tasks.values():
         raise NotReadyError(
             "cannot verify this image here: vLLM for GPUs does not run on a CPU, and the engine passes no GPU through",
             "build it on a machine with a GPU; or pass `--no-verify`, and run `inferctl verify` on such a machine",
@@ -178,35 +179,35 @@ def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
 
 def _lint_and_verify(
     plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo
-) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
+) -> Generator[Event, None, tuple[list[Finding], tuple[Verified, ...]]]:
     """Check the config of the untagged image, start it and compare its output with fp32.
 
-    Returns the findings, and the verification or None without one. Raises `InferctlError` if one of them fails.
+    Returns the findings, and the verification of each model. Raises `InferctlError` if one of them fails.
     """
     findings = lint.check_built_image(image.environment, image.user)
     raise_for([finding for finding in findings if finding.level == "error"])
     if not plan.options.verify:
-        return findings, None
-    downloads = plan.spec.model.weights == "download"
+        return findings, ()
     gpu = plan.stack.cuda is not None and info.gpu
     yield Phase(
         "verify",
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
-    if downloads:
+    if downloads(plan.spec):
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
-    return findings, (yield from verify(engine, image, _verify_options(plan)))
+    return findings, tuple((yield from verify(engine, image, _verify_options(plan))))
 
 
 def _verify_options(plan: BuildPlan) -> VerifyOptions:
-    downloads = plan.spec.model.weights == "download"
-    # Without its weights on this machine, or for generation, the library has nothing to load.
-    embeds = plan.model is not None and not downloads and plan.task != "generate"
-    needed = LIBRARIES.get(plan.task) if embeds else None
+    folders, compared = weights_folders(plan.spec), {}
+    for each in folders:
+        needed = LIBRARIES.get(plan.tasks.get(each.name, "generate"))
+        # Without its weights on this machine, or for generation, the library has nothing to load.
+        if each.name in plan.folders and each.weights != "download" and needed and library.installed(needed):
+            compared[each.name if plan.spec.models else ""] = plan.folders[each.name]
     return VerifyOptions(
-        model=plan.model if plan.spec.model.weights == "mount" else None,
+        mounts={each.path: plan.folders[each.name] for each in folders if each.weights == "mount"},
         network=plan.options.network,
         ready_seconds=plan.options.ready_seconds,
-        compare=not downloads,
-        library_model=plan.model if needed and library.installed(needed) else None,
+        library_models=compared,
     )

@@ -151,7 +151,7 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
         )
     for name, folder in request.contexts.items():
         if not Path(folder).is_dir():
-            what = "weights" if name == "model" else name
+            what = "weights" if name.startswith("model") else name
             raise UsageError(
                 f"{what} folder {folder} not found",
                 "check the path: a relative path in a spec starts at the folder of the spec",

@@ -45,9 +45,10 @@ def _write(parent: Path, rendered: Rendered, server: Mapping[str, Path]) -> tupl
         _inside(folder, path).write_bytes(content)
     for path, file in sorted(server.items()):
         shutil.copyfile(file, _inside(folder, path))
-    contexts = dict(rendered.contexts)
-    if "model" in contexts:
-        contexts["model"] = str(_without_links(Path(contexts["model"]), parent / "model"))
+    contexts = {
+        name: source if name == "wheels" else str(_without_links(Path(source), parent / name))
+        for name, source in rendered.contexts.items()
+    }
     return folder, contexts
 
 

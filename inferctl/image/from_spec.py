@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,11 +18,13 @@ from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import locks, model_image, render
+from inferctl.image.model_image import ModelImage
 from inferctl.image.render import Provenance, Rendered
-from inferctl.models import model as model_folder
+from inferctl.models import adapter
 from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
 from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
+from inferctl.models.weights_folders import WeightsFolder, find, weights_folders
 
 
 def rendered_image(resolved: Resolved) -> Rendered:
@@ -29,16 +32,34 @@ def rendered_image(resolved: Resolved) -> Rendered:
     spec = resolved.spec
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
-    model = local_model(spec)
-    check_model_task(spec, model)
     folder = Path(spec.image.locks) if spec.image.locks else None
-    package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
+    package_locks = locks.load(base, folder, int8=any(each.serve.precision == "int8" for each in spec.each()))
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
-    source = spec.model.source
-    image = model_image.inspect(source) if spec.model.weights == "bake" and is_image(source) else None
-    baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(source) else None
-    size = image.bytes if image else model.bytes if model else None
-    return render.render(spec, base, stack, package_locks, provenance, baked, size, image)
+    return render.render(spec, base, stack, package_locks, provenance, *_known(spec))
+
+
+def _known(spec: Spec) -> tuple[list[WeightsFolder], dict[str, ModelImage]]:
+    """Return the folders of the weights with what is known about them, and the model images to bake.
+
+    Raises `UsageError` if the base image cannot serve a task, or an adapter does not fit its model.
+    """
+    models, found, images = {each.name: each for each in spec.each()}, [], {}
+    local = {each.name: local_folder(each) for each in weights_folders(spec)}
+    for each in weights_folders(spec):
+        folder, task, size, sha256 = local[each.name], None, None, None
+        if each.base is None:
+            check_model_task(models[each.name], folder)
+            task = task_of(models[each.name], folder)
+        elif folder and (base := local[each.base]):
+            adapter.read(each.name, folder.path, base)
+        if each.weights == "bake" and is_image(each.source):
+            image = images[each.name] = model_image.inspect(each.source)
+            size, sha256 = image.bytes, image.sha256
+        elif folder:
+            size = folder.bytes
+            sha256 = folder.digest if each.weights == "bake" and not is_hub_id(each.source) else None
+        found.append(replace(each, task=task, sha256=sha256, bytes=size))
+    return found, images
 
 
 def missing_files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
@@ -55,16 +76,16 @@ def missing_files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
         yield Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
 
 
-def local_model(spec: Spec) -> ModelFolder | None:
-    """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
+def local_folder(each: WeightsFolder) -> ModelFolder | None:
+    """Return the folder of a model or an adapter, or its snapshot in a cache; None if it is not on this machine."""
     try:
-        return model_folder.find(spec.model.source, spec.model.revision)
+        return find(each)
     except UsageError:
         return None
 
 
 def task_of(spec: Spec, folder: ModelFolder | None) -> str:
-    """Return the task of the spec, for `auto` that of the model `folder`. It stays `auto` without a folder."""
+    """Return the task of a spec with one model, for `auto` that of `folder`. It stays `auto` without a folder."""
     if spec.model.task == "auto" and folder is not None:
         return resolve_task("auto", folder, spec.model.source)
     return spec.model.task

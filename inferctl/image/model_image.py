@@ -19,6 +19,7 @@ from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.image import registry
 from inferctl.image.image_name import split
 from inferctl.models import image_source
+from inferctl.models.adapter import AdapterFolder
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, resolve_task
 
@@ -26,6 +27,8 @@ from inferctl.models.model import ModelFolder, resolve_task
 # With two platforms and a context that is streamed, BuildKit of Engine 26.1 ends with `concurrent map writes`.
 PLATFORM = "linux/amd64"
 LABEL = "io.inferctl.model."
+# What the label `task` says of an adapter.
+ADAPTER = "adapter"
 _WEIGHTS = (".safetensors", ".gguf")
 # An image with the server has up to eight further layers, and overlay file systems mount at most 128.
 _MAX_WEIGHT_LAYERS = 100
@@ -106,7 +109,9 @@ def labels_of(
     own = {
         "sha256": folder.digest,
         "architecture": folder.architecture,
-        "task": resolve_task("auto", folder, source or str(folder.path)),
+        "task": ADAPTER
+        if isinstance(folder, AdapterFolder)
+        else resolve_task("auto", folder, source or str(folder.path)),
         "number_formats": ",".join(formats),
         "parameters": str(parameters),
         "files": listed,
@@ -181,6 +186,8 @@ def read(reference: str, labels: Mapping[str, str], layers: Sequence[tuple[str, 
 def facts(source: str) -> HubModel:
     """Return the facts about a model image from its registry, without its weights. Raises the errors of `inspect`."""
     found = inspect(source)
+    if found.task == ADAPTER:
+        raise UsageError(f"{source} is an adapter, not a model", "name it in `model.adapters`")
     if found.config is None:
         raise NotReadyError(f"the labels of {source} lack config.json", f"run `inferctl model pull {source}`")
     return HubModel(found.digest, found.config, found.parameters, found.files, found.library_type)

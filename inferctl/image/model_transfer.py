@@ -29,7 +29,6 @@ from inferctl.image.push import push as engine_push
 from inferctl.image.records import ATTEMPTS
 from inferctl.image.render import EPOCH
 from inferctl.models import image_source, untrusted
-from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder, is_hub_id
 
 # Texts that a license may require next to the weights.
@@ -103,7 +102,7 @@ def push(
     return found
 
 
-def fetch(source: str) -> Generator[Event, None, ModelFolder]:
+def fetch(source: str) -> Generator[Event, None, Path]:
     """Return the folder of `source`, with or without `oci://`, in the cache, pulled if it is not there.
 
     Asks the registry for the digest of a tag. Raises the errors of `pull`.
@@ -116,7 +115,7 @@ def fetch(source: str) -> Generator[Event, None, ModelFolder]:
     if image_source.digest(source) is None:
         with _translated(f"the cache {folder.parent} cannot be written"):
             image_source.remember(source, found.digest)
-    return model_folder.find(source)
+    return folder
 
 
 def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:

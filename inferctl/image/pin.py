@@ -51,6 +51,8 @@ class Pin:
 
 def pins(spec: Spec, base: BaseImage) -> list[Pin]:
     """Return the settings of `spec` that can be pinned. A base with a digest in the catalog is pinned."""
+    if spec.models:
+        raise UsageError("`inferctl pin` does not edit `models`", "set `revision`, or the digest of an `oci://` source")
     found = []
     if is_hub_id(spec.model.source):
         revision = spec.model.revision

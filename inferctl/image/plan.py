@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.settings import Resolved
-from inferctl.config.spec import Spec
+from inferctl.config.spec import Model, Spec
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image import model_image, render
-from inferctl.image.from_spec import local_model, missing_files, rendered_image, task_of
+from inferctl.image.from_spec import missing_files, rendered_image
 from inferctl.image.image_name import host_of
 from inferctl.image.records import READY_SECONDS
 from inferctl.image.render import Rendered
@@ -23,6 +23,7 @@ from inferctl.models import fit
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, is_hub_id
 from inferctl.models.size import locate
+from inferctl.models.weights_folders import WeightsFolder, weights_folders
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class BuildOptions:
 class BuildPlan:
     """The plan of a build.
 
-    `references`: at least one name of the image, with tag. `task` is `auto` while the model is not on this machine.
-    `server_files`: the server's own files, by their path in the image. `model`: folder of the weights that the image
-    bakes or that the verification mounts. `plan` sets None, because a dry run needs no weights.
+    `references`: at least one name of the image, with tag. `tasks`: of each model, `auto` while it is not on this
+    machine. `server_files`: the server's own files, by their path in the image. `folders`: of the weights that the
+    image bakes or that the verification mounts, by name. `plan` sets none, because a dry run needs no weights.
     """
 
     references: tuple[str, ...]
     spec: Spec
     base: BaseImage
     stack: Stack
-    task: str
+    tasks: Mapping[str, str]
     rendered: Rendered
     server_files: Mapping[str, Path]
-    model: Path | None
+    folders: Mapping[str, Path]
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
 
@@ -76,10 +77,13 @@ class BuildPlan:
         return self.references[0]
 
     @property
-    def needs_model(self) -> bool:
-        """Whether `run` needs local weights: to bake a folder, or to mount them for the verification."""
-        weights = self.spec.model.weights
-        return (weights == "mount" and self.options.verify) or (weights == "bake" and "model" in self.rendered.contexts)
+    def needed(self) -> list[WeightsFolder]:
+        """What `run` needs on this machine: local folders to bake, and weights to mount for the verification."""
+        return [
+            each
+            for each in weights_folders(self.spec)
+            if (each.weights == "mount" and self.options.verify) or each.stage in self.rendered.contexts
+        ]
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON data, for `--dry-run --json`."""
@@ -122,13 +126,13 @@ def plan(resolved: Resolved, options: BuildOptions) -> BuildPlan:
             f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",
             "set `image.repository`, such as registry.example.com/team/name, or pass `--tag`",
         )
-    hub = is_hub_id(spec.model.source)
-    findings = _check(spec, base, stack, options, hub)
-    if spec.model.weights == "bake":
-        _refuse_pickles(spec)
+    findings = _check(spec, base, stack, options)
+    for each in spec.each():
+        if each.model.weights == "bake":
+            _refuse_pickles(each)
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
-    task = task_of(spec, local_model(spec))
-    return BuildPlan(references, spec, base, stack, task, rendered, server_files, None, tuple(findings), options)
+    tasks = {each.name: str(each.task) for each in rendered.folders if each.base is None}
+    return BuildPlan(references, spec, base, stack, tasks, rendered, server_files, {}, tuple(findings), options)
 
 
 def _refuse_pickles(spec: Spec) -> None:
@@ -144,15 +148,20 @@ def _refuse_pickles(spec: Spec) -> None:
         )
 
 
-def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub: bool) -> list[fit.Finding]:
+def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions) -> list[fit.Finding]:
     """Return the warnings about the image. Raises an error for findings that prevent the build."""
-    findings = fit.check_image(spec, base, stack, hub_model=hub, today=options.today)
-    findings += missing_files(spec, base)
+    findings, unpinned, models = list(missing_files(spec, base)), [], {each.name: each for each in spec.each()}
+    for each in weights_folders(spec):
+        model = Model.model_construct(source=each.source, revision=each.revision, weights=each.weights)
+        alone = models.get(each.name) or spec.model_copy(update={"model": model})  # an adapter is pinned as a model
+        found = fit.check_image(alone, base, stack, hub_model=is_hub_id(each.source), today=options.today)
+        findings += [finding for finding in found if finding not in findings]
+        if each.weights != "mount" and not options.allow_floating:
+            unpinned += [finding for finding in found if finding.topic == "revision"]
     wrong = [f for f in findings if f.level == "error" and f.topic in ("platform", "python", "locks", "wheels")]
     if wrong:
         raise UsageError("\n".join(f"{f.what}: {f.why}" for f in wrong), wrong[0].hint)
-    unpinned_is_error = spec.model.weights != "mount" and not options.allow_floating
-    raise_for([f for f in findings if f.level == "error" or (f.topic == "revision" and unpinned_is_error)])
+    raise_for([f for f in findings if f.level == "error" or f in unpinned])
     return [f for f in findings if f.level != "ok"]
 
 

@@ -7,8 +7,8 @@ The layers of the image, each a separate `COPY --link`, with large and stable on
 
     base | python | torch closure | vLLM | server dependencies | int8 | weights | server | config
 
-An image that downloads its weights has an empty folder for them (`cache`) in place of the weights. A change in one part
-changes only its own layer, so a new config or new weights push one layer.
+Each model and each adapter is a layer of weights. An image that downloads some has an empty folder for them (`cache`).
+A change in one part changes only its own layer, so a new config or a new adapter pushes one layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from inferctl.core import assets
 from inferctl.core.errors import UsageError
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image.locks import Locks
-from inferctl.image.model_image import PLATFORM, ModelImage, groups
+from inferctl.image.model_image import PLATFORM, ModelImage, groups, quoted
+from inferctl.models.adapter import CONFIG, WEIGHTS
 from inferctl.models.image_source import is_image
-from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_start_s
+from inferctl.models.model import SUFFIXES, is_hub_id, longest_start_s
+from inferctl.models.weights_folders import WeightsFolder, downloads, weights_folders
 
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
@@ -40,6 +42,11 @@ EPOCH = 315532800
 KEYS_PATH = "/keys"
 # Where an image stores the weights that it downloads. templates/Dockerfile.j2 has it too.
 CACHE_PATH = "/model-cache"
+# The label with the models and adapters of an image that has several.
+NAMES_LABEL = "io.inferctl.names"
+_LISTED = ("name", "base", "weights", "path", "revision", "task", "sha256")
+# Overlay file systems mount at most 128 layers.
+_MAX_WEIGHT_LAYERS = 115
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
 _START_PERIOD_S = 180
 # The files of the server in the package. The relay and the ledger need packages that images do not have.
@@ -73,7 +80,7 @@ class Rendered:
 
     `files`: build-context path -> content. `contexts`: name of a build context -> folder. `secrets`: ids that the
     Dockerfile accepts, all optional. `build_args`: SOURCE_DATE_EPOCH, so that every builder records the same creation
-    time. `tag`: from the spec, or by default from the image content.
+    time. `tag`: from the spec, or by default from the image content. `folders`: of the weights.
     """
 
     dockerfile: str
@@ -84,6 +91,7 @@ class Rendered:
     labels: dict[str, str]
     build_args: dict[str, str]
     tag: str = ""
+    folders: tuple[WeightsFolder, ...] = ()
 
 
 def render(
@@ -92,20 +100,19 @@ def render(
     stack: Stack,
     locks: Locks,
     provenance: Provenance,
-    weights: str | None = None,
-    weights_bytes: int | None = None,
-    model_image: ModelImage | None = None,
+    folders: Sequence[WeightsFolder] = (),
+    images: Mapping[str, ModelImage] = {},
 ) -> Rendered:
     """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
 
-    `weights`: digest of the local model folder to bake, None if unknown. `weights_bytes`:
-    size of the weights, None if unknown. `model_image`: the image to bake, if the source is one.
+    `folders`: with what is known about the weights. `images`: the model images to bake, by name.
     """
+    folders = folders or weights_folders(spec)
+    baked = [each for each in folders if each.weights == "bake"]
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
-    hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
     optional = {"int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
-    folders = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
+    closures = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
     # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
@@ -113,71 +120,89 @@ def render(
         "apt_runtime": [*base.python.packages, *base.packages],
         "base_image": base_image,
         "base_key": base.key,
+        "baked": [_stage(each, images.get(each.name)) for each in baked],
         "compiles": stack.vllm is not None and stack.cuda is not None,
+        "downloads": downloads(spec),
         "epoch": EPOCH,
         "gpu": stack.cuda is not None,
         "has_int8_lock": locks.int8 is not None,
         "has_torch_lock": locks.torch is not None,
         "has_vllm_lock": locks.vllm is not None,
-        "hub_model": hub_model if spec.model.weights == "bake" else None,
-        "hub_revision": spec.model.revision,
         "labels": {},
-        "model_image": model_image.reference if model_image else None,
-        "model_layers": groups(model_image.files) if model_image else [],
         "model_platform": PLATFORM,
-        "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
         "packages": list(base.packages),
         "port": port,
         "python": base.python.executable,
-        "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in folders),
+        "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in closures),
         "stack_key": stack.key,
         "start_period": _START_PERIOD_S,
         "title": spec.name,
         "torch_index": stack.index,
         "version": provenance.version,
-        "weights": spec.model.weights,
+        "several": bool(spec.models),
+        "weights": " and ".join(dict.fromkeys(each.weights for each in folders)),
         "wheels": spec.image.wheels is not None,
     }
-    contexts = {}
-    if spec.model.weights == "bake" and hub_model is None and model_image is None:
-        contexts["model"] = spec.model.source
+    if sum(len(each["layers"]) or 1 for each in values["baked"]) > _MAX_WEIGHT_LAYERS:
+        raise UsageError(
+            f"the image would have more than {_MAX_WEIGHT_LAYERS} layers with weights, which file systems do not mount",
+            "set `weights: mount`, or bake fewer adapters",
+        )
+    contexts = {each.stage: each.source for each in baked if not is_hub_id(each.source) and not is_image(each.source)}
+    unknown = [each for each in baked if each.stage in contexts and each.sha256 is None]
     if spec.image.wheels is not None:
         contexts["wheels"] = spec.image.wheels
-    files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, port), **locks.files()}
+    files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, folders, port), **locks.files()}
     content = None
-    if "model" not in contexts or weights is not None:
-        baked = model_image.sha256 if model_image else weights if "model" in contexts else None
-        content = _content(_fill("Dockerfile.j2", values), files, baked)
+    if not unknown:
+        weights = "\n".join(each.sha256 or "" for each in baked)
+        content = _content(_fill("Dockerfile.j2", values), files, weights)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
     labels = _labels(spec, base_image, stack, provenance, tag, content)
-    values |= {"labels": labels, "start_period": _start_period(stack, weights_bytes)}
+    names = _names(folders) if spec.models or len(folders) > 1 else None
+    values |= {"labels": labels, "start_period": _start_period(stack, [each.bytes or math.inf for each in folders])}
     return Rendered(
-        dockerfile=_fill("Dockerfile.j2", values),
+        dockerfile=_fill("Dockerfile.j2", values, names=quoted(names) if names else ""),
         dockerignore=_fill("dockerignore.j2", {}),
         files=files,
         contexts=contexts,
         secrets=("pip_conf", "ca", "hf_token"),
-        labels=labels,
+        labels=labels | ({NAMES_LABEL: names} if names else {}),
         build_args={"SOURCE_DATE_EPOCH": str(provenance.epoch)},
         tag=tag,
+        folders=tuple(folders),
     )
 
 
-def _start_period(stack: Stack, weights_bytes: int | None) -> int:
+def _stage(folder: WeightsFolder, image: ModelImage | None) -> dict[str, Any]:
+    """Return what the template needs to copy the weights of `folder` into the image."""
+    files = [CONFIG, WEIGHTS] if folder.base else [f"*{suffix}" for suffix in sorted(SUFFIXES)]
+    return {
+        **{name: getattr(folder, name) for name in ("stage", "path", "base", "revision")},
+        "weights_stage": folder.stage.replace("model", "weights"),
+        "files": files,
+        "hub_model": folder.source if is_hub_id(folder.source) else None,
+        "image": image.reference if image else None,
+        "layers": [layer for layer in groups(image.files) if layer] if image else [],
+    }
+
+
+def _start_period(stack: Stack, weights_bytes: list[float]) -> int:
     """Return the start period of HEALTHCHECK in seconds, in whole minutes."""
-    if not stack.vllm:
-        return _START_PERIOD_S
-    return math.ceil(longest_start_s(weights_bytes) / 60) * 60
+    if not stack.vllm:  # engines of several models start one after the other
+        return _START_PERIOD_S * len(weights_bytes)
+    total = sum(weights_bytes)
+    return math.ceil(longest_start_s(int(total) if math.isfinite(total) else None) / 60) * 60
 
 
-def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:
+def _content(dockerfile: str, files: Mapping[str, bytes], weights: str) -> str:
     """Return the sha256 (hex) over all inputs that determine the files and the settings of an image.
 
     `dockerfile` is rendered without labels and with a fixed start period, so that the commit of the spec does not
     count, nor whether the weights are on this machine. Comments do not count.
     """
     steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
-    parts = {"Dockerfile": steps.encode(), **files, "weights": (weights or "").encode()}
+    parts = {"Dockerfile": steps.encode(), **files, "weights": weights.encode()}
     parts |= {name: file.read_bytes() for name, file in server_files().items()}
     listed = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
@@ -195,7 +220,7 @@ def server_files() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _container_config(spec: Spec, port: int) -> bytes:
+def _container_config(spec: Spec, folders: Sequence[WeightsFolder], port: int) -> bytes:
     """Return the spec for the container, without paths of the build machine and without build settings."""
     exclude = {"image", "deploy", "hardware", "metering"}
     data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
@@ -204,8 +229,11 @@ def _container_config(spec: Spec, port: int) -> bytes:
     if metering:
         data["metering"] = metering
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
-    if spec.model.weights != "download":
-        data["model"]["source"] = IMAGE_FOLDER
+    paths = {each.name: each.path for each in folders if each.weights != "download"}
+    for name, model in [(one["name"], one["model"]) for one in data["models"]] or [(spec.name, data["model"])]:
+        model["source"] = paths.get(name, model["source"])
+        for adapter in model["adapters"]:
+            adapter["source"] = paths.get(adapter["name"], adapter["source"])
     if spec.access.keys:
         data["access"]["keys"] = (
             f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(str(spec.access.keys)).name}"
@@ -220,7 +248,6 @@ def _labels(
     spec: Spec, base_image: str, stack: Stack, provenance: Provenance, tag: str, content: str | None
 ) -> dict[str, str]:
     name, _, digest = base_image.partition("@")
-    source = spec.model.source
     labels = {
         "org.opencontainers.image.title": spec.name,
         "org.opencontainers.image.version": tag,
@@ -233,14 +260,28 @@ def _labels(
         "io.inferctl.content.sha256": content,
         "io.inferctl.precision": spec.serve.precision,
         "io.inferctl.stack": stack.key,
-        "io.inferctl.model.source": source if is_image(source) or is_hub_id(source) else Path(source).name,
-        "io.inferctl.model.revision": spec.model.revision,
-        "io.inferctl.model.weights": spec.model.weights,
     }
+    if not spec.models:  # `io.inferctl.names` has those of several
+        source = spec.model.source
+        labels |= {
+            "io.inferctl.model.source": source if is_image(source) or is_hub_id(source) else Path(source).name,
+            "io.inferctl.model.revision": spec.model.revision,
+            "io.inferctl.model.weights": spec.model.weights,
+        }
     return {key: value for key, value in labels.items() if value}
 
 
-def _fill(template: str, values: Mapping[str, Any]) -> str:
+def _names(folders: Sequence[WeightsFolder]) -> str:
+    """Return the label that lists the names of an image, as JSON."""
+    listed = []
+    for each in folders:
+        found = {name: getattr(each, name) for name in _LISTED}
+        found["source"] = each.source if is_image(each.source) or is_hub_id(each.source) else None
+        listed.append({name: value for name, value in found.items() if value})
+    return json.dumps(listed, separators=(",", ":"))
+
+
+def _fill(template: str, values: Mapping[str, Any], *, names: str = "") -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(assets.root() / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -248,7 +289,7 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
         autoescape=False,  # a Dockerfile is not HTML; _check_values rejects unsafe values
     )
     _check_values(values)
-    return environment.get_template(template).render(values)
+    return environment.get_template(template).render(values, names=names)
 
 
 def _check_values(value: Any, name: str = "") -> None:

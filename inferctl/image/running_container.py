@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,19 @@ _INSPECT_SECONDS, _POLL_SECONDS = 0.5, 0.2
 _MAX_RESPONSE_BYTES = 512 << 20
 
 
-def mounts_of(folder: Path) -> dict[str, str]:
-    """Return the mounts (path in the container -> host path) that put `folder` at /model.
+def mounts_of(folders: Mapping[str, Path]) -> dict[str, str]:
+    """Return the mounts (path in the container -> host path) that put each folder at its path.
 
     A snapshot in a hub cache has links to files outside of its folder, so its files are mounted one by one.
     """
-    folder = folder.resolve()
-    files = ModelFolder(folder).files()
-    if not any(path.is_symlink() for path in files):
-        return {IMAGE_FOLDER: str(folder)}
-    return {f"{IMAGE_FOLDER}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
+    found: dict[str, str] = {}
+    for place, folder in ((place, folder.resolve()) for place, folder in folders.items()):
+        files = ModelFolder(folder).files()
+        if any(path.is_symlink() for path in files):
+            found |= {f"{place}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
+        else:
+            found[place] = str(folder)
+    return found
 
 
 def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
@@ -48,7 +53,7 @@ def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | N
             with_log("the container ran out of memory (OOM-killed)", log),
             "give the engine more memory, or use a smaller model",
         )
-    if f"Permission denied: '{IMAGE_FOLDER}" in log:
+    if re.search(f"Permission denied: '({IMAGE_FOLDER}|/adapters/)", log):
         return NotReadyError(
             with_log("the container cannot read its weights: it runs as another user (10001)", log),
             "make the mounted folder readable: `chmod -R a+rX DIR`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import stat
@@ -12,16 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inferctl.config import settings
+from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
-from inferctl.image.render import CACHE_PATH, KEYS_PATH
+from inferctl.image.render import CACHE_PATH, KEYS_PATH, NAMES_LABEL
 from inferctl.image.running_container import exit_error, free_port, mounts_of, wait_ready
-from inferctl.models import hub
-from inferctl.models import model as model_folder
+from inferctl.models.model import IMAGE_FOLDER, ModelFolder
+from inferctl.models.weights_folders import WeightsFolder, find, weights_folders
 
+# Returns the local folder of weights.
+Fetch = Callable[[WeightsFolder], ModelFolder]
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
 # Added to the drain time of the server, before the engine kills it.
@@ -39,7 +43,7 @@ class Address:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The options of `run_server`. `model`: folder or hub id of the weights to mount, None if not specified.
+    """The options of `run_server`. `spec`: has the weights to mount, None if not specified.
 
     `replaces_model`: whether the command line specifies the model. `keys`: the key file to mount. `drain_seconds`:
     maximum duration of a stop, including the grace period. `arguments`: options of `inferctl serve` for the server in
@@ -47,8 +51,7 @@ class ServeOptions:
     """
 
     address: Address
-    model: str | None = None
-    revision: str | None = None
+    spec: Spec | None = None
     replaces_model: bool = False
     keys: Path | None = None
     drain_seconds: float = 30.0
@@ -60,16 +63,16 @@ def run_server(
     serve_options: ServeOptions,
     log: Callable[[str], None],
     announce: Path | None = None,
-    fetch: hub.Fetch = model_folder.find,
+    fetch: Fetch = find,
 ) -> int:
     """Run the image `reference` until it ends and return its exit code. SIGINT and SIGTERM drain it.
 
     The image is pulled if the engine does not have it. It gets the GPUs if the engine supports that. Local weights are
     mounted if the image has none.
 
-    `fetch` returns the folder of a hub model. `log` is called with each line of the container log. `announce`: file to
-    which `{"url", "pid"}` is written when the server is ready. Raises `NotReadyError` without an engine, an image or a
-    free port, `UsageError` for missing weights.
+    `fetch` returns the folder of the weights to mount. `log` is called with each line of the container log.
+    `announce`: file to which `{"url", "pid"}` is written when the server is ready. Raises `NotReadyError` without an
+    engine, an image or a free port, `UsageError` for missing weights.
     """
     if announce is not None:
         outputs.retract(announce)
@@ -78,11 +81,11 @@ def run_server(
     check_inferctl_image(image, reference)
     if serve_options.keys is not None:
         check_readable(serve_options.keys)
-    model = weights(image, serve_options, fetch)
+    folders = weights(image, serve_options.spec, fetch, replaces_model=serve_options.replaces_model)
     address = serve_options.address
     if not address.port:  # the server names it
         address = replace(address, port=free_port())
-    container, address = start(engine, image, model, address, log, serve_options.arguments, serve_options.keys)
+    container, address = start(engine, image, folders, address, log, serve_options.arguments, serve_options.keys)
     with container:
         timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
         return _run_to_end(container, address, log, announce, timeout)
@@ -91,7 +94,7 @@ def run_server(
 def start(
     engine: DockerEngine,
     image: ImageInfo,
-    model: Path | None,
+    folders: Mapping[str, Path],
     address: Address,
     log: Callable[[str], None],
     arguments: tuple[str, ...] = (),
@@ -100,12 +103,12 @@ def start(
 ) -> tuple[Container, Address]:
     """Start a container and return it with its address: on the network of the host if the engine has no bridge.
 
-    `environment` is added to that of `options`.
+    `folders`: of the weights to mount, by path. `environment` is added to that of `options`.
     """
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
 
     def started() -> Container:
-        found = options(image, model, address, gpu, arguments, keys)
+        found = options(image, folders, address, gpu, arguments, keys)
         return engine.start(image.id, replace(found, environment={**(found.environment or {}), **environment}))
 
     try:
@@ -152,23 +155,49 @@ def check_readable(keys: Path) -> None:
         )
 
 
-def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model_folder.find) -> Path | None:
-    """Return the folder to mount at /model, None if the image contains or downloads its weights."""
+def folders_of(image: ImageInfo, default: str = "bake") -> list[WeightsFolder]:
+    """Return where an image has the weights of its names, or expects them. The name of the only model is empty.
+
+    `default`: how an image without a label has them. Raises `UsageError` for a label that is wrong.
+    """
+    kind = image.labels.get("io.inferctl.model.weights", default)
+    only = json.dumps([{"name": "", "weights": kind, "path": IMAGE_FOLDER}])
+    try:
+        listed = json.loads(image.labels.get(NAMES_LABEL, only))
+        unknown = {"source": "", "revision": None, "mount": "", "stage": ""}
+        return [WeightsFolder(**{**unknown, **one}) for one in listed]
+    except (ValueError, TypeError):
+        raise UsageError(f"{image.id} has a wrong label {NAMES_LABEL}", "build the image again") from None
+
+
+def weights(
+    image: ImageInfo, spec: Spec | None, fetch: Fetch = find, *, replaces_model: bool = False
+) -> dict[str, Path]:
+    """Return the folders to mount by path; none if the image contains or downloads its weights.
+
+    `spec`: names the weights, None if none is specified. `replaces_model`: whether the command line does.
+    """
     # An image without the label gets weights only if the command line specifies a model.
-    kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")
-    if kind != "mount":
-        if serve_options.replaces_model:
-            verb = "downloads" if kind == "download" else "contains"
-            raise UsageError(f"this image {verb} its own weights: --model cannot replace them", "remove --model")
-        return None
-    if serve_options.model is None:
+    folders = folders_of(image, "mount" if replaces_model else "bake")
+    mounted = {each.path: each.name for each in folders if each.weights == "mount"}
+    if replaces_model and len(mounted) < len(folders):
+        verb = "downloads" if any(each.weights == "download" for each in folders) else "contains"
+        raise UsageError(f"this image {verb} its own weights: --model cannot replace them", "remove --model")
+    if mounted and spec is None:
         raise UsageError("this image mounts its weights, and no model is specified", "pass `--model DIR`")
-    return fetch(serve_options.model, serve_options.revision).path
+    # The only model may have another name in the image.
+    named = {"" if each.path == IMAGE_FOLDER else each.name: each for each in weights_folders(spec)} if spec else {}
+    keys = {path: "" if path == IMAGE_FOLDER else name for path, name in mounted.items()}
+    if missing := sorted(set(keys.values()) - named.keys()):
+        raise UsageError(
+            f"this image mounts the weights of {missing[0]}, which the spec lacks", "pass its `--spec FILE`"
+        )
+    return {path: fetch(named[key]).path for path, key in keys.items()}
 
 
 def options(
     image: ImageInfo,
-    model: Path | None,
+    folders: Mapping[str, Path],
     address: Address,
     gpu: bool,
     arguments: tuple[str, ...] = (),
@@ -176,7 +205,7 @@ def options(
 ) -> ContainerOptions:
     """Return the options of the container. `arguments` come last, so that they override those of the image.
 
-    `model`: the folder of the weights to mount, None if `image` needs none.
+    `folders`: of the weights to mount, by path.
     """
     container_port = settings.listening_port(image.environment)
     on_host = address.network == "host"
@@ -187,7 +216,7 @@ def options(
     )
     reference = ("--image-reference", image.digests[0] if image.digests else image.id)
     environment = {"INFERCTL_SERVE_PORT": str(port)}
-    mounts = mounts_of(model) if model else {}
+    mounts = mounts_of(folders)
     if keys is not None:
         mounts[KEYS_PATH] = str(keys.resolve().parent)
         environment["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{keys.resolve().name}"

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -34,9 +35,9 @@ from inferctl.image.output_checks import (
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, wait_ready, with_log
 from inferctl.image.serve_image import Address
-from inferctl.models import divergence, output_vectors
-from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models import adapter_effect, divergence, output_vectors
 from inferctl.models.reference_process import LIBRARIES
+from inferctl.models.weights_folders import WeightsFolder
 
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
 _CHANCE = 1000.0
@@ -49,31 +50,31 @@ _Send: TypeAlias = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """The options of `verify`. `model`: folder to mount at /model, None if the image contains or downloads its weights.
+    """The options of `verify`. `mounts`: the folders of the weights to mount, by their path in the container.
 
-    `network`: None for the engine's bridge, or `host`. `compare`: whether to compute the fp32 reference and compare.
-    `library_model`: the folder that sentence-transformers loads to be compared, too; None for no such comparison.
-    `requires_library`: whether it is an error, instead of a note, if the library cannot load the folder.
+    `network`: None for the engine's bridge, or `host`. `library_models`: the folders that a library loads to be
+    compared, too, by the name of the model (empty if it is the only one). `requires_library`: whether it is an error,
+    instead of a note, if it cannot load the folder.
     """
 
-    model: Path | None
+    mounts: Mapping[str, Path] = field(default_factory=dict)
     network: str | None = None
     ready_seconds: float = READY_SECONDS
-    compare: bool = True
-    library_model: Path | None = None
+    library_models: Mapping[str, Path] = field(default_factory=dict)
     requires_library: bool = False
 
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a verification.
+    """The result of the verification of a model, which requests use by its `name`.
 
     `dimensions`: of the vectors, None for other tasks. `cosine_min`: the lowest cosine of the vectors to the fp32
     reference.
     `score_difference`: the largest difference of scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
-    `library`: the comparison with sentence-transformers, None without one.
+    `library`: the comparison with sentence-transformers, None without one. `adapters`: as in `GET /info`: the server
+    compared them with fp32 before it was ready.
     """
 
     precision: str
@@ -91,22 +92,27 @@ class Verified:
     top_1: float | None = None
     tokens: int | None = None
     library: LibraryComparison | None = None
+    adapters: Sequence[Mapping[str, Any]] = ()
+    name: str = ""
 
-    def document(self) -> dict[str, Any]:
-        """Return the result as JSON data."""
-        return asdict(self)
+
+def document(results: Sequence[Verified]) -> dict[str, Any] | None:
+    """Return the results of an image as JSON data: those of the only model, or a list; None without any."""
+    found = [asdict(each) for each in results]
+    return found[0] if len(found) == 1 else {"models": found} if found else None
 
 
 @dataclass(frozen=True)
 class _Served:
-    """What the server of an image returned for the texts, before it was stopped.
+    """What the server of an image returned for the texts of a model, before it was stopped.
 
-    `inputs`: what the reference computes. `scores`: of rerank and classify, one or a list for each text. `vectors`: of
-    each output that an embedding model was trained for. `prompts`: what a generation server predicted. `plain`: the
-    first output of the texts of the library, without prompts.
+    `folder`: where the image has the weights. `inputs`: what the reference computes. `scores`: of rerank and classify,
+    one or a list for each text. `vectors`: of each output that an embedding model was trained for. `prompts`: what a
+    generation server predicted. `plain`: the first output of the texts of the library, without prompts.
     """
 
     info: Mapping[str, Any]
+    folder: WeightsFolder
     ready_seconds: float
     inputs: list[Any]
     scores: Sequence[Any] = ()
@@ -137,19 +143,31 @@ class _Served:
             ready_seconds=self.ready_seconds,
             model_sha256=self.sha256,
             task=self.task,
+            name=str(self.info["name"]),
         )
         return replace(found, **results)
 
 
-def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
+def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, list[Verified]]:
     """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
 
-    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotComparedError`
-    if sentence-transformers is required and cannot load the model. Removes its containers.
+    Returns the result of each model. Raises `InferctlError` (exit code 1) with the failed check and the end of the
+    container log, and `NotComparedError` if sentence-transformers is required and cannot load the model. Removes its
+    containers.
     """
-    served = yield from _serve(engine, image, options)
-    # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
-    reference = _reference(engine, image, options, served) if options.compare else None
+    found = []
+    # The server has stopped before a reference loads the weights, so that memory for one of them is sufficient.
+    for served in (yield from _serve(engine, image, options)):
+        if served.folder.name:
+            yield Note(f"checking {served.folder.name}")
+        found.append((yield from _compare(engine, image, options, served)))
+    return found
+
+
+def _compare(
+    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, served: _Served
+) -> Generator[Note, None, Verified]:
+    reference = _reference(engine, image, options, served) if served.folder.weights != "download" else None
     if isinstance(reference, str):
         yield Note(f"not compared with fp32: {reference}")
         reference = None
@@ -158,11 +176,12 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     if served.task == "generate":
         return (yield from _compare_tokens(served, reference))
     verified = _compare_vectors(served, reference) if served.task == "embed" else _compare_scores(served, reference)
-    if options.library_model is None:
+    folder = options.library_models.get(served.folder.name)
+    if folder is None:
         return verified
     yield Note(f"comparing with {LIBRARIES[served.task]}, from raw text")
     try:
-        compared = library.compare(served.scores or served.plain, served.info, options.library_model)
+        compared = library.compare(served.scores or served.plain, served.info, folder)
         return replace(verified, library=compared)
     except library.NotComparedError as error:
         if options.requires_library:
@@ -171,49 +190,63 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     return verified
 
 
-def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, _Served]:
-    """Start the image, and return what its server returns for the texts. Removes the container."""
+def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, list[_Served]]:
+    """Start the image, and return what its server returns for the texts of each model. Removes the container."""
     started = time.monotonic()
     notes: list[str] = []
     address = Address("127.0.0.1", free_port(), options.network)
     container, address = serve_image.start(
-        engine, image, options.model, address, notes.append, environment=settings.OPEN_ACCESS
+        engine, image, options.mounts, address, notes.append, environment=settings.OPEN_ACCESS
     )
     with container:
         yield from map(Note, notes)
         _wait_ready(container, address, options.ready_seconds)
         ready = time.monotonic() - started
         yield Note(f"ready after {ready:.1f} s")
-        found = _Served(_fetch(container, address, "/info"), ready, list(TEXTS))
-        name, texts = str(found.info["name"]), library.TEXTS if options.library_model else TEXTS  # it starts with these
+        info, found = _fetch(container, address, "/info"), []
+        infos = {each["name"]: each for each in info.get("models", ())}
+        for folder in serve_image.folders_of(image):
+            if folder.base is None:
+                library_texts = folder.name in options.library_models
+                served = _Served(infos.get(folder.name, info), folder, ready, list(TEXTS))
+                found.append(_ask(partial(_fetch, container, address), served, library_texts=library_texts))
+        return found
 
-        def send(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-            return _fetch(container, address, path, {"model": name, **body})
 
-        match found.task:
-            case "generate":
-                prompts = _checked(lambda: next_tokens.ask(send, name, TEXTS))
-                return replace(found, prompts=prompts, inputs=[*TEXTS, next_tokens.CHAT])
-            case "rerank":
-                return replace(found, scores=_score(send, texts), inputs=[[QUERY, text] for text in TEXTS])
-            case "classify":
-                return replace(found, scores=_classify(send, texts))
-        # The texts use the prompts of the model in turn, first none.
-        names = [None, *(found.info["model"].get("prompts") or {}).get("names", ())]
-        selected = [names[number % len(names)] for number in range(len(TEXTS))]
-        pairs = list(zip(TEXTS, selected, strict=True))
-        trained = found.info["model"].get("trained_outputs", ["dense"])
-        vectors = {output: _embed(send, pairs, output, found.vocabulary) for output in trained}
-        plain = []
-        if options.library_model and trained:
-            plain = _embed(send, [(text, None) for text in texts], trained[0], found.vocabulary)
-        inputs = [text if prompt is None else {"input": text, "prompt_name": prompt} for text, prompt in pairs]
-        return replace(found, vectors=vectors, plain=plain, inputs=inputs)
+def _ask(fetch: Callable[..., dict[str, Any]], found: _Served, *, library_texts: bool) -> _Served:
+    """Return `found` with what the server returns for the texts of one model."""
+    name, texts = str(found.info["name"]), library.TEXTS if library_texts else TEXTS  # it starts with these
+
+    def send(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        return fetch(path, {"model": name, **body})
+
+    match found.task:
+        case "generate":
+            prompts = _checked(lambda: next_tokens.ask(send, name, TEXTS))
+            return replace(found, prompts=prompts, inputs=[*TEXTS, next_tokens.CHAT])
+        case "rerank":
+            return replace(found, scores=_score(send, texts), inputs=[[QUERY, text] for text in TEXTS])
+        case "classify":
+            return replace(found, scores=_classify(send, texts))
+    # The texts use the prompts of the model in turn, first none.
+    names = [None, *(found.info["model"].get("prompts") or {}).get("names", ())]
+    selected = [names[number % len(names)] for number in range(len(TEXTS))]
+    pairs = list(zip(TEXTS, selected, strict=True))
+    trained = found.info["model"].get("trained_outputs", ["dense"])
+    vectors = {output: _embed(send, pairs, output, found.vocabulary) for output in trained}
+    plain = []
+    if library_texts and trained:
+        plain = _embed(send, [(text, None) for text in texts], trained[0], found.vocabulary)
+    inputs = [text if prompt is None else {"input": text, "prompt_name": prompt} for text, prompt in pairs]
+    return replace(found, vectors=vectors, plain=plain, inputs=inputs)
 
 
 def _compare_tokens(served: _Served, reference: Mapping[str, Any] | None) -> Generator[Note, None, Verified]:
     count = sum(len(prompt.scored.ids) for prompt in served.prompts if prompt.scored)
-    verified = served.verified(texts=len(served.prompts), tokens=count)
+    adapters = served.info.get("adapters", ())
+    for each in adapters:
+        yield Note(f"adapter {each['name']}: {adapter_effect.line(each['next_tokens'])}")
+    verified = served.verified(texts=len(served.prompts), tokens=count, adapters=adapters)
     if reference is None:
         return verified
     found = _checked(lambda: next_tokens.compare(served.prompts, reference["texts"], verified.precision))
@@ -317,8 +350,8 @@ def _reference(engine: DockerEngine, image: ImageInfo, options: VerifyOptions, s
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     container_options = ContainerOptions(
         entrypoint=(python, "-m", "inferctl.serve.reference"),
-        command=(IMAGE_FOLDER, "--task", served.task, *(("--max-input-tokens", str(longest)) if longest else ())),
-        mounts=mounts_of(options.model) if options.model else {},
+        command=(served.folder.path, "--task", served.task, *(("--max-input-tokens", str(longest)) if longest else ())),
+        mounts=mounts_of(options.mounts),
         network="none",
         stdin=True,
         labels={"io.inferctl.role": "reference"},

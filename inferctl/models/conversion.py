@@ -1,5 +1,6 @@
-"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER PARENT_PID`.
+"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER PARENT_PID [ADAPTER]`.
 
+With an adapter (LoRA), it converts nothing, but writes the model with the adapter in its weights.
 Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
 transformers gets no remote code. If it fails, stdout is the error as JSON.
 """
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
 from inferctl.core.sizes import size
 from inferctl.models import untrusted
+from inferctl.models.adapter import WEIGHTS, Adapter, read
 from inferctl.models.model import ROUTER_FILE, ModelFolder, weight_map
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ _MAX_STRUCTURE_BYTES = 64 * 2**20
 _MAX_GROWTH = 4
 _SMALL_BYTES = 64 * 2**20
 _SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+# Weights in other formats are quantized: their sum with others needs new scales.
+_SUMMED = ("F32", "F16", "BF16")
 # Keys of a tokenizer's configuration that make transformers read other files.
 _FILE_KEYS = re.compile(r"_file$|^name_or_path$|^auto_map$")
 
@@ -85,6 +89,44 @@ def convert(source: Path, target: Path) -> None:
     if not (target / "tokenizer.json").is_file():
         _make_tokenizer(source, target)
     _copy(config, target / "config.json")  # without it, a folder is no model
+
+
+def merge(base: ModelFolder, adapter: Adapter, target: Path) -> None:
+    """Write `base` into `target` with W + scale * B A for its weights W: computed in fp32, one file in memory at a time.
+
+    Files and number formats are those of the base. Raises `UsageError` for quantized weights.
+    """
+    from safetensors import safe_open
+
+    changes, formats = matrices(adapter), base.number_formats
+    for name in changes:
+        if (found := formats[f"{name}.weight"]) not in _SUMMED:
+            hint = "merge with the original weights, then quantize; or serve the adapter on this base"
+            raise UsageError(f"the base has {name} in {found}, which is quantized", hint)
+    for file in base.weight_files:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # no dict
+        for name, weight in tensors.items():
+            if change := changes.get(name.removesuffix(".weight")):
+                tensors[name] = (weight.float() + change[1] @ change[0]).to(weight.dtype)
+        _save(tensors, target / file.name)
+    for file in base.files():
+        if not (target / file.relative_to(base.path)).exists() and file.suffix not in (".safetensors", ".gguf"):
+            _copy(file, target / file.relative_to(base.path))
+
+
+def matrices(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return A and scale * B of each layer in fp32, by its name in the base."""
+    from safetensors.torch import load_file
+
+    stored = {
+        name.removeprefix("base_model.model."): tensor.float()
+        for name, tensor in load_file(adapter.path / WEIGHTS).items()
+    }
+    return {
+        layer: (stored[f"{layer}.lora_A.weight"], stored[f"{layer}.lora_B.weight"] * scale)
+        for layer, (_, scale) in adapter.layers.items()
+    }
 
 
 def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
@@ -295,8 +337,14 @@ def main() -> int:
         return 1
     try:
         import_libraries(source)
-        bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))
-        convert(source, target)
+        folder, merged = ModelFolder(source), sys.argv[4:]
+        bound_memory(
+            max((each.stat().st_size for each in (folder.weight_files if merged else folder.pickled)), default=0)
+        )
+        if merged:
+            merge(folder, read("adapter", Path(merged[0]), folder), target)
+        else:
+            convert(source, target)
         return 0
     except InferctlError as error:
         found = error

@@ -44,8 +44,16 @@ def needed(folder: ModelFolder) -> bool:
     )
 
 
-def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
+def convert(
+    source: Path,
+    target: Path,
+    progress: Progress,
+    adapter: Path | None = None,
+    complete_with: Callable[[Path], object] = lambda _: None,
+) -> ModelFolder:
     """Write the converted model of the folder `source` to the new folder `target`, and return it.
+
+    With an `adapter`, write the model with its weights. `complete_with(folder)` checks or completes the new folder.
 
     An interrupted conversion leaves nothing with the name `target`. If two processes write the same folder, the first
     one that is complete counts. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or
@@ -56,7 +64,8 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     try:
         with partial_folder(target) as partial:
             _check_space(target.parent, total)
-            _run(source, partial, total, progress)
+            _run(source, partial, total, progress, adapter)
+            complete_with(partial)
             complete(partial, target)
             progress(total, total)
     except OSError as error:
@@ -75,11 +84,11 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _run(source: Path, partial: Path, total: int, progress: Progress) -> None:
+def _run(source: Path, partial: Path, total: int, progress: Progress, adapter: Path | None) -> None:
     """Run the process, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
     folders = [str(source.resolve()), str(partial.resolve())]
-    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid())]
+    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid()), *([str(adapter)] if adapter else [])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit_s = _START_S + total / _BYTES_PER_S
     deadline = time.monotonic() + limit_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 from inferctl.config.spec import Spec
@@ -21,6 +21,8 @@ _WORST = ("ok", "warn", "error")
 
 # CUDA context, library workspaces and allocator overhead of one process. A conservative round figure, not measured.
 CUDA_OVERHEAD_BYTES = 1_000_000_000
+# An engine process on a CPU without its weights: 250 MB of anonymous memory with 23 million parameters.
+CPU_PROCESS_BYTES = 250_000_000
 BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _FULL_SHARE = 0.9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,15 +51,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA."""
+    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA.
+
+    `adapters`: what vLLM allocates for them, used or not.
+    """
 
     weights: int
     activations: int
     overhead: int
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.overhead
+        return self.weights + self.activations + self.overhead + self.adapters
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class ModelSize:
     """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
 
     `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
-    model. `library_type`: as in `ModelFolder`.
+    model. `library_type`: as in `ModelFolder`. `adapter_numbers`: those in vLLM's slots for adapters, by kind of device.
     """
 
     parameters: int
@@ -97,6 +103,7 @@ class ModelSize:
     weights_bytes: int = 0
     has_modules: bool = False
     library_type: str | None = None
+    adapter_numbers: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,19 @@ def check_part(
     return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
 
 
+def together(fits: Mapping[str, Fit], part: Hardware) -> Fit:
+    """Return how `part` runs the models of one server, by name: their memory adds up."""
+    first, *others = fits.values()
+    if not others:
+        return first
+    needs = {name: each.memory for name, each in fits.items() if each.memory}
+    findings = [one for each in fits.values() for one in each.findings if one.topic != "memory" or not each.memory]
+    findings.append(memory_of_all(needs, part.memory_bytes, part.key, cuda=part.kind == "cuda"))
+    known = zip(*map(astuple, needs.values()), strict=True) if len(needs) == len(fits) else None
+    total = Memory(*map(sum, known)) if known else None
+    return replace(first, memory=total, findings=tuple(dict.fromkeys(findings)))
+
+
 def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
     """Yield the findings about kernels, driver and MIG slice, which are the same for every task."""
     yield from _kernels(stack, has_kernels(stack, part), part)
@@ -177,6 +197,29 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
     cell = 4 if precision == "fp32" else 2
     activations = batch_tokens * (5 * hidden + 2 * width) * cell
     return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)
+
+
+def memory_of_all(needs: Mapping[str, Memory], available_bytes: int | None, part: str, *, cuda: bool) -> Finding:
+    """Return the finding about the memory of several models, by name, that share the hardware `part`.
+
+    Each has a process of its own.
+    """
+    overhead = CUDA_OVERHEAD_BYTES if cuda else CPU_PROCESS_BYTES
+    needs = {name: replace(need, overhead=overhead) for name, need in needs.items()}
+    total = sum(need.total for need in needs.values())
+    why = "; ".join(
+        f"{name} {size(need.total, 1)}: {size(need.weights, 1)} of weights, {size(need.activations, 1)} of activations, "
+        f"{size(need.overhead, 1)} for its process"
+        for name, need in needs.items()
+    )
+    level: Verdict = "ok"
+    what, hint = f"all models need about {size(total, 1)}, estimated", None
+    if available_bytes is not None:
+        what += f", of {size(available_bytes, 1)}"
+        if total > _FULL_SHARE * available_bytes:
+            level = "error" if total > available_bytes else "warn"
+            hint = "use a smaller serve.max_batch_tokens, more memory, or another server for some of the models"
+    return Finding(level, "memory.all", what, why, hint, part)
 
 
 def _first_int(config: Mapping[str, Any], *names: str) -> int:

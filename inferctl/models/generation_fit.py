@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from inferctl.config.spec import Spec
 from inferctl.core import sizes
+from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import (
@@ -22,10 +23,12 @@ from inferctl.facts.precision import (
     generation_dtype,
     generation_support,
 )
-from inferctl.models import decoder, fit
+from inferctl.models import adapter, decoder, fit
+from inferctl.models import model as model_folder
+from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder, KvCapacity, UnknownDecoder
 from inferctl.models.fit import Finding, Fit, Memory, ModelSize, UnknownSize
-from inferctl.models.model import architecture
+from inferctl.models.model import ModelFolder, architecture, is_hub_id
 
 # CUDA graphs of the default sizes. vLLM reports 0.36 GiB (gpustack/runner #251) to 0.68 GiB for models of 8 GiB, and
 # takes them from the share of the memory (vllm #30515, on by default since 0.21).
@@ -73,6 +76,10 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
     """Yield a finding for the settings that are set but that a server of `task` does not read."""
     if task == "generate" and (several := check_processes(spec)):
         yield several
+    if task != "generate" and spec.model.adapters:
+        yield Finding(
+            "error", "adapter", f"the task {task} has no adapters", "the server does not start", adapter.MERGE
+        )
     ignored = _ENCODER_ONLY if task == "generate" else _GENERATION_ONLY
     found = [f"serve.{name}" for name in ignored if name in spec.serve.model_fields_set]
     if task == "generate" and spec.slo.p99_ms is not None:
@@ -81,6 +88,26 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
         what = f"{', '.join(found)}: not used by the task {task}"
         why = "generation has other settings than embeddings and reranking"
         yield Finding("warn", "settings", what, why, f"remove {'it' if len(found) == 1 else 'them'} from the spec")
+
+
+def check_adapters(spec: Spec, base: object) -> tuple[list[Adapter], list[Finding]]:
+    """Return the adapters of `spec` that fit, and a finding for each. `base`: its folder, if it is on this machine."""
+    adapters, findings = [], []
+    for each in spec.model.adapters:
+        absent = is_hub_id(each.source) and model_folder.snapshot(each.source, each.revision) is None
+        if absent or not isinstance(base, ModelFolder):
+            what, why = f"adapter {each.name} was not checked, nor its memory", "it or its model is not on this machine"
+            findings.append(Finding("warn", "adapter", what, why, "download both, or start a server, which does it"))
+            continue
+        try:
+            found = adapter.read(each.name, adapter.find(each.source, each.revision), base)
+        except UsageError as error:
+            findings.append(Finding("error", "adapter", error.message, "the server does not start", error.hint))
+            continue
+        adapters.append(found)
+        what = f"adapter {each.name}: rank {found.rank}, {len(found.layers)} layers, {size(found.bytes, 1)}"
+        findings.append(Finding("ok", "adapter", what, "each of its tensors is of one layer of the model"))
+    return adapters, findings
 
 
 def check_model(spec: Spec, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -164,7 +191,9 @@ class _Need:
         step = step_tokens(part) * (5 * shape.hidden_size + 3 * shape.width // gpus) * cell
         logits = most_sequences(self.spec, part) * shape.vocabulary * _SAMPLING_BYTES
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
-        return Memory(weights // gpus, step + logits, overhead)
+        numbers = (self.model.adapter_numbers or {}).get(part.kind, 0)
+        slots = numbers * cell * (gpus + 1) // (2 * gpus)  # GPUs share one of the two matrices
+        return Memory(weights // gpus, step + logits, overhead, slots)
 
     def capacity(self, part: Hardware, gpus: int | None = None) -> KvCapacity:
         """Return what the rest of the memory holds."""
@@ -197,6 +226,8 @@ class _Need:
         parts = f"weights {size(need.weights, 1)}, activations {size(need.activations, 1)}"
         if need.overhead:
             parts += f", CUDA and its graphs {size(need.overhead, 1)}"
+        if need.adapters:
+            parts += f", slots for adapters {size(need.adapters, 1)}"
         if self.shape.multimodal:
             parts += ", without the encoder's activations"
         if part.memory_bytes is None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from inferctl.config.spec import Adapter as AdapterSource
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.sizes import size
-from inferctl.models import convert
+from inferctl.models import adapter, convert
 from inferctl.models import model as model_folder
+from inferctl.models.adapter import Adapter
 from inferctl.models.model import ModelFolder, UnconvertedError
 
 if TYPE_CHECKING:
@@ -101,6 +103,19 @@ def fetch(
         return model_folder.find(source, revision)
     target = snapshot.parent.parent / model_folder.CONVERTED / snapshot.name
     return convert.convert(snapshot, target, convert_progress)
+
+
+def fetch_adapters(
+    wanted: Iterable[AdapterSource], base: ModelFolder, progress: Callable[[str], Progress]
+) -> tuple[Adapter, ...]:
+    """Return the adapters of a spec on the model `base`. `progress(source)`: of a download. Raises what `fetch` does."""
+    found = []
+    for each in wanted:
+        cached = model_folder.snapshot(each.source, each.revision)
+        if model_folder.is_hub_id(each.source) and not (cached and (cached / adapter.WEIGHTS).is_file()):
+            download(each.source, each.revision, progress(each.source))
+        found.append(adapter.read(each.name, adapter.find(each.source, each.revision), base))
+    return tuple(found)
 
 
 def _generates(folder: ModelFolder) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from inferctl.config.spec import Spec
 from inferctl.config.spec_types import IMAGE_REFERENCE, IMAGE_SCHEME
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, shown
@@ -45,12 +44,6 @@ def reference(source: str) -> str:
 def digest(source: str) -> str | None:
     """Return the digest in the name of `source` (`sha256:...`), None without one."""
     return source.partition("@")[2] or None
-
-
-def volume(spec: Spec) -> str | None:
-    """Return the image that pods of `spec` mount as a volume with their weights; None if they get them otherwise."""
-    mounted = spec.model.weights == "mount" and not spec.deploy.weights.pvc and is_image(spec.model.source)
-    return reference(spec.model.source) if mounted else None
 
 
 def cache_folder(digest: str, environment: Mapping[str, str] = os.environ) -> Path:

@@ -150,7 +150,7 @@ class ModelFolder:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, from the headers of the safetensors files."""
-        return sum(math.prod(tensor["shape"]) for file in self.weight_files for _, tensor in _tensors(file))
+        return sum(math.prod(tensor["shape"]) for file in self.weight_files for _, tensor in tensors(file))
 
     @property
     def weights_bytes(self) -> int:
@@ -160,7 +160,7 @@ class ModelFolder:
     @property
     def number_formats(self) -> dict[str, str]:
         """Number formats of all tensors by name, as the headers of safetensors have them: `F32`, `F8_E4M3`."""
-        return {name: str(tensor["dtype"]) for file in self.weight_files for name, tensor in _tensors(file)}
+        return {name: str(tensor["dtype"]) for file in self.weight_files for name, tensor in tensors(file)}
 
     @cached_property
     def digest(self) -> str:
@@ -221,31 +221,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
 
     Downloads nothing. Raises `UsageError` if there is no folder or it does not contain a complete model.
     """
-    path = Path(source).expanduser()
-    if image_source.is_image(source):
-        pulled = image_source.cached(source, environment)
-        if pulled is None:
-            raise UsageError(
-                f"the model of {source} is not in the cache of this machine", f"run `inferctl model pull {source}`"
-            )
-        path = pulled
-    elif not is_folder(path):
-        snapshot = _cached_snapshot(source, revision, environment)
-        if snapshot is None:
-            if os.path.isfile(path):  # noqa: PTH113  # unlike `Path.is_file`, it accepts names that are too long
-                raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
-            looks_local = re.fullmatch(HUB_ID, source) is None
-            raise UsageError(
-                f"model folder {source} not found"
-                if looks_local
-                else f"model {source} not found: it is neither a folder nor in the local hub cache",
-                "mount the weights with `docker run -v DIR:/model:ro`"
-                if source == IMAGE_FOLDER
-                else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
-                if looks_local
-                else f"download it with `hf download {source}`, pass a local folder, or set HF_HOME to your cache",
-            )
-        path = snapshot
+    path = local_folder(source, revision, environment)
     folder = ModelFolder(path)
     if not (path / "config.json").is_file() and folder.static is None:
         if folder.router is not None:
@@ -269,13 +245,45 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             "save the model with `model.save_pretrained(folder)`, or download a revision with safetensors",
         )
     for file in folder.weight_files:
-        list(_tensors(file))
+        list(tensors(file))
     if missing := sorted(folder.shards - {file.name for file in folder.weight_files}):
         raise UsageError(
             f"{path} is incomplete: {missing[0]} not found ({len(missing)} of {len(folder.shards)} weight files)",
             "download the model again",
         )
     return folder
+
+
+def local_folder(source: str, revision: str | None, environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder with the files of `source`: the folder itself, or one in the cache of hub or model images.
+
+    Raises `UsageError` if there is none.
+    """
+    path = Path(source).expanduser()
+    if image_source.is_image(source):
+        pulled = image_source.cached(source, environment)
+        if pulled is None:
+            raise UsageError(
+                f"the model of {source} is not in the cache of this machine", f"run `inferctl model pull {source}`"
+            )
+        return pulled
+    if is_folder(path):
+        return path
+    if (found := snapshot(source, revision, environment)) is not None:
+        return found
+    if os.path.isfile(path):  # noqa: PTH113  # unlike `Path.is_file`, it accepts names that are too long
+        raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
+    looks_local = re.fullmatch(HUB_ID, source) is None
+    raise UsageError(
+        f"model folder {source} not found"
+        if looks_local
+        else f"model {source} not found: it is neither a folder nor in the local hub cache",
+        "mount the weights with `docker run -v DIR:/model:ro`"
+        if source == IMAGE_FOLDER
+        else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
+        if looks_local
+        else f"download it with `hf download {source}`, pass a local folder, or set HF_HOME to your cache",
+    )
 
 
 def transformer_below(folder: Path, path: str) -> UsageError:
@@ -378,7 +386,7 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
 
 def shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of each tensor in a safetensors file. Raises `UsageError` if it is incomplete."""
-    yield from ((name, tuple(tensor["shape"])) for name, tensor in _tensors(file))
+    yield from ((name, tuple(tensor["shape"])) for name, tensor in tensors(file))
 
 
 def longest_start_s(weights_bytes: int | None) -> float:
@@ -410,7 +418,8 @@ def is_folder(path: Path) -> bool:
         raise
 
 
-def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+def snapshot(source: str, revision: str | None, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the folder of a hub model, or of its conversion, in the hub's cache; None if it is not there."""
     # The same variables as in huggingface_hub, which is slow to import.
     caches = environment.get("XDG_CACHE_HOME", "~/.cache")
     home = environment.get("HF_HOME", f"{caches}/huggingface")
@@ -445,10 +454,10 @@ def _pickles(folder: Path) -> list[Path]:
     return found
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def tensors(file: Path, most: int = 100_000_000) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the tensors in the header of a safetensors file (an 8-byte little-endian length, then JSON) by name.
 
-    Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
+    `most`: bytes of the header. Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
     """
     problem = UsageError(
         f"{file} is not a complete safetensors file",
@@ -457,7 +466,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:
+            if length > most:
                 raise problem
             header = json.loads(stream.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}

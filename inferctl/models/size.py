@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError
 from inferctl.models import hub, image_source
 from inferctl.models import model as model_folder
+from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder
@@ -34,13 +35,17 @@ def locate(spec: Spec, image_facts: Callable[[str], HubModel]) -> ModelFolder | 
         return UnknownSize(error.message, error.hint or _UNKNOWN.hint)
 
 
-def size_of(found: ModelFolder | HubModel | UnknownSize) -> ModelSize | UnknownSize:
-    """Return the size of the model that `locate` found."""
+def size_of(found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adapter] = ()) -> ModelSize | UnknownSize:
+    """Return the size of the model that `locate` found, with vLLM's slots for the `adapters` on it."""
     if isinstance(found, UnknownSize):
         return found
     if found.parameters is None:
         return _UNKNOWN
-    return ModelSize(found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type)
+    kinds = ("cpu", "cuda") if adapters else ()
+    numbers = {kind: Slots.of(adapters, kind).numbers(found) for kind in kinds if isinstance(found, ModelFolder)}
+    return ModelSize(
+        found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type, numbers
+    )
 
 
 def uses_alibi(config: Mapping[str, Any]) -> bool:

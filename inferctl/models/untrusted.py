@@ -25,7 +25,7 @@ _AGAIN = "the download may be incomplete: download the model again"
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises `UsageError` if it cannot be read or is too large."""
-    limit = _MAX_INDEX_BYTES if path.name.endswith(".index.json") else _MAX_JSON_BYTES
+    limit = _MAX_INDEX_BYTES if path.name.endswith((".index.json", "tokenizer.json")) else _MAX_JSON_BYTES
     try:
         with path.open("rb") as stream:
             data = stream.read(limit + 1)

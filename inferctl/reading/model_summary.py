@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Task
+from inferctl.models.merge import ORIGIN
 from inferctl.reading import architecture, task_config
 from inferctl.reading.modules import Dense, read_object
 from inferctl.reading.task_config import TaskConfig
@@ -22,7 +23,8 @@ def read(task: Task, folder: Path) -> dict[str, Any]:
     code = read_object(folder / "config.json").get("auto_map")
     own_code = sorted(map(str, code)) if isinstance(code, dict) else []
     if task == "generate":
-        return {"own_code": own_code}
+        merged = read_object(folder / ORIGIN)
+        return {"own_code": own_code} | ({"merged": merged} if merged else {})
     config = task_config.read(task, folder)
     last = "last" in config.pooling
     return {
@@ -46,6 +48,8 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """Return the line that describes what `read` returned; empty if there is nothing to say."""
     parts = ["static embeddings"] if found.get("static") else []
+    if merged := found.get("merged"):
+        parts.append(f"{merged.get('base')} with the adapter {merged.get('adapter')} in its weights")
     if (trained := list(found.get("trained_outputs", ("dense",)))) != ["dense"]:
         parts.append(f"outputs {', '.join(trained)}")
     if found.get("pooling") and not found.get("logit_score"):

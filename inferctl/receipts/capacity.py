@@ -82,6 +82,10 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
             f"{sealed.path} is of generation, which has no capacity file",
             "set it as the `receipt` of a flavor: `inferctl deploy` reads the rate of a search from it",
         )
+    if len(sealed.load.get("names") or ()) > 1:
+        raise UsageError(
+            f"{sealed.path} is of several names, and a capacity is of one", "measure it with `--names NAME`"
+        )
     pace = _pace(data["runs"])
     if pace is None:
         raise NotEnoughEvidenceError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -16,21 +16,23 @@ from inferctl.serve.edge.pages import Page
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metering import ServerMetering
 from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 
 class EdgeSetup:
     """For one process that responds to clients.
 
-    `name`: of the server. `models`: the names that requests and keys may use. `ready()` and `live()`: as of
-    `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` if a key file is missing or not valid.
+    `name`: of the server. `models`: the names that keys may have. `task`, `tasks`: as of `ServerMetering`. `ready()` and
+    `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` if a key file is missing or
+    not valid.
     """
 
     def __init__(
         self,
         name: str,
         models: Sequence[str],
-        task: spec.Task,
+        task: spec.Task | None,
         keys: spec.Access,
         recording: spec.Metering,
         ready: Callable[[], bool],
@@ -38,14 +40,19 @@ class EdgeSetup:
         *,
         log: str,
         traces: bool,
+        tasks: Mapping[str, spec.Task] = {},
     ) -> None:
         self._name, self._log, self._traces = name, log, traces
-        self.metering = ServerMetering(recording, name, task, known_callers=keys.required)
+        self.metering = ServerMetering(recording, name, task, known_callers=keys.required, tasks=tasks)
         self.access = access.create(keys, models)
         self.lifecycle = Lifecycle(ready, live, lambda: access.known(self.access))
 
     def edge(
-        self, app: ASGIApp, metrics: RequestMetrics, page: Callable[[str], Awaitable[Page]], **options: Any
+        self,
+        app: ASGIApp,
+        metrics: RequestMetrics | ServerMetrics,
+        page: Callable[[str], Awaitable[Page]],
+        **options: Any,
     ) -> Edge:
         """Return the edge in front of `app`, whose events are counted in `metrics`. `options`: others of `Edge`."""
         sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, self.metering.record]

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from inferctl.batching.batcher import Batcher, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
+import inferctl
+from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
+from inferctl.config.spec_types import CACHED
 from inferctl.core import cgroup
+from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.models.model import ModelFolder
-from inferctl.reading import task_config
 from inferctl.serve import event_loop
 from inferctl.serve.api import app
 from inferctl.serve.backend.local_backend import LocalBackend
-from inferctl.serve.cache import vector_cache
 from inferctl.serve.edge import access
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Page, Pages
-from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
-from inferctl.serve.engine_process.pool import EnginePool
+from inferctl.serve.encoder_model import EncoderModel
+from inferctl.serve.engine_process import memory
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.observe import describe
-from inferctl.serve.observe.metrics import Metrics, objectives
 from inferctl.serve.observe.progress import StartProgress
+from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.processes.api_processes import ApiProcesses
-from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from inferctl.tenancy.access.limits import Limiter
 
 # `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
@@ -40,94 +37,89 @@ _CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4
 
 
 class EncoderServer(ServerLifetime):
-    """One running server of an encoder task."""
+    """One running server of encoder models. `loaded`: task and folder of each model of the spec."""
 
     def __init__(
         self,
         spec: Spec,
-        task: Task,
+        loaded: Sequence[tuple[Task, ModelFolder]],
         options: ServerOptions,
         notify: Callable[[str], None],
-        folder: ModelFolder,
         progress: StartProgress,
     ) -> None:
-        self._folder, self._config = folder, task_config.read(task, folder.path, spec.serve.max_input_tokens)
-        self._capacity = Capacity.read(options.capacity) if options.capacity else None
-        capacity_slo_ms = self._capacity.slo_p99_ms if self._capacity else None
-        slo_ms = spec.slo.p99_ms or capacity_slo_ms
-        self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
+        """Raises `UsageError` for a model or an option that is not usable, `NotReadyError` for insufficient memory."""
+        several, tasks = len(loaded) > 1, [task for task, _ in loaded]
+        if several and options.capacity:
+            raise UsageError("a capacity file is of one model, and the spec has several", "remove `--capacity`")
+        if several and options.engine != "echo":
+            folders = (folder for _, folder in loaded)
+            memory.check_all(list(zip(spec.each(), folders, strict=True)), options.device)
+        share = DeviceShare() if several else None
+        self._models = models = [
+            EncoderModel(
+                one,
+                *found,
+                options,
+                self._model_ready,
+                progress.phase,
+                number,
+                share=share,
+                weight=spec.models[number].weight if several else 1.0,
+                caches=sum(task in CACHED for task in tasks),
+            )
+            for number, (one, found) in enumerate(zip(spec.each(), loaded, strict=True))
+        ]
         self._processes = processes = _api_processes(spec)
-        super().__init__(spec, task, options, notify, progress, records=processes == 1)
-        # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
-        self._metrics = metrics = Metrics(objectives(spec.slo, slo_ms))
-        self._batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
-        self._dispatcher = Dispatcher(self._batcher, metrics)
-        self._pool = EnginePool(
-            _engine_config(spec, task, options, folder),
-            options.engines,
-            self._dispatcher,
-            self._batch_timeout,
-            self._engine_ready,
-            progress.phase,
-        )
-        self._cache = vector_cache.create(spec.cache, task, metrics)
+        by_name = {model.spec.name: model.task for model in models} if several else {}
+        task = None if several else tasks[0]
+        super().__init__(spec, task, options, notify, progress, tasks=by_name, records=processes == 1)
+        self._metrics = metrics = ServerMetrics({model.spec.name: model.metrics for model in models})
         limiter = Limiter(spec.access.replicas, exchanges=spec.access.broker is not None)
         self._exchange = Exchange.of(spec.access, limiter, spec.name, self._revoke)
-        self._backend = LocalBackend(self._dispatcher, metrics, self._cache, limiter)
-        self._tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
-        self._sizes = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0}
-        self._engine: EngineInfo | None = None  # the first one that was ready
-        self._device: dict[str, Any] | None = None  # that of the last one
+        backend = LocalBackend([model.stack for model in models], limiter)
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
-        self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(self._config))
+        served = [model.served for model in models]
+        self._pages = Pages(self._lifecycle, self._describe, self._exposition, list(app.endpoints(served)))
         if processes == 1:
-            self._front = FrontEnd(
-                spec,
-                self._config,
-                self._setup,
-                metrics,
-                self._tokenizer,
-                self._backend,
-                self._page,
-                truncate=options.truncate,
-            )
+            parts = [(model.served, model.tokenizer) for model in models]
+            self._front = FrontEnd(spec, parts, self._setup, metrics, backend, self._page)
         else:
             welcome = {
                 "spec": _for_api_processes(spec, processes),
-                "task": task,
-                "folder": str(folder.path),
+                "models": [(model.task, str(model.folder.path), model.objectives) for model in models],
                 "processes": processes,
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,
-                "slo": objectives(spec.slo, slo_ms),
             }
             self._front = self._api = ApiProcesses(
-                processes, welcome, self._backend, self._page, self._state, self._start, spec.serve.drain_seconds
+                processes, welcome, backend, self._page, self._state, self._start, spec.serve.drain_seconds
             )
-        metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
-        metrics.watch_capacity(self._rates)
-        metrics.watch_threads("api" if processes == 1 else "backend", self._tokenizer.threads)
+        threads = [model.tokenizer.threads for model in models]
+        metrics.general.watch_threads("api" if processes == 1 else "backend", *threads)
         self._engines: asyncio.Task[None] | None = None
         self._scrape: asyncio.Task[Page] | None = None
-        self._info: dict[str, Any] | None = None
         self._ready_seconds = 0.0
 
     def _ready(self) -> bool:
-        return self._dispatcher.ready and self._front.up > 0
+        """Return whether the models can compute: at the start all, then any. So one does not stop the others."""
+        enough = any if self._lifecycle.started else all
+        return enough(model.dispatcher.ready for model in self._models) and self._front.up > 0
 
     def _live(self) -> bool:
-        return not (self._pool.crash_looping or (self._api is not None and self._api.crash_looping))
+        engines = any(not model.pool.crash_looping for model in self._models)
+        return engines and not (self._api is not None and self._api.crash_looping)
 
     async def _serve(self) -> int:
-        self._metering.watch(self._metrics)
-        self._engines = asyncio.create_task(self._pool.run())
+        self._metering.watch(self._metrics.general)
+        self._engines = asyncio.create_task(self._run_engines())
         exchange = asyncio.create_task(self._exchange.run()) if self._exchange else None
         serving = asyncio.create_task(self._front.serve([self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():
-            self._dispatcher.fail_all("the server ends because of an error")
+            for model in self._models:
+                model.dispatcher.fail_all("the server ends because of an error")
         self._front.close()
         await serving
         if exchange:
@@ -136,7 +128,8 @@ class EncoderServer(ServerLifetime):
         return self._front.unfinished_responses
 
     async def _end(self) -> None:
-        self._pool.stop()
+        for model in self._models:
+            model.pool.stop()
         if self._engines:
             await self._engines
 
@@ -147,47 +140,48 @@ class EncoderServer(ServerLifetime):
         self._front.close()
 
     def _kill(self) -> None:
-        self._pool.kill()
+        for model in self._models:
+            model.pool.kill()
         if self._api:
             self._api.kill()
 
-    def _batch_timeout(self) -> float:
-        """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
-        largest = max(self._batcher.limits.batch_tokens, self._config.max_tokens)
-        return max(self._options.hang_seconds, 20 * self._batcher.latency.seconds(largest))
+    async def _run_engines(self) -> None:
+        """Start the engines of one model after those of another, and keep them running.
 
-    def _engine_ready(self, info: EngineInfo) -> None:
-        self._metering.ready(asdict(info.device), self._folder.digest)
-        self._device = asdict(info.device)
-        size = info.vocabulary_size or self._tokenizer.vocabulary_size
-        vectors = {"dimensions": info.dimensions, "token_dimensions": info.token_dimensions}
-        self._sizes = vectors | {"vocabulary_size": size}
+        So the loads need their memory one after the other, and each engine measures its device while it has that for
+        itself. Raises why an engine cannot start.
+        """
+        try:
+            async with asyncio.TaskGroup() as running:
+                for model in self._models:
+                    engines = running.create_task(model.pool.run())
+                    ready = asyncio.create_task(model.first_ready.wait())
+                    await asyncio.wait((engines, ready), return_when=asyncio.FIRST_COMPLETED)
+                    ready.cancel()
+                    if engines.done():  # by a signal
+                        break
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    def _model_ready(self, model: EncoderModel) -> None:
+        assert model.device is not None
+        self._metering.ready(model.device, model.folder.digest, model.spec.name)
         if isinstance(self._front, FrontEnd):
-            self._front.set_sizes(self._sizes)
-        self._info = describe.document(
-            self._spec,
-            self._folder,
-            self._config,
-            self._tokenizer.facts,
-            info,
-            self._options.truncate,
-            self._options.image,
-        )
-        self._metrics.describe_model(self._info)
-        if rate := info.matrix_rate:
-            self._metrics.matrix_rate.labels(rate.source).set(rate.flops_per_s * self._pool.counts()["count"])
-        if self._lifecycle.started:
-            engines = self._pool.counts()
-            counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
-            self._notify(f"an engine is ready; {counts}")
+            self._front.set_sizes(model.number, model.sizes)
+        if not self._lifecycle.started:
+            self._start()
             return
-        self._engine = info
-        self._start()
+        engines = model.pool.counts()
+        counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
+        self._notify(f"an engine{self._of(model)} is ready; {counts}")
+
+    def _of(self, model: EncoderModel) -> str:
+        return f" of {model.spec.name}" if len(self._models) > 1 else ""
 
     def _start(self) -> None:
-        """Say that the server is ready, once an engine and an API process are."""
-        lifecycle, info = self._lifecycle, self._engine
-        if info is None or lifecycle.started or not self._front.up:
+        """Say that the server is ready, once an engine of each model and an API process are."""
+        lifecycle = self._lifecycle
+        if lifecycle.started or not self._front.up or not all(model.first_ready.is_set() for model in self._models):
             return
         lifecycle.started = True
         self._progress.stop()
@@ -198,10 +192,12 @@ class EncoderServer(ServerLifetime):
         spec = self._spec
         if self._api:
             self._notify(f"processes  {self._processes} API processes, and this one with limits, queue and cache")
-        for line in describe.lines(
-            info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._config
-        ):
-            self._notify(line)
+        for model in self._models:
+            if len(self._models) > 1:
+                self._notify(f"model      {model.spec.name}, {model.task}")
+            for line in model.lines:
+                self._notify(line)
+        self._notify(describe.ready_line(spec.name, self._url, self._ready_seconds, spec.access))
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         if self._api:
@@ -231,70 +227,34 @@ class EncoderServer(ServerLifetime):
         return await self._pages.answer("/metrics")
 
     def _exposition(self) -> tuple[bytes, str]:
-        return self._metrics.exposition(self._api.totals.collect if self._api else None)
+        return self._metrics.exposition(self._api.totals if self._api else None)
 
     def _state(self) -> dict[str, Any]:
         """Return what API processes need to know of this server."""
         lifecycle = self._lifecycle
-        state: dict[str, Any] = {
-            "ready": self._dispatcher.ready,
-            "device": self._device,
-            "digest": self._folder.digest,
-            **self._sizes,
-        }
+        state: dict[str, Any] = {"ready": self._ready(), "models": [model.state() for model in self._models]}
         state |= {name: getattr(lifecycle, name) for name in ("started", "draining", "closed")}
         return state
 
-    def _rates(self) -> dict[str, float]:
-        """Return the tokens per second of this server by source; without those that are not known."""
-        batcher, capacity = self._batcher, self._capacity
-        size = batcher.limits.batch_tokens, batcher.slots
-        rates = {
-            "capacity_file": capacity.tokens_per_second(*size) if capacity else None,
-            "fitted": batcher.latency.tokens_per_second(*size),
-        }
-        return {source: rate for source, rate in rates.items() if rate is not None}
-
     def _describe(self) -> dict[str, Any] | None:
-        """Return the document of `GET /info`; None before an engine was ready."""
-        if self._info is None:
+        """Return the document of `GET /info`; None before each model had an engine that was ready."""
+        found = [document for model in self._models if (document := model.describe()) is not None]
+        if len(found) < len(self._models):
             return None
-        engines, limits = self._pool.counts(), self._batcher.limits
-        slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
-        return {
-            **self._info,
-            "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
-            "tokenizer": self._tokenizer.library,
-            "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
+        shared = {
             "api_processes": {"count": self._processes, "up": self._front.up, "restarts": self._front.restarts},
-            "restarts": engines["restarts"],
-            "pace": self._batcher.latency.to_json(),
             "ready_seconds": round(self._ready_seconds, 3),
         }
-
-
-def _queue_limits(spec: Spec, slo_ms: float | None) -> QueueLimits:
-    return QueueLimits(
-        spec.serve.max_batch_tokens,
-        spec.serve.max_queue_tokens,
-        max_wait_s=spec.serve.max_wait_seconds,
-        slo_s=slo_ms / 1000 if slo_ms else None,
-    )
-
-
-def _engine_config(spec: Spec, task: Task, options: ServerOptions, folder: ModelFolder) -> EngineConfig:
-    return EngineConfig(
-        engine="echo" if options.engine == "echo" else "encoder",
-        task=task,
-        model=str(folder.path),
-        precision=spec.serve.precision,
-        device=options.device,
-        max_input_tokens=spec.serve.max_input_tokens,
-        max_batch_tokens=spec.serve.max_batch_tokens,
-        engines=options.engines or 1,
-        log=options.log,
-        allow_inaccurate=spec.serve.allow_inaccurate,
-    )
+        if len(found) == 1:
+            return found[0] | shared
+        phases = ["ready" if model.dispatcher.ready else "restarting" for model in self._models]
+        return {
+            "name": self._spec.name,
+            "inferctl": inferctl.__version__,
+            "models": [document | {"phase": phase} for document, phase in zip(found, phases, strict=True)],
+            "restarts": sum(document["restarts"] for document in found),
+            **shared,
+        }
 
 
 def _api_processes(spec: Spec) -> int:
@@ -310,8 +270,10 @@ def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
     The name of their key file follows from the address of the database with the keys. Their outboxes share the size of
     the server's, which is that of its volume.
     """
-    document = spec.model_dump(mode="json")
-    document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
-    document["metering"] |= dict.fromkeys(("ledger", "broker"))
-    document["metering"]["outbox_size"] = str(parse_size(spec.metering.outbox_size) // count)
-    return document
+    outbox_size = str(parse_size(spec.metering.outbox_size) // count)
+    changes: dict[str, dict[str, Any]] = {
+        "access": {"keys": spec.access.public_key_store or spec.access.keys, "broker": None},
+        "metering": {"ledger": None, "broker": None, "outbox_size": outbox_size},
+    }
+    document = spec.model_dump(mode="json", exclude_unset=True)  # what a model does not set is as for the whole server
+    return document | {name: document.get(name, {}) | values for name, values in changes.items()}

@@ -6,7 +6,6 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from inferctl.config.spec import Spec
-from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -15,13 +14,13 @@ from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge_setup import EdgeSetup
-from inferctl.serve.observe.metrics import Metrics
+from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from inferctl.serve.work import Backend
 
 
 class FrontEnd:
-    """`model`: what the endpoints know of it; its sizes are set when an engine is ready.
+    """`models`: what the endpoints know of them, and their tokenizers; their sizes are set when engines are ready.
 
     `page`: as of `Edge`. `processes`: how many front ends the server has, which share what it can hold.
     """
@@ -29,31 +28,30 @@ class FrontEnd:
     def __init__(
         self,
         spec: Spec,
-        config: TaskConfig,
+        models: Sequence[tuple[ServedModel, TokenizerPool]],
         setup: EdgeSetup,
-        metrics: Metrics,
-        tokenizer: TokenizerPool,
+        metrics: ServerMetrics,
         backend: Backend,
         page: Callable[[str], Awaitable[Page]],
         *,
-        truncate: bool,
         processes: int = 1,
         connection: type[Connection] = Connection,
     ) -> None:
         self.up, self.restarts = 1, 0  # as of `ApiProcesses`
-        self.model = ServedModel.of(spec, config, truncate)
-        self.model.max_held_numbers //= processes
-        self._tokenizer = tokenizer
+        self.models, self._tokenizers = zip(*models, strict=True)
+        for model in self.models:
+            model.max_held_numbers //= processes * len(models)
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)
         self._edge = setup.edge(
-            app.create(Inference(self.model, tokenizer, backend)),
+            app.create(spec.name, [Inference(*each, backend) for each in models]),
             metrics,
             page,
-            endpoints=app.names(config.task),
-            error_body=app.error_body(config.task),
+            endpoints=app.names(self.models),
+            error_body=app.error_body,
             limits=limits,
             backend=backend,
+            models=app.owners(self.models),
         )
         self.http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected, connection)
 
@@ -69,17 +67,20 @@ class FrontEnd:
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve until `close` is called, then until the responses are complete, or the drain takes too long."""
-        self._tokenizer.warm()
+        for tokenizer in self._tokenizers:
+            tokenizer.warm()
         try:
             await self.http.serve(sockets=list(sockets))
         finally:
-            self._tokenizer.close()
+            for tokenizer in self._tokenizers:
+                tokenizer.close()
 
     def close(self) -> None:
         """Accept no more connections."""
         self.http.close()
 
-    def set_sizes(self, sizes: Mapping[str, int]) -> None:
+    def set_sizes(self, number: int, sizes: Mapping[str, int]) -> None:
         """Set what is known when an engine is ready: numbers of vectors, and tokens of the vocabulary."""
-        self.model.dimensions, self.model.token_dimensions = sizes["dimensions"], sizes["token_dimensions"]
-        self.model.vocabulary_size = sizes["vocabulary_size"]
+        model = self.models[number]
+        model.dimensions, model.token_dimensions = sizes["dimensions"], sizes["token_dimensions"]
+        model.vocabulary_size = sizes["vocabulary_size"]

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from inferctl.config.spec import Spec, Task
 from inferctl.core import outputs
@@ -37,21 +37,33 @@ class ServerLifetime(ABC):
     def __init__(
         self,
         spec: Spec,
-        task: Task,
+        task: Task | None,
         options: ServerOptions,
         notify: Callable[[str], None],
         progress: StartProgress,
         *,
+        tasks: Mapping[str, Task] = {},
         records: bool = True,
     ) -> None:
-        """`records`: whether this process records its requests; other processes of the server may do it."""
+        """`task`, `tasks`: as of `ServerMetering`. `records`: whether this process records its requests; other
+        processes of the server may do it.
+        """
         self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
         self._started = time.monotonic()
         self._relay = relay_process.start(spec, notify)
-        models, log, traces = (spec.name, spec.model.source), options.log, options.traces
+        models, log, traces = key_names(spec), options.log, options.traces
         recording = spec.metering if records else spec.metering.model_copy(update={"mode": "off"})
         self._setup = setup = EdgeSetup(
-            spec.name, models, task, spec.access, recording, self._ready, self._live, log=log, traces=traces
+            spec.name,
+            models,
+            task,
+            spec.access,
+            recording,
+            self._ready,
+            self._live,
+            log=log,
+            traces=traces,
+            tasks=tasks,
         )
         self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._drain_end = 0.0
@@ -160,3 +172,8 @@ class ServerLifetime(ABC):
         if self._relay and relay:
             self._relay.stop(left)
             await relay
+
+
+def key_names(spec: Spec) -> list[str]:
+    """Return the names of models that keys of a server may have."""
+    return [name for one in spec.each() for name in (*one.names, one.model.source)]

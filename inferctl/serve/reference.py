@@ -16,7 +16,8 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
   but the last. It is null for chat messages without a chat template.
 
 `--max-input-tokens N` truncates like a server with that limit. For generate, an input has at most 256 tokens, and with
-`--max-tokens N` the output ends with the input that reaches N tokens in all.
+`--max-tokens N` the output ends with the input that reaches N tokens in all. Each `--adapter DIR` adds the `texts` with
+that LoRA adapter to the list `adapters`.
 
 Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For all tasks
 but generate, it shares the tokenization and the configuration with the server, so the comparison does not detect errors
@@ -41,7 +42,8 @@ from tokenizers import Tokenizer
 
 from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.models import model
+from inferctl.models import adapter, model
+from inferctl.models.adapter import Adapter
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
@@ -72,6 +74,7 @@ def reference(
     task: TaskSetting = "auto",
     max_tokens: int | None = None,
     with_library: bool = False,
+    adapters: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Return what `python -m inferctl.serve.reference` prints. `auto` is the task that the folder implies.
 
@@ -86,7 +89,8 @@ def reference(
         )
         raise UsageError(f"{source} is a model for {found}", wanted)
     if found == "generate":
-        return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
+        read = [adapter.read(path.name, path, folder) for path in adapters]
+        return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens, read)
     if with_library:
         compute = library(folder.path, found, max_input_tokens)
         rows = [compute(each, show_progress_bar=False) for each in inputs]
@@ -228,20 +232,28 @@ def _encoded(pool: TokenizerPool, item: Any) -> Pair:
 
 
 def _next_tokens(
-    folder: Path, inputs: list[Any], max_input_tokens: int | None, max_tokens: int | None
+    folder: Path, inputs: list[Any], max_input_tokens: int | None, max_tokens: int | None, adapters: Sequence[Adapter]
 ) -> dict[str, Any]:
     from inferctl.serve.engines.causal import CausalModel
 
     loaded = CausalModel(folder)
-    texts: list[dict[str, Any] | None] = []
+    texts: list[list[int] | None] = []
     tokens: list[int] = []
     for text in inputs:
         if max_tokens is not None and sum(tokens) >= max_tokens:
             break
         ids = loaded.encode(text)
-        texts.append(loaded.score(ids[:max_input_tokens]) if ids else None)
+        texts.append(ids and ids[:max_input_tokens])
         tokens.append(len(ids or ()))
-    return {"tokens": tokens, "texts": texts}
+
+    def scored() -> list[dict[str, Any] | None]:
+        return [loaded.score(ids) if ids else None for ids in texts]
+
+    document: dict[str, Any] = {"tokens": tokens, "texts": scored()}
+    for each in adapters:
+        with loaded.adapted(each):
+            document.setdefault("adapters", []).append(scored())
+    return document
 
 
 def _base64(vectors: Iterable[Any]) -> list[str]:
@@ -253,7 +265,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(
             f"invalid arguments: {message}",
             "run `python -m inferctl.serve.reference MODEL_DIR [--task TASK] [--max-input-tokens N] [--max-tokens N] "
-            "[--library] < inputs.json`",
+            "[--library] [--adapter DIR] < inputs.json`",
         )
 
 
@@ -302,6 +314,7 @@ def main() -> int:
     parser.add_argument("--max-input-tokens", type=int)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--library", action="store_true")
+    parser.add_argument("--adapter", type=Path, action="append", default=[])
     options = parser.parse_args()
     if options.library:
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -319,7 +332,7 @@ def main() -> int:
     ):
         raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
     limits = options.max_input_tokens, options.task, options.max_tokens
-    found = reference(options.source, inputs, *limits, with_library=options.library)
+    found = reference(options.source, inputs, *limits, with_library=options.library, adapters=options.adapter)
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

@@ -23,12 +23,16 @@ class Caller(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The sequences of one request. `marks`: as in `Batch`. `directives`: the header Cache-Control, for the cache."""
+    """The sequences of one request. `marks`: as in `Batch`. `directives`: the header Cache-Control, for the cache.
+
+    `model`: its number among those of the server.
+    """
 
     caller: Caller
     sequences: Sequence[Tokens]
     marks: Sequence[int] | None = None
     directives: bytes = b""
+    model: int = 0
 
 
 class Used(NamedTuple):
@@ -74,11 +78,12 @@ class EdgeBackend(Protocol):
     Each request that was admitted ends with one of `report`, `end`, or a `RejectedError` that says what it used.
     """
 
-    def admit(self, number: int, caller: Caller, size: int) -> Awaitable[RejectedError | None]:
+    def admit(self, number: int, caller: Caller, size: int, model: int | None = 0) -> Awaitable[RejectedError | None]:
         """Charge a request, and the least that a body of `size` bytes costs. Raises `RejectedError`, maybe at once.
 
         Called before the body is read, and again when the size of a chunked body is known. Returns why a full queue
-        would reject the request. A backend may leave the charge to the next call for the request, which then raises.
+        would reject the request: that of the `model`, unless only the body says which one it is for (None). A backend
+        may leave the charge to the next call for the request, which then raises.
         """
 
     def report(self, number: int, *, in_vain: int = 0, give_back: bool = False, wait: bool = True) -> Awaitable[Used]:

@@ -38,6 +38,7 @@ FIELDS = [
     ("status", "<u2"),
     ("phase", "<u1"),
     ("error", "<u1"),
+    ("name", "<u2"),
 ]
 SECOND = 1_000_000_000
 MACHINE = Environment(
@@ -92,7 +93,7 @@ def row(
 ) -> tuple[Any, ...]:
     """Return a record of a request due at `start_ms`, sent `late_ms` later, complete `latency_ms` after `start_ms`."""
     start, sent, end = (int(ms * 1e6) for ms in (start_ms, start_ms + late_ms, start_ms + latency_ms))
-    return (start, sent, end, end, 0, 100, tokens, 1.0, float("nan"), 2.0, 200 if error == OK else 500, phase, error)
+    return (start, sent, end, end, 0, 100, tokens, 1.0, float("nan"), 2.0, 200 if error == OK else 500, phase, error, 0)
 
 
 def table(*rows: tuple[Any, ...]) -> records.Rows:

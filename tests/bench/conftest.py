@@ -45,20 +45,29 @@ def answering(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture
-def fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, str]]:
-    """Return a function that makes a model folder without weights, and returns it with its digest.
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Path, str]]:
+    """`weights("rerank")` makes the folder of a model of that task without weights, and returns it with its digest.
 
-    `outputs(input)` are its fp32 outputs. `config` is the content of its config.json.
+    Its fp32 outputs are those of the answering server without a drift.
     """
+    from answering import probabilities, score, vector
 
-    def make(outputs: Callable[[Any], Any], config: str = "{}") -> tuple[Path, str]:
+    outputs: dict[str, Callable[[Any], Any]] = {
+        "embed": lambda text: vector(text, 0),
+        "rerank": lambda texts: [score(texts[0], text, 0) for text in texts[1:]],
+        "classify": lambda text: probabilities(text, 0, ""),
+    }
+    classifier = '{"architectures": ["BertForSequenceClassification"], "num_labels": %d}'
+    config = {"embed": "{}", "rerank": classifier % 1, "classify": classifier % 3}
+
+    def make(task: str) -> tuple[Path, str]:
         folder = tmp_path / "weights"
         folder.mkdir()
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(config[task])
         digest = models.ModelFolder(folder).digest
 
         def reference(model: Path, inputs: list[Any], *rest: Any) -> object:
-            values = np.array([outputs(each) for each in inputs], np.float32)
+            values = np.array([outputs[task](each) for each in inputs], np.float32)
             return quality.Reference(inputs, values, digest)
 
         monkeypatch.setattr(quality, "reference", reference)

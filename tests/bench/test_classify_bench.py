@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from answering import probabilities
-from compare_samples import receipts_of, run_values
 from test_runner import CHECKED, bench, collected, ran
 
-from inferctl.bench.judge import comparable, compare
-from inferctl.bench.load import target
 from inferctl.bench.measure import quality
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.plan import plan, sections
@@ -48,17 +43,11 @@ def test_requests_of_a_classifier_have_as_many_texts_as_those_of_embeddings() ->
     assert (found.task, found.inputs_per_request) == ("classify", plan.read_plan("quick").load.inputs_per_request)
 
 
-@pytest.fixture
-def weights(fp32: Callable[..., tuple[Path, str]]) -> tuple[Path, str]:
-    config = '{"architectures": ["BertForSequenceClassification"], "num_labels": 3}'
-    return fp32(lambda text: probabilities(text, 0, ""), config)
-
-
 @pytest.mark.parametrize(("drift", "passes"), [("0.001", True), ("0.5", False)])
 def test_a_classifier_is_measured_and_compared_with_fp32(
-    tmp_path: Path, weights: tuple[Path, str], drift: str, passes: bool
+    tmp_path: Path, weights: Callable[[str], tuple[Path, str]], drift: str, passes: bool
 ) -> None:
-    folder, digest = weights
+    folder, digest = weights("classify")
     options = ("--task", "classify", "--sha256", digest, "--drift", drift)
     work = bench(tmp_path, "bf16", options=options, quality=CHECKED, model=folder)
     work = Bench(work.plan.for_task("classify"), work.targets, work.command, work.model, work.output)
@@ -77,38 +66,3 @@ def test_a_classifier_is_measured_and_compared_with_fp32(
     sealed = [receipt.load(Path(str(row.receipt)))]
     page = html.render(found, sealed)
     assert "<th>score difference</th><th>same label</th>" in page and f"{row.score_difference:.3g}" in page
-
-
-@pytest.mark.parametrize(("broken", "reason"), [("nan", "NaN"), ("missing", "scores of 2 labels")])
-def test_scores_that_cannot_be_compared_fail(
-    answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
-) -> None:
-    folder, digest = weights
-    served = target.connect(answering("--task", "classify", "--sha256", digest, "--broken", broken))
-    found = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)(served, lambda passed: None)
-    assert (found.checked, found.passes) == (True, False)
-    assert reason in (found.reason or "")
-
-
-@pytest.mark.parametrize(
-    ("change", "outcome"),
-    [
-        ({}, "no regression"),
-        ({"top_1": 0.95}, "regression"),
-        ({"score_difference": {"mean": 0.01, "max": 0.2, "range": [0, 1]}}, "regression"),
-    ],
-)
-def test_compare_judges_the_labels_and_the_scores(tmp_path: Path, change: dict[str, Any], outcome: str) -> None:
-    old = {"checked": True, "texts": 96, "top_1": 0.99, "passes": True}
-    old |= {"score_difference": {"mean": 0.001, "max": 0.02, "range": [0, 1]}}
-    old |= {"limits": {"top_1": 0.8, "score_difference": 0.1}}
-    found = []
-    for sealed in receipts_of(tmp_path, run_values(20, [1.0] * 5), run_values(20, [1.0] * 5)):
-        data = {key: value for key, value in sealed.data.items() if key != "seal"}
-        data["plan"] = {**data["plan"], "load": {**sealed.load, "task": "classify"}}
-        data["quality"] = old | (change if found else {})
-        found.append(receipt.write(sealed.path, data))
-    result = compare.compare([comparable.ReceiptPair(*found)], [], compare.CompareOptions())
-    judged = {metric.name: metric.outcome for pair in result.pairs for metric in pair.metrics}
-    assert {judged["top_1"], judged["score_difference"]} == {"no regression", outcome}
-    assert judged["p50"] == "no regression"

@@ -179,24 +179,6 @@ def test_an_emulated_precision_does_not_set_the_users_of_the_others(
 
 
 @pytest.mark.parametrize(
-    ("load", "seconds"),
-    [
-        ({"duration_s": 16, "emulated_s": 8}, 8),
-        ({"duration_s": 6, "emulated_s": 8}, 6),
-        ({"duration_s": 16}, 16),
-        ({"duration_s": 16, "emulated_s": 8, "mode": "open", "rate": 5}, 16),
-        ({"duration_s": 16, "emulated_s": 8, "spike": {"at_s": 1, "duration_s": 1, "times": 2}}, 16),
-        ({"duration_s": 16, "emulated_s": 8, "task": "rerank"}, 16),
-    ],
-)
-def test_an_emulated_precision_is_measured_for_a_shorter_time(load: dict[str, Any], seconds: float) -> None:
-    shorter = shape.Load.model_validate(load).for_emulated()
-    assert shorter.duration_s == seconds == shorter.for_emulated().duration_s
-    # An option of the command line applies to all.
-    assert plan.read_plan("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
-
-
-@pytest.mark.parametrize(
     ("load", "search", "accepts_all"),
     [
         ({"mode": "closed", "users": 4}, None, True),

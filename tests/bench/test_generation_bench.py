@@ -42,7 +42,7 @@ def measured(server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Return the result of a benchmark of one server, under two names."""
     folder = tmp_path_factory.mktemp("generation")
     urls = ("--url", f"a={server}", "--url", f"b={server}")
-    done, result = bench(folder, *urls, *QUICK, "--slo-ttft", "60000", "--slo-itl", "60000")
+    done, result = bench(folder, *urls, *QUICK, "--slo-ttft", "60000", "--slo-itl", "60000", "--names", "uniform")
     assert done.returncode == 0, done.stderr
     return result
 
@@ -59,6 +59,8 @@ def test_a_result_has_the_figures_of_generation(measured: dict[str, Any]) -> Non
     assert any("output tokens/s" in text for text in measured["findings"])
     sealed = receipt.load(Path(row["receipt"]))
     assert (sealed.task, sealed.data["slo"]["ttft_ms"]) == ("generate", 60_000)
+    (name,) = sealed.data["names"]
+    assert {key: name[key] for key in sealed.data["summary"]} == sealed.data["summary"], "the only name has all figures"
     assert [Path(file["path"]).name for file in sealed.runs[0]["records"]] == ["requests-0.bin", "events-0.bin"]
     page = Path(measured["report"]).read_text()
     assert all(text in page for text in ("Time to first token by percentile", "Inter-token latency by percentile"))
@@ -74,11 +76,6 @@ def test_receipts_of_generation_are_compared_by_their_own_metrics(
     assert "p50" not in names
     assert cli.run(["compare", old, new, "--metric", "p99"]) == 2
     assert "has no figure p99: its task is generate" in capsys.readouterr().err
-
-
-def test_there_is_no_capacity_file_of_generation(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["capacity", measured["rows"][0]["receipt"]]) == 2
-    assert "is of generation, which has no capacity file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_samples import SECOND, row, table
@@ -14,13 +15,13 @@ from inferctl.bench.plan import shape, workload
 
 
 def measure(
-    url: str, folder: Path, **settings: object
+    url: str, folder: Path, on_progress: Callable[[Any], None] = lambda live: None, **settings: object
 ) -> tuple[load_run.LoadResult, summary.RunRecords, workload.Workload]:
     load = shape.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
     description = load_run.prepare(load, work, target.ServerConnection(url, "test"), 100, folder)
-    result = load_run.run(load, description, lambda live: None, lambda: None)
+    result = load_run.run(load, description, on_progress, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
     part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
     return result, part, work

@@ -13,8 +13,7 @@ import pytest
 import trustme
 from test_load import measure
 
-from inferctl.bench.load import load_run, records, target
-from inferctl.bench.plan import shape, workload
+from inferctl.bench.load import records
 
 MODELS = b'{"data": [{"id": "m"}]}'
 BODY = b'{"data": [], "usage": {"prompt_tokens": 7}}'
@@ -136,8 +135,5 @@ def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypa
         # The same server, with a load generator that does not trust its certificate authority.
         trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
-        load = shape.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
-        work = workload.draw(load, "short", 1)
-        description = load_run.prepare(load, work, target.ServerConnection(url, "m"), 100_000, tmp_path)
-        rejected = load_run.run(load, description, lambda live: None, lambda: None)
+        rejected, *_ = measure(url, tmp_path / "rejected", users=1, duration_s=1)
     assert set(rejected.rows["error"].tolist()) == {records.CONNECTION}

@@ -14,8 +14,7 @@ import pytest
 from test_load import measure
 
 from inferctl import cli
-from inferctl.bench.load import load_run, records, target
-from inferctl.bench.plan import shape, workload
+from inferctl.bench.load import load_run, records
 
 
 @pytest.fixture
@@ -67,16 +66,12 @@ def test_a_load_ends_when_its_records_need_more_space_than_there_is(tmp_path: Pa
 
 
 def test_a_disk_that_fills_up_during_a_load_ends_it(answering: Callable[..., str], disk: Path) -> None:
-    load = shape.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
-    work = workload.draw(load, "short", 1)
-    description = load_run.prepare(load, work, target.ServerConnection(answering(), "test"), 100_000, disk)
-
     def on_progress(live: load_run.LoadProgress) -> None:
         if live.phase == "measure" and not (disk / "filler").exists():
             fill(disk)
 
     with pytest.raises(OSError, match="No space left on device"):
-        load_run.run(load, description, on_progress, lambda: None)
+        measure(answering(), disk, on_progress, users=2, duration_s=2)
     assert len(records.merge(disk)) > 0
 
 

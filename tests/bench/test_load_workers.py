@@ -16,8 +16,7 @@ import pytest
 from test_load import measure
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load import load_run, records, target
-from inferctl.bench.plan import shape, workload
+from inferctl.bench.load import load_run, records
 from inferctl.core.errors import InferctlError
 from tests.processes import until
 
@@ -100,15 +99,14 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
             killed.append(writer(tmp_path / "requests-1.bin"))
             os.kill(killed[0], signal.SIGKILL)
 
-    load = shape.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
-    with known_server.run_server("--median-ms", "2") as server:
-        work = workload.draw(load, "short", 1)
-        description = load_run.prepare(load, work, target.connect(server.url), 100_000, tmp_path)
-        with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
-            load_run.run(load, description, kill, lambda: None)
+    with (
+        known_server.run_server("--median-ms", "2") as server,
+        pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"),
+    ):
+        measure(server.url, tmp_path, kill, mode="open", rate=200, duration_s=20, workers=2)
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
-    answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
+    answered = {index for index in server.truth_ms(100) if index % 2 == 1}
     recorded = set(records.read(tmp_path / "requests-1.bin")["index"].tolist())
     assert len(answered) > 100
     # Responses in flight at the time of the kill were never read. A buffer of 8 KB would have lost all records.

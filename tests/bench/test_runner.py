@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from answering import vector
 from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench
 
 from inferctl import cli
@@ -143,33 +142,35 @@ def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path
     assert processes_in(tmp_path) == []
 
 
-@pytest.fixture
-def weights(fp32: Callable[..., tuple[Path, str]]) -> tuple[Path, str]:
-    return fp32(lambda text: vector(text, 0))
-
-
 @pytest.mark.parametrize(
-    ("broken", "reason"),
+    ("task", "broken", "reason"),
     [
-        ("nan", "NaN or infinity"),
-        ("zeros", "vectors of zeros"),
-        ("shape", "of 31 dimensions; the reference has 32"),
-        ("ragged", "of 31 dimensions; the reference has 32"),
-        ("error", "returned 500"),
+        ("embed", "nan", "NaN or infinity"),
+        ("embed", "zeros", "vectors of zeros"),
+        ("embed", "shape", "of 31 dimensions; the reference has 32"),
+        ("embed", "ragged", "of 31 dimensions; the reference has 32"),
+        ("embed", "error", "returned 500"),
+        ("rerank", "nan", "NaN or infinity"),
+        ("rerank", "missing", "results for"),
+        ("rerank", "unsorted", "are not sorted by score"),
+        ("classify", "nan", "NaN"),
+        ("classify", "missing", "scores of 2 labels"),
     ],
 )
-def test_a_server_with_broken_vectors_fails_on_quality(
-    answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
+def test_a_server_with_broken_results_fails_on_quality(
+    answering: Callable[..., str], weights: Callable[[str], tuple[Path, str]], task: str, broken: str, reason: str
 ) -> None:
-    folder, digest = weights
-    checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)
-    found = checker(target.connect(answering("--sha256", digest, "--broken", broken)), lambda passed: None)
+    folder, digest = weights(task)
+    served = target.connect(answering("--task", task, "--sha256", digest, "--broken", broken))
+    found = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)(served, lambda passed: None)
     assert (found.checked, found.passes) == (True, False)
     assert reason in (found.reason or "")
 
 
-def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path, weights: tuple[Path, str]) -> None:
-    folder, digest = weights
+def test_the_results_of_a_server_with_broken_vectors_can_be_shown(
+    tmp_path: Path, weights: Callable[[str], tuple[Path, str]]
+) -> None:
+    folder, digest = weights("embed")
     work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), quality=CHECKED, model=folder)
     result_ = collected(work, ran(work))
     found = result_.as_dict()
@@ -183,8 +184,10 @@ def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path
     assert "<td>broken</td>" in html.render(result_, [receipt.load(Path(row["receipt"]))])
 
 
-def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
-    folder, digest = weights
+def test_the_same_weights_are_compared_once_for_each_input_limit(
+    tmp_path: Path, weights: Callable[[str], tuple[Path, str]]
+) -> None:
+    folder, digest = weights("embed")
     work = bench(tmp_path, "fp32", options=("--sha256", digest), quality=CHECKED, model=folder)
     (outcome,) = ran(work)
     assert outcome.quality.passes
@@ -204,8 +207,8 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
     assert asked == [256, 512]
 
 
-def test_other_weights_are_not_compared(weights: tuple[Path, str]) -> None:
-    checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), weights[0])
+def test_other_weights_are_not_compared(weights: Callable[[str], tuple[Path, str]]) -> None:
+    checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), weights("embed")[0])
     served = target.ServerConnection("http://127.0.0.1:9", "m", {"model": {"sha256": "ab" * 32}})
     assert checker(served, lambda passed: None) == quality.unchecked(
         "the server's weights (abababababab…) are not those of the local folder: pass its model with `--model`"

@@ -138,19 +138,6 @@ def test_a_rate_meets_the_slo_only_with_a_sufficient_effective_sample_size() -> 
     assert sum(rate > truth for rate in named) <= 2
 
 
-@pytest.mark.parametrize(("searches", "least"), [(6, 5), pytest.param(20, 18, marks=pytest.mark.slow_measurement)])
-def test_the_band_of_a_search_contains_the_true_limit(searches: int, least: int) -> None:
-    truth, inside, widths = true_goodput(80), 0, []
-    for seed in range(searches):
-        result = found({"resolution": 0.05, "max_probes": 24}, Simulated(80, seconds=60, seed=1000 * seed))
-        low, high = result["band_rps"]
-        assert low == result["max_goodput_rps"]
-        inside += low <= truth <= (high or math.inf)
-        widths.append((high or math.inf) / low)
-    assert inside >= least
-    assert np.median(widths) < 1.5
-
-
 def test_failures_within_the_error_budget_do_not_limit_a_search() -> None:
     """Half of the error budget fails at every rate. Before, a band contained the limit in 15 of 29 searches."""
     truth, inside, limited_by = true_goodput(80), 0, []
@@ -428,9 +415,9 @@ class Timed(Simulated):
         }
 
 
-@pytest.mark.parametrize("budget_s", [400, 900])
-def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budget_s: float) -> None:
-    truth, inside, confirmed = true_goodput(80), 0, 0
+@pytest.mark.parametrize(("budget_s", "widest"), [(400, 2.5), (900, 1.5)])
+def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budget_s: float, widest: float) -> None:
+    truth, inside, confirmed, widths = true_goodput(80), 0, 0, []
     for seed in range(10):
         server = Timed(budget_s, seconds=60, seed=1000 * seed)
         result = server.search(max_probes=40)
@@ -438,7 +425,9 @@ def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budg
         low, high = result["band_rps"]
         inside += low <= truth <= (high or math.inf)
         confirmed += result["verdict"] in ("found", "at least")
+        widths.append((high or math.inf) / low)
     assert inside >= 9
+    assert np.median(widths) < widest
     # At least half of the searches confirm a rate within the short time.
     assert confirmed >= 5
 

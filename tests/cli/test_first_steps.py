@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from inferctl.core.errors import NotReadyError
 from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
-from tests.http_servers import answering
 from tests.models.model_folders import stand_in
 from tests.processes import python
 
@@ -136,58 +133,6 @@ def test_a_failure_with_format_json_prints_a_document(here: Path, capsys: Captur
         assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
 
 
-@pytest.fixture
-def rejecting_server() -> Iterator[str]:
-    """The address of a server that rejects every request with 401."""
-    with answering(401) as host:
-        yield f"http://{host}"
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        "check --spec nope.yaml",
-        "serve --spec nope.yaml",
-        "bench --spec nope.yaml",
-        "bench --model MODEL -p bf16 --report /proc/report.html",
-        "bench --model MODEL -p bf16 --report .",
-        "bench --url a=URL --header X-Key:key",
-        "bench --url a=URL --api-key-env HOME",
-        "capacity receipt.json --output /proc/capacity.json",
-        "compare a.json b.json --output /proc/verdict.md",
-        "render --model org/m --output /proc/x",
-        "init /proc/x",
-        "serve --model MODEL --announce /proc/x",
-        "usage --ledger sqlite:///nope.sqlite",
-        "keys list --keys nope.json",
-        "serve --model MODEL --keys nope.json",
-        "serve --model MODEL --capacity nope.json",
-        "estimate --config nope.json --hardware t4",
-        "estimate --model MODEL --hardware nope",
-        "bench --model MODEL --plan nope",
-        "init --ci github --package ./x --base nope",
-        "check --driver 535",
-    ],
-)
-def test_no_hint_asks_for_an_option_that_was_given(
-    here: Path, minilm: Path, rejecting_server: str, given: str, capsys: Captured
-) -> None:
-    if given.startswith("check --driver"):
-        assert cli.run(["init", "--model", str(minilm)]) == 0
-    capsys.readouterr()
-    arguments = given.replace("MODEL", str(minilm)).replace("URL", rejecting_server).split()
-    code = cli.run(arguments)
-    told = capsys.readouterr()
-    hints = re.findall(r"hint: (.*)", told.err + told.out)
-    assert hints
-    assert code == 0 or "error: " in told.err
-    for flag in (word for word in arguments if word.startswith("--")):
-        for hint in hints:
-            # It may name the option in order to change or to check its value.
-            named = re.search(rf"`[^`]*{flag}\b", hint)
-            assert not named or re.search(r"another|check |write one|accepts|correct", hint), hint
-
-
 @pytest.mark.parametrize(
     ("command", "whole"),
     [
@@ -195,12 +140,7 @@ def test_no_hint_asks_for_an_option_that_was_given(
             "check",
             "      hint: run `inferctl pin` to write its digest into the spec, or set image.base_image to a mirror",
         ),
-        ("catalog bases", "cuda13.0       3.12    13.0  >=580   torch2.13-cu130  2028-06-30"),
-        ("catalog stacks", "7.0 7.5 8.0 8.6 9.0 10.0 12.0"),
         ("catalog hardware", "a100-40gb-mig-3g.20gb  8.0   42   7.58  121   121    243   20   778"),
-        ("catalog hardware t4", "  usd_per_hour: 0.526"),
-        ("config", f"cuda@sha256:{'ab' * 32}   inferctl.yaml:4"),
-        ("doctor", "Python 3."),
         (
             "estimate --model MODEL --hardware t4,l4 --slo-p99-ms 70",
             "can serve 4476 texts/s in requests of 1 (measured",
@@ -209,10 +149,6 @@ def test_no_hint_asks_for_an_option_that_was_given(
             "deploy --explain -f DEPLOY",
             "  tokens per request                       250 tokens             spec deploy.traffic",
         ),
-        ("deploy --preview NODES -f DEPLOY", "embed"),
-        ("build --dry-run --allow-floating", "FROM "),
-        ("render", "FROM "),
-        ("bench --help", "Usage: inferctl bench"),
     ],
 )
 def test_a_pipe_gets_whole_lines_without_padding(
@@ -222,11 +158,8 @@ def test_a_pipe_gets_whole_lines_without_padding(
     monkeypatch.delenv("COLUMNS")
     # A tenth of the requests that an estimate simulates.
     monkeypatch.setattr(forecast, "Scenario", functools.partial(forecast.Scenario, count=forecast.REQUESTS // 10))
-    mirror = f"registry.example.com/mirror/cuda@sha256:{'ab' * 32}"
-    image = f"image: {{base_image: {mirror}}}\n" if command == "config" else ""
-    (here / "inferctl.yaml").write_text(f"name: m\nmodel: {{source: {minilm}}}\nhardware: [t4]\n{image}")
-    example = ROOT / "docs" / "examples" / "kubernetes"
-    replaced = {"MODEL": minilm, "DEPLOY": example / "embed.yaml", "NODES": example / "nodes.yaml"}
+    (here / "inferctl.yaml").write_text(f"name: m\nmodel: {{source: {minilm}}}\nhardware: [t4]\n")
+    replaced = {"MODEL": minilm, "DEPLOY": ROOT / "docs" / "examples" / "kubernetes" / "embed.yaml"}
     cli.run([str(replaced.get(word, word)) for word in command.split()])
     told = capsys.readouterr()
     assert whole in told.out, told.err

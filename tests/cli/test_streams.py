@@ -40,13 +40,20 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(
-    ("command", "reader"),
-    # Only a long output is still written after `head` has read a part.
-    [*((command, "true") for command in PRINTING.values()), ("catalog hardware", "head -c 1"), ("schema", "head -c 1")],
+    ("command", "reader", "code"),
+    [
+        *((command, "true", 0) for command in PRINTING.values()),
+        # Only a long output is still written after `head` has read a part.
+        ("catalog hardware", "head -c 1", 0),
+        ("schema", "head -c 1", 0),
+        ("check --json", "true", 2),
+    ],
 )
-def test_a_reader_that_is_gone_does_not_change_the_exit_code(command: str, reader: str, tmp_path: Path) -> None:
+def test_a_reader_that_is_gone_does_not_change_the_exit_code(
+    command: str, reader: str, code: int, tmp_path: Path
+) -> None:
     done = shell(f"inferctl {command} | {reader} >/dev/null; exit ${{PIPESTATUS[0]}}", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from inferctl.config.spec import Spec
 from inferctl.core import cgroup
 from inferctl.core.errors import NotReadyError
 from inferctl.models.model import ModelFolder
@@ -95,3 +96,30 @@ def test_the_hint_names_more_than_what_was_insufficient(
     with pytest.raises(NotReadyError) as raised:
         memory.check(ModelFolder(minilm), "fp32")
     assert "at least 503.8 MB" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(920_000_000, True), (900_000_000, False)])
+def test_several_models_are_not_loaded_if_their_sum_exceeds_the_limit(
+    limit: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: Path
+) -> None:
+    """Each needs 45 MB of weights, 10 MB of activations and 250 MB for its process. 300 MB are in use."""
+    write(tmp_path, "0::/\n", {"memory.max": str(limit), "memory.stat": "anon 300000000\n"}, monkeypatch)
+    serve = {"precision": "bf16", "max_batch_tokens": 1024}
+    models = [{"name": name, "model": {"source": str(minilm)}} for name in ("one", "two")]
+    specs = Spec.model_validate({"name": "mix", "models": models, "serve": serve}).each()
+    folders = [(spec, ModelFolder(minilm)) for spec in specs]
+    if fits:
+        memory.check_all(folders, "cpu")
+        return
+    with pytest.raises(
+        NotReadyError, match=r"need about 611\.\d MB, estimated, of 600\.0 MB.*one 305\.\d MB.*two 305\.\d MB"
+    ):
+        memory.check_all(folders, "cpu")
+
+
+def test_the_free_memory_is_that_of_the_fullest_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert memory._free_on_gpus() is None
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 81000\necho 1000\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert memory._free_on_gpus() == 1000 * 2**20

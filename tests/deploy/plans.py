@@ -11,7 +11,7 @@ from inferctl.config.spec import Spec
 from inferctl.deploy import layout
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import DeploymentPlan
-from inferctl.deploy.planning import SpecSource, make_plan
+from inferctl.deploy.planning import SpecSource, make_plan, of_several
 from inferctl.models import model
 from inferctl.models.fit import ModelSize
 from tests.models.decoder_configs import SMOLLM2_135M
@@ -128,6 +128,8 @@ def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:
 
 
 def _source(spec: Spec) -> SpecSource:
+    if spec.models:
+        return of_several(spec, [_source(each) for each in spec.each()])
     size = {"generate": GENERATE_SIZE, "classify": CLASSIFY_SIZE}.get(spec.model.task, EMBED_SIZE)
     task = model.resolve_task(spec.model.task, size, spec.model.source)
     return SpecSource(spec, Path(), size, task)

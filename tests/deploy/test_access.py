@@ -25,7 +25,7 @@ from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-from tests.deploy.test_layout import OVERLAYS, named
+from tests.deploy.test_layout import OVERLAYS, named, pod_of
 from tests.deploy.validation import problems
 from tests.processes import free_port, until
 from tests.tenancy.parts import Part, Postgres
@@ -38,11 +38,6 @@ NATS = "nats://nats.messaging:4222"
 def spec(access: dict[str, Any], **deploy: Any) -> Spec:
     data = plans.embed(**deploy).model_dump(exclude_unset=True)
     return Spec.model_validate(data | {"access": {"keys": "keys.json", "tokens_per_minute": 100_000, **access}})
-
-
-def pod_of(built: Objects, name: str = "embed-l4") -> dict[str, Any]:
-    found: dict[str, Any] = named(built, "Deployment", name)["spec"]["template"]["spec"]
-    return found
 
 
 def variables(container: dict[str, Any]) -> dict[str, Any]:

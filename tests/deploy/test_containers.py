@@ -33,7 +33,7 @@ from tests.deploy.containers import (
     secret_with_key,
     start,
 )
-from tests.deploy.test_layout import named
+from tests.deploy.test_layout import named, pod_of
 from tests.processes import execute, inferctl
 from tests.processes import start as start_on_host
 
@@ -147,11 +147,6 @@ class Load:
             thread.join(60)
             assert not thread.is_alive()
         return self.outcomes
-
-
-def pod_of(objects: Objects, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = named(objects, "Deployment", name)["spec"]["template"]["spec"]
-    return found
 
 
 def test_a_server_becomes_ready_and_drains_without_losing_a_request(

@@ -17,7 +17,7 @@ from inferctl.deploy.clusters import Clusters
 from inferctl.models.fit import ModelSize
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-from tests.deploy.test_layout import OVERLAYS, named
+from tests.deploy.test_layout import OVERLAYS, named, pod_of
 from tests.deploy.validation import problems
 
 Build = Callable[[dict[str, str], str], Objects]
@@ -38,7 +38,7 @@ def on_one(*flavors: dict[str, Any], **cluster: Any) -> dict[str, str]:
 
 def required(built: Objects, name: str) -> dict[str, Any]:
     """Return what the nodes of a Deployment must have: label -> values or operator."""
-    pod = named(built, "Deployment", name)["spec"]["template"]["spec"]
+    pod = pod_of(built, name)
     (term,) = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     return {each["key"]: each.get("values", each["operator"]) for each in term["matchExpressions"]}
 
@@ -152,7 +152,7 @@ def test_processes_of_several_gpus_have_memory_and_cores_of_their_own(build: Bui
         spec = plans.generate()
         spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"gpus": gpus})})
         built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-        pod = named(built, "Deployment", "chat-l4")["spec"]["template"]["spec"]
+        pod = pod_of(built, "chat-l4")
         (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
         return pod["containers"][0]["resources"]["limits"], shm["emptyDir"]["sizeLimit"]
 
@@ -168,7 +168,7 @@ def test_downloaded_weights_fit_their_volume(build: Build, monkeypatch: pytest.M
     for each in (plans.GENERATE_SIZE, size):
         monkeypatch.setattr(plans, "GENERATE_SIZE", each)
         built = build(layout.files(plans.plan(plans.generate(), clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-        pod = named(built, "Deployment", "chat-l4")["spec"]["template"]["spec"]
+        pod = pod_of(built, "chat-l4")
         (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "model-cache")
         limits.append(volume["emptyDir"]["sizeLimit"])
     assert limits == ["50Gi", "168Gi"]

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from inferctl.config.deploy_spec import Omitted
+from inferctl.config.spec import Adapter, Model, Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.manifests.kubernetes import selectors
@@ -26,6 +27,11 @@ OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
 
 def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
     (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
+    return found
+
+
+def pod_of(objects: Objects, name: str = "embed-l4") -> dict[str, Any]:
+    found: dict[str, Any] = named(objects, "Deployment", name)["spec"]["template"]["spec"]
     return found
 
 
@@ -103,10 +109,6 @@ def test_without_the_default_policy_all_own_pods_resolve_names(build: Build) -> 
                 assert selectors.matches(selector, labels), each["metadata"]["name"]
 
 
-def test_equal_plans_give_equal_files() -> None:
-    assert layout.files(plans.plan()) == layout.files(plans.plan())
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
     built = build(plans.files(), overlay)
@@ -169,7 +171,7 @@ def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
 def test_no_object_contains_a_secret(build: Build) -> None:
     built = [each for overlay in OVERLAYS for each in build(plans.files(), overlay)]
     assert not [each for each in built if each["kind"] == "Secret"]
-    server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
+    server = pod_of(built[: len(built) // 3], "embed-a100-half")
     (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
     assert keys["secret"] == {"secretName": "inferctl-keys", "defaultMode": 0o440}
     (relay,) = server["initContainers"]
@@ -179,7 +181,7 @@ def test_no_object_contains_a_secret(build: Build) -> None:
 
 def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
     built = build(layout.files(plans.plan(plans.embed(), clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-    pod = named(built, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    pod = pod_of(built)
     server = pod["containers"][0]
     startup = server["startupProbe"]
     assert startup["httpGet"]["path"] == "/readyz"
@@ -194,10 +196,7 @@ def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
 
 def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: Build) -> None:
     files = plans.files()
-    aws, gcp = (
-        named(build(files, overlay), "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
-        for overlay in (OVERLAYS[0], OVERLAYS[2])
-    )
+    aws, gcp = (pod_of(build(files, overlay), "embed-a100-half") for overlay in (OVERLAYS[0], OVERLAYS[2]))
     extended = [
         {name: count for name, count in pod["containers"][0]["resources"]["limits"].items() if "/" in name}
         for pod in (aws, gcp)
@@ -317,7 +316,7 @@ def test_a_model_image_is_mounted_without_further_settings(build: Build) -> None
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": f"oci://{source}"})})
     objects = build(layout.files(plans.plan(spec, kubernetes="1.35")), OVERLAYS[0])
     assert [problem for each in objects for problem in problems(each, "1.35")] == []
-    pod = named(objects, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    pod = pod_of(objects)
     (volume,) = (each for each in pod["volumes"] if each["name"] == "model")
     assert volume["image"] == {"reference": source, "pullPolicy": "IfNotPresent"}
     (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "model")
@@ -328,6 +327,32 @@ def test_a_model_image_is_mounted_without_further_settings(build: Build) -> None
     unpinned = spec.model_copy(update={"model": spec.model.model_copy(update={"source": "oci://example.com/m:v1"})})
     assert any("has no digest" in warning for warning in plans.plan(unpinned, kubernetes="1.35").models[0].warnings)
     assert not any("has no digest" in each for each in plans.plan(spec, kubernetes="1.35").models[0].warnings)
+
+
+def test_each_model_and_each_adapter_has_its_own_volume(build: Build) -> None:
+    def source(name: str) -> str:
+        return f"oci://registry.example.com/models/{name}{plans.DIGEST}"
+
+    flavor = {"hardware": "l4", "image": f"r.example.com/x{plans.DIGEST}", "min_replicas": 1, "max_replicas": 2}
+    deploy: dict[str, Any] = {"flavors": [flavor], "traffic": {}}
+    models = [{"name": name, "model": {"source": source(name), "task": name}} for name in ("embed", "classify")]
+    both = Spec.model_validate({"name": "both", "models": models, "deploy": deploy})
+    adapters = [Adapter(name="Team/sql", source=source("sql"))]
+    chat = plans.generate(**deploy)
+    chat = chat.model_copy(update={"model": Model(source=source("chat"), task="generate", adapters=adapters)})
+    objects = build(layout.files(plans.plan(both, chat, clusters=[{"name": "a"}], kubernetes="1.35")), "overlays/a")
+    assert [problem for each in objects for problem in problems(each, "1.35")] == []
+    for name, expected in {
+        "both-l4": {"model-0": ("/models/embed", "embed"), "model-1": ("/models/classify", "classify")},
+        "chat-l4": {"model": ("/model", "chat"), "model-1": ("/adapters/Team%2Fsql", "sql")},
+    }.items():
+        pod = named(objects, "Deployment", name)["spec"]["template"]["spec"]
+        images = {each["name"]: each["image"]["reference"] for each in pod["volumes"] if "image" in each}
+        assert images == {volume: source(model)[6:] for volume, (_, model) in expected.items()}
+        mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        assert {volume: mounts[volume] for volume in images} == {name: path for name, (path, _) in expected.items()}
+        paths = [each["value"] for each in pod["containers"][0]["env"] if each["name"] == "INFERCTL_MODEL_SOURCE"]
+        assert paths == (["/model/model"] if name == "chat-l4" else [])
 
 
 def test_a_derived_number_has_its_origin_next_to_it() -> None:

@@ -80,10 +80,8 @@ def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
     [
         (None, {(None, 5432)}),  # only the Secret has the address
         ("sqlite:///ledger.sqlite", {(None, 5432)}),  # of a server that is not in Kubernetes
-        ("postgresql://db.example.com/usage", {(None, 5432)}),
         ("postgresql://usage:secret@db.example.com:6432/usage", {(None, 6432)}),
         ("postgresql://pooler.databases:6432/usage", {("databases", 6432)}),
-        ("postgresql://usage@/usage?host=a.example.com&port=5433", {(None, 5433)}),
     ],
 )
 def test_the_ledger_has_the_port_of_its_address(ledger: str | None, expected: set[Any]) -> None:

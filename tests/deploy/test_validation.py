@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.validation import VERSIONS, custom_resources, problems
+from tests.deploy.validation import custom_resources, problems
 from tests.manifests import kube
 
 HOOK = {"preStop": {"sleep": {"seconds": 5}}}
@@ -49,14 +49,6 @@ def changed(found: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     else:
         inner[last] = value
     return copied
-
-
-@pytest.mark.parametrize(
-    ("name", "version"), [*(("deployment", version) for version in VERSIONS), *((name, "1.37") for name in GOOD)]
-)
-def test_good_objects_are_valid(name: str, version: str) -> None:
-    """The schemas of custom resources have no version of Kubernetes."""
-    assert problems(GOOD[name], version) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)

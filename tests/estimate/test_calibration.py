@@ -66,10 +66,6 @@ def test_all_rows_of_the_table_are_used() -> None:
     assert len(ROWS) == len(lines) - 1 > 50
 
 
-def test_each_part_and_precision_is_fitted(data: dict) -> None:
-    assert {(part, precision) for part, by in data["parts"].items() for precision in by} == GROUPS.keys()
-
-
 @pytest.mark.parametrize(("part", "precision"), GROUPS, ids=lambda one: one)
 def test_every_row_is_estimated_within_its_limit(part: str, precision: str, data: dict, samples) -> None:
     """The limits are 10% for Offline, 15% for the p90 of SingleStream and 15% for the Server rate at p99 <= 130 ms.

@@ -97,6 +97,24 @@ def test_figures_are_labeled_estimated_and_are_bounds(config: str, capsys: Captu
     assert said["absent"][0]["hardware"] == "cpu"
 
 
+def test_each_model_of_a_spec_has_a_table_or_the_reason(config: str, capsys: Captured) -> None:
+    models = []
+    for name, changes in {"dense": {}, "order": {"architectures": [CLASSIFIER], "num_labels": 1}}.items():
+        (Path(name)).mkdir()
+        Path(name, "config.json").write_text(json.dumps(MINILM | changes))
+        models.append(f"{{name: {name}, model: {{source: ./{name}}}}}")
+    alone = estimated(capsys, "dense/config.json", "--hardware", "t4", "--length", "128")
+    Path("inferctl.yaml").write_text(f"name: all\nmodels: [{', '.join(models)}]\n")
+    command = ["estimate", "--hardware", "t4", "--length", "128"]
+    assert cli.run([*command, "--json"]) == 0
+    dense, order = json.loads(capsys.readouterr().out)["models"]
+    assert (dense["name"], dense["rows"]) == ("dense", alone["rows"])
+    assert (order["name"], order["rows"]) == ("order", []) and "of a reranker" in order["absent"][0]["reason"]
+    assert cli.run(command) == 0
+    shown = capsys.readouterr().out
+    assert 0 <= shown.index("dense") < shown.index("t4") < shown.index("order") < shown.index("not estimated:")
+
+
 def test_the_reasons_for_a_bound_are_named(config: str, capsys: Captured) -> None:
     """The rows ran BERT-large (1,024 wide, 24 layers) with 195 tokens on average; twice or half of it is close."""
 
@@ -270,19 +288,6 @@ def test_invalid_options_are_errors(config: str, arguments: list[str], message: 
     assert cli.run(["estimate", "--config", config, *arguments]) == 2
     out, err = capsys.readouterr()
     assert message in err and not out
-
-
-def test_a_model_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.run(["estimate"]) == 2
-    assert "--config FILE" in capsys.readouterr().err
-
-
-def test_without_the_hub_the_config_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert cli.run(["estimate", "--model", "inferctl/nothing", "--hardware", "t4"]) == 3
-    assert "or `--config FILE` with its config.json" in capsys.readouterr().err
 
 
 def test_each_source_of_prices_and_each_reason_is_named_once(config: str, capsys: Captured) -> None:

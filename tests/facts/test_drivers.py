@@ -95,14 +95,7 @@ def test_which_drivers_run_an_image(part: catalog.Hardware, base: str, driver: i
 @pytest.mark.parametrize(
     ("capability", "oldest"),
     [
-        ((7, 0), 384),
         ((7, 5), 410),
-        ((8, 0), 450),
-        ((8, 6), 455),
-        ((8, 9), 520),
-        ((9, 0), 520),
-        ((10, 0), 570),
-        ((12, 0), 570),
         ((10, 3), 570),  # newer than 10.0
         ((11, 0), None),
         ((6, 1), None),

@@ -74,19 +74,6 @@ def test_levels(precision: str, device: DeviceTraits, checkpoint: Checkpoint, le
     assert (found.hint is not None) or level != "unsupported", found
 
 
-def test_int8_of_a_plain_checkpoint_says_why_and_what_to_do() -> None:
-    found = generation_support("int8", A100)
-    assert "prepared checkpoints" in found.reason
-    assert "W8A8" in (found.hint or "")
-
-
-def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -> None:
-    found = generation_support("bf16", T4)
-    assert "8.0" in found.reason and "7.5" in found.reason
-    assert found.hint == "use fp16"
-    assert support("bf16", T4).level == "emulated"
-
-
 @pytest.mark.parametrize(("device", "best"), [(VNNI_CPU, "fp32"), (AVX512_CPU, "bf16")])
 def test_int8_on_a_cpu_is_compared_with_what_auto_selects(device: DeviceTraits, best: str) -> None:
     assert best_precision(device) == best

@@ -57,9 +57,9 @@ def _output(*command: str) -> str:
 def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image: str) -> None:
     made = tiny.plan(tiny.rendered(base_image))
     events, built = run(docker, made)
-    assert built.verified is not None
-    assert (built.verified.precision, built.verified.texts, built.verified.dimensions) == ("bf16", 8, 32)
-    assert built.verified.cosine_min == pytest.approx(1.0)
+    (verified,) = built.verified
+    assert (verified.precision, verified.texts, verified.dimensions) == ("bf16", 8, 32)
+    assert verified.cosine_min == pytest.approx(1.0)
     assert [event.name for event in events if isinstance(event, Phase)] == ["build", "verify", "tag"]
     found = docker.image(made.reference)
     assert found is not None
@@ -77,7 +77,7 @@ def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
     model = made.spec.model.model_copy(update={"task": task, "source": str(tmp_path)})
     gpu_stack = catalog.stack(catalog.base("cuda13.0").stack)
     spec = made.spec.model_copy(update={"model": model})
-    made = replace(made, spec=spec, stack=gpu_stack, task=task_of(spec, ModelFolder(tmp_path)))
+    made = replace(made, spec=spec, stack=gpu_stack, tasks={"tiny": task_of(spec, ModelFolder(tmp_path))})
     without_gpu = replace(docker.info(), runtimes=(), cdi_gpu=False)
     with pytest.raises(NotReadyError, match="cannot verify this image here: vLLM for GPUs does not run on a CPU"):
         for _ in build.run(made, docker, without_gpu):
@@ -171,7 +171,7 @@ def test_weights_that_only_their_owner_can_read_are_an_error(
     (tmp_path / "config.json").chmod(0o600)
     made = tiny.plan(tiny.rendered(base_image, "forbidden"))
     mounting = made.spec.model.model_copy(update={"weights": "mount"})
-    made = replace(made, model=tmp_path, spec=made.spec.model_copy(update={"model": mounting}))
+    made = replace(made, folders={"tiny": tmp_path}, spec=made.spec.model_copy(update={"model": mounting}))
     with pytest.raises(InferctlError, match="cannot read its weights") as caught:
         run(docker, made)
     assert "chmod -R a+rX" in (caught.value.hint or "")

@@ -16,6 +16,7 @@ import trustme
 from inferctl.config import settings
 from inferctl.facts import catalog
 from inferctl.image import locks, render
+from inferctl.models.weights_folders import weights_folders
 from tests.http_servers import Handler, serving
 
 pytestmark = pytest.mark.docker
@@ -26,7 +27,8 @@ def rendered(folder: Path, base_image: str, base: catalog.BaseImage, **flags: An
     """Render the build context for `base` on `base_image`, without the server's own files."""
     given = {"model.source": "org/m", "name": "m", "image.base_image": base_image}
     spec = settings.resolve(None, {}, {**given, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
-    found = render.render(spec, base, catalog.stack(base.stack), locks.Locks(LOCK, LOCK), render.Provenance(), "0" * 64)
+    known = [replace(each, sha256="0" * 64) for each in weights_folders(spec)]
+    found = render.render(spec, base, catalog.stack(base.stack), locks.Locks(LOCK, LOCK), render.Provenance(), known)
     for name, content in {"Dockerfile": found.dockerfile.encode(), **found.files}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

@@ -406,7 +406,7 @@ def test_a_baked_image_has_the_layers_of_the_model_image(folder: Path) -> None:
     image = described(folder)
     spec = model_spec(f"oci://{NAME}:v1", "bake")
     arguments = (spec, CPU, catalog.stack(CPU.stack), locks.Locks("", ""), render.Provenance())
-    found = render.render(*arguments, model_image=image)
+    found = render.render(*arguments, images={"m": image})
     assert f"FROM --platform=linux/amd64 {NAME}@{DIGEST} AS model\n" in found.dockerfile
     copies = re.findall(r"--target-directory=/layer/(\d)/model (.*?) &&", found.dockerfile)
     named = [(int(number), re.findall(r"'(.*?)'", names)) for number, names in copies]
@@ -416,7 +416,7 @@ def test_a_baked_image_has_the_layers_of_the_model_image(folder: Path) -> None:
     assert re.findall(r"COPY --link --from=weights (\S+) /", found.dockerfile) == 2 * layers  # also exported alone
     assert found.contexts == {}
     assert found.labels["io.inferctl.model.source"] == f"oci://{NAME}:v1"
-    assert render.render(*arguments, model_image=image).tag == found.tag
+    assert render.render(*arguments, images={"m": image}).tag == found.tag
 
 
 def test_a_model_is_found_in_the_cache_by_digest_and_by_tag(tmp_path: Path, folder: Path) -> None:

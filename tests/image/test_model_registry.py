@@ -17,11 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from inferctl import cli
 from inferctl.cli import download
 from inferctl.config import settings
+from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, model_image, model_transfer
 from inferctl.image import registry as queries
@@ -30,10 +33,12 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Phase
 from inferctl.image.from_spec import rendered_image
 from inferctl.image.model_image import ModelImage
-from inferctl.models import image_source
+from inferctl.models import adapter, image_source
 from inferctl.models.model import ModelFolder, find
+from inferctl.models.weights_folders import weights_folders
 from tests.image import sharded, tiny
 from tests.image.registry_proxy import RegistryProxy, proxied
+from tests.models.adapters import write_adapter
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300), pytest.mark.usefixtures("engine")]
 # The engine itself tries four times more, after 5, 10, 15 and 20 s.
@@ -167,11 +172,36 @@ def test_a_model_of_a_registry_is_cached(
     pushed = push(model, f"{repository}:v1", "mit")
     by_tag, by_digest = f"oci://{repository}:v1", f"oci://{pushed.reference}"
     folder = download.pull_image(f"{repository}:v1")
-    assert folder.path == image_source.cache_folder(pushed.digest)
-    assert push(folder.path, f"{repository}/copy:v1", source=by_tag).digest == pushed.digest
+    assert folder == image_source.cache_folder(pushed.digest)
+    assert push(folder, f"{repository}/copy:v1", source=by_tag).digest == pushed.digest
     registry.fault = lambda _method, _path: (503, b"")
-    assert {download.fetch(source, None) for source in (by_tag, by_digest)} == {folder}
+    assert {download.fetch(source, None) for source in (by_tag, by_digest)} == {ModelFolder(folder)}
     assert find(by_digest).digest == pushed.sha256
+
+
+def test_an_adapter_is_pushed_and_pulled_without_the_rest_of_its_training(
+    repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"model.layers.0.q_proj.weight": np.zeros((8, 8), np.float32)}, base / "model.safetensors")
+    folder = write_adapter(tmp_path / "legal", base)
+    (folder / "optimizer.json").write_text("{}")
+    assert cli.run(["model", "push", str(folder), f"{repository}:v1"]) == 0
+    source = capsys.readouterr().out.strip()
+    found = model_image.inspect(source)
+    assert (found.task, found.architecture, sorted(found.files)) == (
+        "adapter",
+        "LORA",
+        [adapter.CONFIG, adapter.WEIGHTS],
+    )
+    spec = {"name": "m", "model": {"source": "org/m", "adapters": [{"name": "legal", "source": source}]}}
+    pulled = download.weights(weights_folders(Spec.model_validate(spec))[1])
+    assert pulled.path == image_source.cache_folder(found.digest)
+    assert pulled.digest == adapter.AdapterFolder(folder).digest == found.sha256
+    with pytest.raises(UsageError, match="is an adapter, not a model"):
+        model_image.facts(source)
 
 
 def test_the_command_line(

@@ -250,10 +250,10 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
     (snapshot_ / "README.md").symlink_to(blob)
     (snapshot_ / "onnx").mkdir()
     (snapshot_ / "onnx" / "config.json").symlink_to(blob)
-    assert running_container.mounts_of(snapshot_) == {
+    assert running_container.mounts_of({"/model": snapshot_}) == {
         "/model/1_Pooling/config.json": str(blob),
         "/model/vocab.txt": str(blob),
     }
     plain = tmp_path / "plain"
     plain.mkdir()
-    assert running_container.mounts_of(plain) == {"/model": str(plain)}
+    assert running_container.mounts_of({"/model": plain}) == {"/model": str(plain)}

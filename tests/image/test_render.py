@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from inferctl.config import settings
+from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
-from inferctl.image import locks, render
+from inferctl.image import locks, render, serve_image
+from inferctl.image.records import ImageInfo
+from inferctl.models.weights_folders import WeightsFolder, weights_folders
 from tests.project.test_imports import imports
 
 LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
 VLLM_LOCKS = replace(LOCKS, vllm="vllm==0.33.0 --hash=sha256:cc\n")
 PROVENANCE = render.Provenance("https://example.com/team/minilm", "0123abc", "2026-01-02T03:04:05+00:00", "0.1.0")
+
+
+def known(spec: Spec, **facts: Any) -> list[WeightsFolder]:
+    """Return the folder of the weights of the only model, with these facts."""
+    return [replace(each, **facts) for each in weights_folders(spec)]
 
 
 def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) -> render.Rendered:
@@ -87,7 +94,7 @@ def test_the_start_period_grows_with_the_weights_of_a_generator(
     entry = catalog.base(base)
 
     def made(size: int | None) -> render.Rendered:
-        return render.render(spec, entry, catalog.stack(entry.stack), VLLM_LOCKS, PROVENANCE, weights_bytes=size)
+        return render.render(spec, entry, catalog.stack(entry.stack), VLLM_LOCKS, PROVENANCE, known(spec, bytes=size))
 
     found = made(weights_bytes)
     assert f"--start-period={seconds}s " in found.dockerfile
@@ -108,16 +115,69 @@ def test_a_wheel_folder_replaces_the_index() -> None:
     assert "PIP_EXTRA_INDEX_URL" not in rendered("cpu", image__wheels="./wheels").dockerfile
 
 
+LOCAL = {"source": "/data/m", "weights": "bake"}
+IMAGE = f"oci://registry.example.com/models/m@sha256:{'0' * 64}"
+ADAPTERS = [{"name": "legal", "source": "/data/legal"}, {"name": "Team/sql", "source": IMAGE}]
+
+
+# The models, then contexts of the build, copies from stages, and what the configuration in the image has as sources.
 @pytest.mark.parametrize(
-    ("weights", "source_in_container"), [("mount", "/model"), ("bake", "/model"), ("download", "org/m")]
+    ("models", "contexts", "copied", "sources"),
+    [
+        (
+            [{**LOCAL, "adapters": ADAPTERS[:1]}],
+            {"model": "/data/m", "model-1": "/data/legal"},
+            ["weights", "weights-1"],
+            ["/model", "/adapters/legal"],
+        ),
+        ([{"source": "org/m", "weights": "bake"}], {}, ["model"], ["/model"]),
+        ([{"source": "/m", "adapters": ADAPTERS}], {}, [], ["/model", "/adapters/legal", "/adapters/Team%2Fsql/model"]),
+        (
+            [{"source": "org/m", "weights": "download", "adapters": ADAPTERS[:1]}],
+            {"model-1": "/data/legal"},
+            ["weights-1", "cache"],
+            ["org/m", "/adapters/legal"],
+        ),
+        (
+            [LOCAL, {"source": "org/m", "weights": "bake"}, {"source": IMAGE}, {"source": "./m"}],
+            {"model-0": "/data/m"},
+            ["weights-0", "model-1"],
+            ["/models/m0", "/models/m1", "/models/m2/model", "/models/m3"],
+        ),
+    ],
 )
-def test_the_container_knows_the_path_of_its_weights(weights: str, source_in_container: str) -> None:
-    found = rendered(model__weights=weights, model__source="org/m", model__revision="abc")
-    config = yaml.safe_load(found.files["layers/config/etc/inferctl/inferctl.yaml"])
-    assert config["model"]["source"] == source_in_container
-    assert ("INFERCTL_MODEL_SOURCE=/model" in found.dockerfile) == (weights != "download")
-    assert ("snapshot_download" in found.dockerfile) == (weights == "bake")
-    assert ("chmod 1777 /layer/model-cache" in found.dockerfile) == (weights == "download")
+def test_each_model_and_each_adapter_is_a_layer_or_a_mount_of_its_own(
+    models: list[dict[str, Any]], contexts: dict[str, str], copied: list[str], sources: list[str]
+) -> None:
+    several = [{"name": f"m{number}", "model": model} for number, model in enumerate(models)]
+    spec = Spec.model_validate({"name": "x", **({"models": several} if models[1:] else {"model": models[0]})})
+    entry, folders = catalog.base("cpu"), known(spec, sha256="0" * 64)
+
+    def made(folders: list[WeightsFolder]) -> render.Rendered:
+        return render.render(spec, entry, catalog.stack(entry.stack), LOCKS, PROVENANCE, folders)
+
+    found = made(folders)
+    assert found.contexts == contexts
+    final = found.dockerfile[found.dockerfile.rindex("\nFROM ") :]
+    stages = re.findall(r"^COPY --link --from=(\S+) /layer /$", final, re.MULTILINE)
+    assert stages == ["torch", "server-dependencies", *copied, "server", "config"]
+    assert ("snapshot_download" in found.dockerfile) == any(stage.startswith("model") for stage in stages)
+    assert ("INFERCTL_MODEL_SOURCE=/model" in final) == (not models[1:] and "cache" not in copied)
+    config = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
+    inside = [each.model for each in settings.resolve(config, {}, {}).spec.each()]
+    assert [source for each in inside for source in (each.source, *(a.source for a in each.adapters))] == sources
+    image = ImageInfo("", (), (), 0, "", "", {}, (), (), found.labels, ())
+    listed = [(each.name or "x", each.base) for each in serve_image.folders_of(image)]
+    assert listed == [(each.name, each.base) for each in folders]
+    changed = made([*folders[:-1], replace(folders[-1], sha256="1" * 64)])
+    assert (changed.tag != found.tag) == (folders[-1].weights == "bake")
+
+
+def test_an_image_has_no_more_layers_than_file_systems_mount() -> None:
+    adapters = [{"name": f"a{number}", "source": f"/a{number}"} for number in range(115)]
+    spec = Spec.model_validate({"name": "x", "model": {**LOCAL, "adapters": adapters}})
+    with pytest.raises(UsageError, match="more than 115 layers"):
+        render.render(spec, catalog.base("cpu"), catalog.stack("torch2.13-cpu"), LOCKS, PROVENANCE)
 
 
 def test_a_local_model_is_baked_from_its_own_context_without_its_path(tmp_path: Path) -> None:
@@ -189,7 +249,7 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
     paths = {"model.source": "org/m", "image.base": "cuda13.0", **{k.replace("__", "."): v for k, v in flags.items()}}
     spec = settings.resolve(None, {}, paths).spec
     entry = catalog.base(spec.image.base)
-    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE, weights).tag
+    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE, known(spec, sha256=weights)).tag
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,20 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.config.spec import Access
+from inferctl.config.spec import Access, Spec
 from inferctl.core.errors import UsageError
 from inferctl.image import serve_image
 from inferctl.image.records import ImageInfo
-from inferctl.image.serve_image import Address, ServeOptions
+from inferctl.image.serve_image import Address
 from inferctl.models import image_source
+from inferctl.models.model import ModelFolder
+from inferctl.models.weights_folders import WeightsFolder
 from inferctl.serve.edge import access, listener
 from tests.image import sharded, tiny
 from tests.processes import inferctl, start
 
 HERE = Address("127.0.0.1", 0)
+NAMES = {"a": "mount", "b": "bake"}
 
 
 def image(weights: str | None) -> ImageInfo:
@@ -34,29 +37,49 @@ def image(weights: str | None) -> ImageInfo:
     return ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve", "--x"), labels, ())
 
 
+def spec_of(source: str) -> Spec:
+    return Spec.model_validate({"name": "m", "model": {"source": source}})
+
+
 def test_options_override_those_of_the_image() -> None:
-    made = serve_image.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
+    made = serve_image.options(image("bake"), {}, HERE, False, ("--precision", "bf16"))
     told = ("--published", "127.0.0.1:0", "--image-reference", "sha256:0")
     assert made.command == ("serve", "--x", *told, "--precision", "bf16")
 
 
 def test_an_image_that_mounts_its_weights_requires_a_model() -> None:
     with pytest.raises(UsageError, match="this image mounts its weights") as caught:
-        serve_image.weights(image("mount"), ServeOptions(HERE))
+        serve_image.weights(image("mount"), None)
     assert caught.value.hint == "pass `--model DIR`"
 
 
 @pytest.mark.parametrize(("weights", "verb"), [("bake", "contains"), ("download", "downloads")])
 def test_an_image_with_weights_rejects_a_model_option_but_not_a_model_in_the_spec(weights: str, verb: str) -> None:
     with pytest.raises(UsageError, match=f"this image {verb} its own weights"):
-        serve_image.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
-    assert serve_image.weights(image(weights), ServeOptions(HERE, model="./m")) is None
+        serve_image.weights(image(weights), spec_of("./m"), replaces_model=True)
+    assert serve_image.weights(image(weights), spec_of("./m")) == {}
+
+
+def test_each_name_of_an_image_gets_its_own_mount() -> None:
+    names = [{"name": name, "weights": weights, "path": f"/models/{name}"} for name, weights in NAMES.items()]
+    several = replace(image(None), labels={"io.inferctl.names": json.dumps(names)})
+    specs = [{"name": name, "model": {"source": f"/data/{name}"}} for name in NAMES]
+
+    def fetch(folder: WeightsFolder) -> ModelFolder:
+        return ModelFolder(Path(folder.source))
+
+    spec = Spec.model_validate({"name": "x", "models": specs[::-1]})
+    assert serve_image.weights(several, spec, fetch) == {"/models/a": Path("/data/a")}
+    with pytest.raises(UsageError, match="mounts the weights of a, which the spec lacks"):
+        serve_image.weights(several, Spec.model_validate({"name": "x", "models": specs[1:]}), fetch)
+    with pytest.raises(UsageError, match="wrong label"):
+        serve_image.folders_of(replace(several, labels={"io.inferctl.names": "[{}]"}))
 
 
 def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp_path: Path) -> None:
-    assert serve_image.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
+    assert serve_image.weights(image(None), spec_of("./of-the-spec")) == {}
     with pytest.raises(UsageError, match=r"model folder .* not found"):
-        serve_image.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
+        serve_image.weights(image(None), spec_of(f"{tmp_path}/none"), replaces_model=True)
 
 
 @pytest.fixture
@@ -212,7 +235,7 @@ def test_the_folder_of_the_key_file_is_mounted(tmp_path: Path) -> None:
     keys = tmp_path / "keys" / "k.json"
     keys.parent.mkdir()
     keys.write_text("{}")
-    made = serve_image.options(image("bake"), None, HERE, False, keys=keys)
+    made = serve_image.options(image("bake"), {}, HERE, False, keys=keys)
     assert made.mounts == {"/keys": str(keys.parent)}
     assert made.environment and made.environment["INFERCTL_ACCESS_KEYS"] == "/keys/k.json"
     keys.chmod(0o600)

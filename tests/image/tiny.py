@@ -179,10 +179,10 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
         spec=spec,
         base=catalog.base("cpu"),
         stack=catalog.stack(catalog.base("cpu").stack),
-        task="auto",
+        tasks={"tiny": "auto"},
         rendered=image,
         server_files={},
-        model=None,
+        folders={},
         findings=(),
         options=options or BuildOptions(ready_seconds=60.0),
     )

@@ -133,9 +133,3 @@ def test_large_files_missing_files_and_empty_folders_are_errors(tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no YAML files"):
         manifests_file.read([tmp_path / "empty"])
-
-
-def test_a_broken_manifest_in_a_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: Pod\nmetadata: {name\n")
-    with pytest.raises(SpecError, match="not valid YAML"):
-        manifests_file.read([tmp_path])

@@ -13,6 +13,7 @@ import pytest
 from inferctl.models import model
 from inferctl.models.hub import HubModel
 from tests.hub import Hub, Repository, online, serving
+from tests.models.adapters import write_adapter, write_base
 from tests.models.model_folders import write_model
 from tests.processes import python
 
@@ -141,3 +142,17 @@ def test_the_error_names_a_cache_that_is_not_writable(hub: Hub, tmp_path: Path) 
     (shown,) = run(online(hub, tmp_path / "file"), FETCH)
     assert "NotReadyError" in shown
     assert str(tmp_path / "file") in shown
+
+
+def test_an_adapter_is_downloaded_once(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", base)
+    wanted, on = "[hub.AdapterSource(name='a', source='org/a')]", f"hub.ModelFolder(hub.Path({str(base)!r}))"
+    call = f"hub.fetch_adapters({wanted}, {on}, lambda _: lambda *_: None)[0].layers"
+    with serving({"org/a": tmp_path / "adapter"}) as hub:
+        first = run(online(hub, tmp_path / "home"), call)
+        assert "model.layers.1.self_attn.v_proj" in first[0]
+        assert hub.downloads() == ["adapter_config.json", "adapter_model.safetensors"]
+        hub.requests.clear()
+        assert run(online(hub, tmp_path / "home"), call) == first
+        assert hub.requests == []

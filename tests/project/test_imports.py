@@ -38,6 +38,7 @@ ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "sentence_transformers": ("serve/reference.py",),
+    "peft": (),  # what inferctl computes of adapters is compared with it, so nothing may use it
     "docker": ("image/docker.py",),
     "huggingface_hub": ("models/hub.py",),
     "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),

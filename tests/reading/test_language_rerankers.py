@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ from inferctl.models.model import find, resolve_task
 from inferctl.reading import model_summary, task_config
 from inferctl.reading.pair_template import PairTemplate
 from inferctl.reading.rows import Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
 from inferctl.serve.text.private_tokens import PrivateTokens
 from inferctl.serve.text.text_parts import InputError, Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import ServerProcess
 from tests.reading import language_rerankers as rerankers
 from tests.reading.saved_models import TEXTS
 
+encoded = partial(engines.encoded_pairs, task="rerank")
 PROMPTS = {"prompts": {"web": "Find a passage"}, "default_prompt_name": "web"}
 # Architecture, template, and what differs from a tied model with two tokens, a sigmoid and no settings.
 CASES: dict[str, dict[str, Any]] = {
@@ -69,26 +70,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def encoded(folder: Path, pairs: list[tuple[str, str]], limit: int | None = None) -> list[Pair]:
-    pool = TokenizerPool(folder, task_config.read("rerank", folder, limit), threads=1)
-    queries, documents = zip(*pairs, strict=True)
-    found = pool.encode_pairs_now(queries, documents, truncate=True)
-    pool.close()
-    return found
-
-
 def computed(folder: Path, pairs: list[Pair], precision: str = "fp32") -> tuple[Vectors, Any]:
     """Return the scores that the engine computes, and its info."""
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    options = {"task": "rerank", "precision": precision, "device": "cpu", "max_batch_tokens": 512}
-    engine = EncoderEngine(EngineConfig(model=str(folder), **options))
-    info = engine.load()
-    ids, starts = (list(part) for part in zip(*pairs, strict=True))
-    lengths = np.array([len(row) for row in ids], dtype=np.int32)
-    logits = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(starts, dtype=np.int32))).rows
-    config = task_config.read("rerank", folder)
-    return config.scores(logits)[:, 0], info
+    engine, info = engines.loaded(folder, precision, task="rerank", max_batch_tokens=512)
+    logits = engine.run(engines.batch_of_pairs(pairs)).rows
+    return task_config.read("rerank", folder).scores(logits)[:, 0], info
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -188,9 +174,9 @@ def test_the_common_start_of_pairs_is_computed_once(
 def test_only_the_document_is_cut(folders: Callable[[str], Path], name: str) -> None:
     folder, limit = folders(name), 140
     query, document = "which river flows through Vienna", "the river " * 300
-    ((ids, _),) = encoded(folder, [(query, document)], limit)
+    ((ids, _),) = encoded(folder, [(query, document)], limit=limit)
     ((whole, _),) = encoded(folder, [(query, document)])
-    ((short, _),) = encoded(folder, [(query, "")], limit)
+    ((short, _),) = encoded(folder, [(query, "")], limit=limit)
     assert len(ids) == limit
     cut = limit - len(short)
     at = next(at for at, (a, b) in enumerate(zip(ids, short, strict=False)) if a != b)

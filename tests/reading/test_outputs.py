@@ -25,14 +25,13 @@ from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tokenize import tokenize
-from inferctl.serve.backend.local_backend import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend, Stack
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import ServerProcess
 from tests.reading import saved_models
 from tests.reading.saved_models import WIDTH
@@ -62,12 +61,9 @@ def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: A
 
 def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
     """Return what an engine computes for texts."""
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     config = task_config.read("embed", folder)
     assert isinstance(config, EmbeddingConfig)
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision=precision, device="cpu"))
-    info = engine.load()
+    engine, info = engines.loaded(folder, precision)
     pool = TokenizerPool(folder, config, threads=1)
     prompt = config.prompts.select(input_type=role)
     form = config.checked | (Form.QUERY if role == "query" else Form(0))
@@ -77,8 +73,7 @@ def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str 
         ids.append(sequence)
         marks.append(mark(form, attended))
     pool.close()
-    lengths = np.array([len(each) for each in ids], np.int32)
-    rows = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(marks, np.int32))).rows
+    rows = engine.run(engines.batch(ids, marks)).rows
     return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows]
 
 
@@ -621,7 +616,7 @@ def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> No
     metrics = Metrics()
     batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
     pool = TokenizerPool(minilm, config, threads=1)
-    inference = Inference(model, pool, LocalBackend(Dispatcher(batcher, metrics), metrics))
+    inference = Inference(model, pool, LocalBackend([Stack(Dispatcher(batcher, metrics))]))
 
     async def post(sent: asyncio.Event, go_on: asyncio.Event) -> None:
         body = json.dumps({"inputs": "a " * 60}).encode()

@@ -16,10 +16,9 @@ from inferctl.models.model import find, resolve_task
 from inferctl.reading import task_config
 from inferctl.reading.rerank_config import RerankConfig
 from inferctl.reading.rows import Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.reading import saved_models
 from tests.reading.saved_models import TEXTS, WIDTH, Modules
 
@@ -120,16 +119,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def computed(folder: Path, precision: str = "fp32", texts: list[str] = TEXTS) -> tuple[Vectors, Any]:
     """Return what the engine computes for raw texts, and its info."""
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    config = EngineConfig(model=str(folder), precision=precision, device="cpu", max_batch_tokens=256)
-    engine = EncoderEngine(config)
-    info = engine.load()
+    engine, info = engines.loaded(folder, precision, max_batch_tokens=256)
     pool = TokenizerPool(folder, task_config.read("embed", folder), threads=1)
     rows = pool.encode_now(texts, truncate=True)
     pool.close()
-    lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    return engine.run(Batch(1, np.concatenate(rows), lengths)).rows, info
+    return engine.run(engines.batch(rows)).rows, info
 
 
 def check(folder: Path, attention: str = "packed", expected: Any = None, *, reduced: bool = True) -> Any:
@@ -376,38 +370,25 @@ def edit(file: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> 
 def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path: Path, architecture: str) -> None:
     from sentence_transformers import CrossEncoder
 
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     first = saved_models.transformer(tmp_path / "transformer", architecture)
     scorer = dense(WIDTH, 1, "Identity", module_output_name="scores")
     modules = [first, pooled("cls"), dense(WIDTH, WIDTH, "GELU", bias=False), layer_norm(WIDTH), scorer]
     prompts = {"prompts": {"q": "the query: "}, "default_prompt_name": "q"} if architecture == "bert" else {}
     CrossEncoder(modules=modules, device="cpu", **prompts).save_pretrained(str(tmp_path / "saved"))
     folder = tmp_path / "saved"
-    queries, documents = TEXTS[:8], TEXTS[:8][::-1]
-    expected = CrossEncoder(str(folder), device="cpu").predict(list(zip(queries, documents, strict=True)))
+    pairs = list(zip(TEXTS[:8], TEXTS[:8][::-1], strict=True))
+    expected = CrossEncoder(str(folder), device="cpu").predict(pairs)
 
     assert resolve_task("auto", find(str(folder)), "m") == "rerank"
     config = task_config.read("rerank", folder)
     assert isinstance(config, RerankConfig)
-    pool = TokenizerPool(folder, config, threads=1)
-    pairs = pool.encode_pairs_now(queries, documents, truncate=True)
-    pool.close()
-    ids, starts = zip(*pairs, strict=True)
-    batch = Batch(
-        1,
-        np.concatenate(ids),
-        np.array([len(row) for row in ids], dtype=np.int32),
-        np.array(starts, dtype=np.int32),
-    )
-    engine = EncoderEngine(
-        EngineConfig(model=str(folder), task="rerank", precision="fp32", device="cpu", max_batch_tokens=256)
-    )
-    assert engine.load().attention == "packed"
+    engine, info = engines.loaded(folder, task="rerank", max_batch_tokens=256)
+    assert info.attention == "packed"
+    batch = engines.batch_of_pairs(engines.encoded_pairs(folder, pairs, "rerank"))
     scores = config.scores(engine.run(batch).rows)[:, 0]
     assert np.ptp(expected) > 0.01
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    found = reference(str(folder), [list(pair) for pair in zip(queries, documents, strict=True)])
+    found = reference(str(folder), [list(pair) for pair in pairs])
     np.testing.assert_allclose(found["scores"], expected, atol=1e-5)
 
 

@@ -16,9 +16,8 @@ from tokenizers import Tokenizer
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.reading.rows import Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import python
 
 Weights: TypeAlias = dict[str, Any]
@@ -56,16 +55,11 @@ def altered(folder: Path, target: Path, change: Change) -> Path:
 
 def vectors(folder: Path, task: Task = "embed", precision: str = "fp32") -> Vectors:
     """Start an engine in this process, and return what it computes for one input."""
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    engine = EncoderEngine(
-        EngineConfig(model=str(folder), task=task, precision=precision, device="cpu", max_batch_tokens=64)
-    )
-    info = engine.load()
+    engine, info = engines.loaded(folder, precision, task=task, max_batch_tokens=64)
     assert info.within_limit
     ids = np.arange(20, 40, dtype=np.int32)
-    starts = np.array([10], dtype=np.int32) if task == "rerank" else None
-    return engine.run(Batch(1, ids, np.array([20], dtype=np.int32), starts)).rows
+    found: Vectors = engine.run(engines.batch([ids], [10] if task == "rerank" else None)).rows
+    return found
 
 
 def configured(**settings: Any) -> Change:

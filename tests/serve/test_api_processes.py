@@ -28,7 +28,6 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.config.spec import Spec
@@ -772,5 +771,5 @@ def test_lost_events_of_a_process_that_ended_still_count() -> None:
         totals.set(process, found(lost, 10))
     for process in (0, 1):
         totals.retire(process)
-    metrics = {metric.name: metric.samples[0].value for metric in totals.collect(CollectorRegistry())}
+    metrics = {metric.name: metric.samples[0].value for metric in totals.collect([])}
     assert metrics == {"inferctl_outbox_dropped_events": 9, "inferctl_outbox_events": 10}

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from inferctl.serve.backend.local_backend import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend, Stack
 from inferctl.serve.cache.store import VectorStore
 from inferctl.serve.cache.vector_cache import VectorCache
 from inferctl.serve.engine_process.engine_protocol import BatchResult
@@ -37,7 +37,7 @@ class Front:
         self.world, metrics = World(), Metrics()
         kept = VectorCache(VectorStore(100_000), metrics) if cache else None
         self.limiter = Limiter()
-        self.local = LocalBackend(self.world.dispatcher, metrics, kept, self.limiter)
+        self.local = LocalBackend([Stack(self.world.dispatcher, kept)], self.limiter)
         self.backend: Backend = self.local
         self._remote = remote
 
@@ -127,7 +127,7 @@ async def rows_of_several_widths_and_marks_arrive(front: Front) -> None:
         future.set_result(RequestResult(rows, [], 0.25, 0.5))
         return future
 
-    front.local._dispatcher.submit = submit  # type: ignore[method-assign,assignment]
+    front.world.dispatcher.submit = submit  # type: ignore[method-assign,assignment]
     work = Work(Caller("a"), [tokens([1, -5]), tokens([2**31 - 1])], [1, 0], b"no-store\xff")
     outcome = await front.backend.submit(0, work)
     assert found == [([[1, -5], [2**31 - 1]], [1, 0])]
@@ -472,7 +472,7 @@ def test_a_large_frame_waits_for_its_reader_and_holds_up_no_other() -> None:
 
 
 async def test_large_results_that_are_not_read_are_bounded() -> None:
-    found = ApiProcessLink(LocalBackend(World().dispatcher, Metrics()), Front(False).page, {}, lambda: None, 5 << 20)
+    found = ApiProcessLink(LocalBackend([Stack(World().dispatcher)]), Front(False).page, {}, lambda: None, 5 << 20)
     found._send([b"a" * (8 << 20)], None)  # a single one is always sent
     with pytest.raises(RejectedError) as error:
         found._send([b"a" * (2 << 20)], None)

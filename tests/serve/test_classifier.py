@@ -15,13 +15,13 @@ from inferctl.core.errors import UsageError
 from inferctl.reading import classify_config, task_config
 from inferctl.reading.classify_config import ClassifyConfig
 from inferctl.reading.rows import Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import Batch
 from inferctl.serve.reference import reference
 from inferctl.serve.text.text_parts import Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import ServerProcess
-from tests.serve.test_cross_encoder import PADDED, batch, changed, several, texts
+from tests.serve.test_cross_encoder import PADDED, changed, several, texts
 
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 
@@ -47,13 +47,6 @@ def encoded(folder: Path, items: list[Any]) -> list[Pair]:
             found += pool.encode_pairs_now(item[:1], item[1:], truncate=True)
     pool.close()
     return found
-
-
-def engine_for(folder: Path, precision: str = "fp32") -> tuple[Any, Any]:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    engine = EncoderEngine(EngineConfig(model=str(folder), task="classify", precision=precision, device="cpu"))
-    return engine, engine.load()
 
 
 def logits_of_transformers(folder: Path, items: list[Any]) -> Vectors:
@@ -85,10 +78,10 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, architecture: str) -
     items = inputs()
     expected = logits_of_transformers(folder, items)
     assert np.ptp(expected, axis=0).min() > 0.1  # the logits of each label differ between the texts
-    engine, info = engine_for(folder)
+    engine, info = engines.loaded(folder, task="classify")
     assert info.attention == ("padded" if architecture in PADDED else "packed"), info.attention_reason
     assert (info.dimensions, info.within_limit, info.cosine_min) == (3, True, None)
-    found = engine.run(batch(encoded(folder, items))).rows
+    found = engine.run(engines.batch_of_pairs(encoded(folder, items))).rows
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
     probabilities = classify_config.read(folder).scores(found)
@@ -99,19 +92,19 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, architecture: str) -
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("int8", 0.2)])
 def test_other_precisions_stay_close_to_fp32(tmp_path: Path, precision: str, tolerance: float) -> None:
     folder = make(tmp_path, "bert")
-    engine, info = engine_for(folder, precision)
+    engine, info = engines.loaded(folder, precision, task="classify")
     assert (info.attention, info.within_limit) == ("packed", True)
     expected = logits_of_transformers(folder, inputs())
-    found = engine.run(batch(encoded(folder, inputs()))).rows
+    found = engine.run(engines.batch_of_pairs(encoded(folder, inputs()))).rows
     np.testing.assert_allclose(found / np.abs(expected).max(), expected / np.abs(expected).max(), atol=tolerance)
 
 
 def test_texts_alone_have_no_segments(tmp_path: Path) -> None:
     """A batch without pairs has no `marks`, and gives the same rows as one with pairs."""
     folder = make(tmp_path, "bert")
-    engine, _ = engine_for(folder)
+    engine, _ = engines.loaded(folder, task="classify")
     sequences = encoded(folder, [item for item in inputs() if isinstance(item, str)])
-    whole = batch(sequences)
+    whole = engines.batch_of_pairs(sequences)
     alone = engine.run(Batch(1, whole.tokens, whole.lengths)).rows
     np.testing.assert_allclose(alone, engine.run(whole).rows, atol=1e-6)
 

@@ -1,45 +1,40 @@
-"""Common clients against a real server: each gets the vectors of the reference implementation."""
+"""Common clients, unchanged, against a real server: each gets the vectors of the reference implementation."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
+from tokenizers import Tokenizer
 
 from tests.conftest import TEXTS
-from tests.processes import ServerProcess
+from tests.processes import CLIENT, ServerProcess
+from tests.tenancy.key_files import add
 
 pytestmark = pytest.mark.xdist_group("minilm")
-Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @pytest.fixture(scope="module")
-def server(minilm_server: ServerProcess) -> ServerProcess:
-    return minilm_server
+def reference(minilm_reference: dict[str, Any]) -> Any:
+    return np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in minilm_reference["embeddings"]])
 
 
-@pytest.fixture(scope="module")
-def reference(minilm_reference: dict[str, Any]) -> Matrix:
-    rows = minilm_reference["embeddings"]
-    return np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in rows])
-
-
-def same(got: Any, reference: Matrix) -> None:
+def same(got: Any, reference: Any) -> None:
     np.testing.assert_allclose(np.array(got, dtype=np.float32), reference, atol=2e-6)
 
 
 @pytest.mark.parametrize("encoding", [None, "float", "base64"])
-def test_openai(server: ServerProcess, reference: Matrix, minilm_reference: dict[str, Any], encoding: Any) -> None:
+def test_openai(minilm_server: ServerProcess, reference: Any, minilm_reference: dict[str, Any], encoding: Any) -> None:
     extra = {} if encoding is None else {"encoding_format": encoding}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{minilm_server.url}/v1", api_key="unused", max_retries=0) as client:
         answer = client.embeddings.create(model="minilm", input=TEXTS, **extra)
     assert (answer.object, answer.model) == ("list", "minilm")
     assert [(entry.index, entry.object) for entry in answer.data] == [(i, "embedding") for i in range(len(TEXTS))]
@@ -51,29 +46,10 @@ def test_openai(server: ServerProcess, reference: Matrix, minilm_reference: dict
         same([entry.embedding for entry in answer.data], reference)
 
 
-def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
-    folder = tmp_path / "matryoshka"
-    folder.mkdir()
-    for name in ("tokenizer.json", "modules.json", "model.safetensors"):
-        shutil.copy(minilm / name, folder)
-    shutil.copytree(minilm / "1_Pooling", folder / "1_Pooling")
-    config = json.loads((minilm / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [8, 2]}))
-    server = serve("--model", str(folder), "--engine", "echo", "--name", "echo")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        full = np.float32(client.embeddings.create(model="echo", input=[5, 6]).data[0].embedding)
-        cut = client.embeddings.create(model="echo", input=[5, 6], dimensions=2).data[0].embedding
-        assert full[2] > 0.05  # else the cut would have length one by itself
-        np.testing.assert_allclose(cut, full[:2] / np.linalg.norm(full[:2]), atol=1e-6)
-        with pytest.raises(openai.BadRequestError, match="must be 8 or 2, got 5") as rejected:
-            client.embeddings.create(model="echo", input=[5, 6], dimensions=5)
-    assert (rejected.value.param, rejected.value.code) == ("dimensions", "invalid_dimensions")
-
-
-def test_openai_raises_its_own_exceptions(server: ServerProcess) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+def test_openai_raises_its_own_exceptions(minilm_server: ServerProcess) -> None:
+    with openai.OpenAI(base_url=f"{minilm_server.url}/v1", api_key="unused", max_retries=0) as client:
         assert client.models.list().data[0].id == "minilm"
-        with pytest.raises(openai.NotFoundError, match="this server serves 'minilm'") as unknown:
+        with pytest.raises(openai.NotFoundError, match="use 'minilm'") as unknown:
             client.embeddings.create(model="other", input="a")
         with pytest.raises(openai.BadRequestError, match="must be 384, got 128") as untrained:
             client.embeddings.create(model="minilm", input="a", dimensions=128)
@@ -85,23 +61,365 @@ def test_openai_raises_its_own_exceptions(server: ServerProcess) -> None:
     assert {e.type for e in errors} == {"invalid_request_error"}
 
 
-def test_langchain(server: ServerProcess, reference: Matrix) -> None:
+def test_langchain(minilm_server: ServerProcess, reference: Any) -> None:
     from langchain_openai import OpenAIEmbeddings
 
     # Without check_embedding_ctx_length=False it sends token ids of OpenAI's vocabulary, which are other words here.
     client = OpenAIEmbeddings(
-        base_url=f"{server.url}/v1", api_key="unused", model="minilm", check_embedding_ctx_length=False, max_retries=0
+        base_url=f"{minilm_server.url}/v1",
+        api_key="unused",
+        model="minilm",
+        check_embedding_ctx_length=False,
+        max_retries=0,
     )
     same(client.embed_documents(TEXTS), reference)
     same(client.embed_query(TEXTS[0]), reference[0])
     same(asyncio.run(client.aembed_documents(TEXTS)), reference)
 
 
-def test_llama_index(server: ServerProcess, reference: Matrix) -> None:
+def test_llama_index(minilm_server: ServerProcess, reference: Any) -> None:
     from llama_index.embeddings.openai import OpenAIEmbedding
 
-    client = OpenAIEmbedding(model_name="minilm", api_base=f"{server.url}/v1", api_key="unused", max_retries=0)
+    client = OpenAIEmbedding(model_name="minilm", api_base=f"{minilm_server.url}/v1", api_key="unused", max_retries=0)
     # It replaces line breaks by spaces. This tokenizer treats both the same.
     same(client.get_text_embedding_batch(TEXTS), reference)
     same(client.get_query_embedding(TEXTS[0]), reference[0])
     same(asyncio.run(client.aget_text_embedding_batch(TEXTS)), reference)
+
+
+def test_cohere(minilm_server: ServerProcess, reference: Any) -> None:
+    import cohere
+
+    client = cohere.ClientV2(api_key="unused", base_url=minilm_server.url)
+    kinds: Any = ["float", "binary", "ubinary", "base64"]
+    found = client.embed(model="minilm", texts=TEXTS, input_type="search_document", embedding_types=kinds)
+    assert (found.response_type, found.texts) == ("embeddings_by_type", TEXTS)
+    embeddings: Any = found.embeddings
+    same(embeddings.float_, reference)
+    same([np.frombuffer(base64.b64decode(row), "<f4") for row in embeddings.base64], reference)
+    bits = np.packbits(reference > 0, axis=1)
+    assert np.array_equal(embeddings.ubinary, bits)
+    assert np.array_equal(embeddings.binary, bits.astype(int) - 128)
+    assert embeddings.int8 is None
+    plain: Any = client.embed(model="minilm", texts=TEXTS[:1], input_type="search_query").embeddings
+    same(plain.float_, reference[:1])
+    with pytest.raises(cohere.NotFoundError, match="use 'minilm'"):
+        client.embed(model="other", texts=TEXTS, input_type="search_query")
+    for wrong in ({"embedding_types": ["int8"]}, {"output_dimension": 5}, {"truncate": "NONE", "texts": ["a " * 999]}):
+        asked: Any = {"model": "minilm", "texts": TEXTS, "input_type": "search_query"} | wrong
+        with pytest.raises(cohere.BadRequestError) as rejected:
+            client.embed(**asked)
+        assert list(rejected.value.body) == ["message"]
+        assert "dimensions` of" not in rejected.value.body["message"]
+
+
+def test_voyage(minilm_server: ServerProcess, reference: Any) -> None:
+    import voyageai
+
+    client = voyageai.Client(api_key="unused", base_url=f"{minilm_server.url}/voyage")
+    found = client.embed(TEXTS, model="minilm", input_type="document")
+    same(found.embeddings, reference)
+    assert found.total_tokens > 0
+    bits = client.embed(TEXTS, model="minilm", output_dtype="ubinary").embeddings
+    assert np.array_equal(bits, np.packbits(reference > 0, axis=1))
+    with pytest.raises(voyageai.error.InvalidRequestError, match="must be 384, got 5"):
+        client.embed(TEXTS, model="minilm", output_dimension=5)
+    with pytest.raises(voyageai.error.InvalidRequestError, match="more than"):
+        client.embed(["a " * 999], model="minilm", truncation=False)
+
+
+def test_haystack(minilm_server: ServerProcess, reference: Any) -> None:
+    from haystack import Document
+    from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
+    from haystack.utils import Secret
+    from haystack_integrations.components.embedders.cohere import CohereDocumentEmbedder, CohereTextEmbedder
+    from haystack_integrations.components.embedders.jina import JinaDocumentEmbedder, JinaTextEmbedder
+
+    url, options = minilm_server.url, {"api_key": Secret.from_token("unused"), "model": "minilm"}
+    openai, cohere = {"api_base_url": f"{url}/v1", **options}, {"api_base_url": url, **options}
+    jina = {"base_url": f"{url}/jina/v1/embeddings", **options}
+    embedders: list[tuple[Any, Any]] = [
+        (OpenAITextEmbedder(**openai), OpenAIDocumentEmbedder(progress_bar=False, **openai)),
+        (CohereTextEmbedder(**cohere), CohereDocumentEmbedder(progress_bar=False, **cohere)),
+        (JinaTextEmbedder(task="retrieval.query", **jina), JinaDocumentEmbedder(progress_bar=False, **jina)),
+    ]
+    texts = [TEXTS[0], *TEXTS[2:]]  # Cohere's embedder removes line breaks
+    for text, documents in embedders:
+        same([text.run(text=TEXTS[0])["embedding"]], reference[:1])
+        found = documents.run(documents=[Document(content=each) for each in texts])["documents"]
+        same([document.embedding for document in found], reference[[0, *range(2, len(TEXTS))]])
+    with pytest.raises(RuntimeError, match="late_chunking is not supported"):
+        JinaTextEmbedder(late_chunking=True, **jina).run(text="a")
+
+
+def test_the_first_version_of_cohere(minilm_server: ServerProcess, reference: Any) -> None:
+    """`CohereEmbeddings` of LangChain uses it."""
+    body: dict[str, object] = {"texts": TEXTS, "input_type": "search_document"}
+    plain = CLIENT.post(f"{minilm_server.url}/v1/embed", json=body).raise_for_status().json()
+    assert (plain["response_type"], plain["texts"]) == ("embeddings_floats", TEXTS)
+    same(plain["embeddings"], reference)
+    body["embedding_types"] = ["float", "ubinary"]
+    typed = CLIENT.post(f"{minilm_server.url}/v1/embed", json=body).raise_for_status().json()
+    assert (typed["response_type"], typed["meta"]["api_version"]) == ("embeddings_by_type", {"version": "1"})
+    same(typed["embeddings"]["float"], reference)
+
+
+def client_calls() -> dict[str, Callable[[str, str], object]]:
+    """Return for each client a function of the URL of a server and a key that embeds one text."""
+    import cohere
+    import voyageai
+    from huggingface_hub import InferenceClient
+    from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
+
+    return {
+        "openai": lambda url, key: openai.OpenAI(base_url=f"{url}/v1", api_key=key).embeddings.create(
+            model="echo", input="a"
+        ),
+        "cohere": lambda url, key: cohere.ClientV2(api_key=key, base_url=url).embed(
+            model="echo", texts=["a"], input_type="search_query"
+        ),
+        "voyage": lambda url, key: voyageai.Client(api_key=key, base_url=f"{url}/voyage").embed(["a"], model="echo"),
+        "llama-index": lambda url, key: TextEmbeddingsInference(
+            model_name="echo", base_url=url, auth_token=key
+        ).get_text_embedding("a"),
+        "hugging face": lambda url, key: InferenceClient(model=url, token=key).feature_extraction("a"),
+    }
+
+
+def test_each_client_sends_its_key_and_shows_the_error_of_a_wrong_one(
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    _, key = add(tmp_path / "keys.json", "team")
+    spec = {"name": "echo", "model": {"source": str(minilm)}, "access": {"keys": str(tmp_path / "keys.json")}}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
+    # The one shows the status only, the other ignores it: KeyError(0).
+    unclear = {"hugging face": "401", "llama-index": "0"}
+    for name, call in client_calls().items():
+        assert call(server.url, key) is not None
+        with pytest.raises(Exception, match=unclear.get(name, "API key is missing or not valid")):
+            call(server.url, "wrong")
+
+
+PAIR = {"source_sentence": "a", "sentences": ["b"]}
+LONG_PAIR = {"source_sentence": "a", "sentences": ["b " * 999]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "field"),
+    [
+        ("/embed", {"inputs": []}, 400, "inputs"),
+        ("/embed", {"inputs": ["a", ""]}, 400, "inputs"),
+        ("/embed", {"inputs": "a", "normalize": False}, 400, "normalize"),
+        ("/embed", {"inputs": "a", "truncation_direction": "Up"}, 400, "truncation_direction"),
+        ("/tokenize", {}, 400, "inputs"),
+        ("/tokenize", {"inputs": []}, 400, "inputs"),
+        ("/tokenize", {"inputs": ["a", 1]}, 400, "inputs"),
+        ("/tokenize", {"inputs": "a", "prompt_name": "no"}, 400, "prompt_name"),
+        ("/tokenize", {"inputs": "a " * 200_000}, 400, "inputs"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, 400, "return_token_strs"),
+        ("/embed", {"inputs": ["a " * 999], "truncate": False}, 400, "inputs[0]"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "inputs"),
+        ("/similarity", {"inputs": {"sentences": ["a"]}}, 400, "inputs"),
+        ("/predict", {"inputs": "a"}, 404, "is for embed"),
+        ("/", {"inputs": 5}, 400, "inputs"),
+        ("/similarity", {"inputs": PAIR, "parameters": {"prompt_name": "no"}}, 400, "prompt"),
+        ("/similarity", {"inputs": LONG_PAIR, "parameters": {"truncate": False}}, 400, "inputs[1]"),
+        ("/embed", {"inputs": "a", "dimensions": 5}, 400, "dimensions"),
+    ],
+)
+def test_errors_of_text_embeddings_inference(
+    minilm_server: ServerProcess, path: str, body: object, status: int, field: str
+) -> None:
+    found = CLIENT.post(f"{minilm_server.url}{path}", json=body)
+    assert found.status_code == status
+    assert set(found.json()) == {"error", "error_type"}
+    assert field in found.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "a", "embed_dtype": "float16"}),
+        ("/v1/embeddings", {"input": "a", "endianness": "big"}),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 10}),
+        ("/v1/embeddings", {"input": "a", "add_special_tokens": False}),
+        ("/v1/embeddings", {"input": "a", "late_chunking": True}),
+        ("/v1/embeddings", {"input": "a", "return_multivector": True}),
+        ("/v2/embed", {"texts": ["a"], "max_tokens": 5}),
+        ("/v2/embed", {"texts": ["a"], "images": ["data:"]}),
+    ],
+)
+def test_fields_of_others_that_would_change_the_response_are_rejected(
+    minilm_server: ServerProcess, path: str, body: dict[str, object]
+) -> None:
+    found = CLIENT.post(f"{minilm_server.url}{path}", json=body)
+    assert found.status_code == 400
+    assert "is not supported" in found.text
+    name = next(name for name in body if name not in ("input", "texts"))
+    assert CLIENT.post(f"{minilm_server.url}{path}", json=body | {name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "keys"),
+    [
+        ("GET", "/embed", {"error", "error_type"}),
+        ("GET", "/v2/embed", {"message"}),
+        ("GET", "/voyage/embeddings", {"detail"}),
+        ("POST", "/voyage/contextualizedembeddings", {"detail"}),
+        ("POST", "/jina/v1/embeddings", {"detail"}),
+        ("POST", "/v2/chat", {"message"}),
+        ("POST", "/v1/unknown", {"error"}),
+    ],
+)
+def test_errors_of_unknown_paths_and_methods_have_the_shape_of_the_api(
+    minilm_server: ServerProcess, method: str, path: str, keys: set[str]
+) -> None:
+    found = CLIENT.request(method, f"{minilm_server.url}{path}")
+    assert found.status_code in (400, 404, 405)
+    assert set(found.json()) == keys
+
+
+def test_the_names_of_operations_are_unique(minilm_server: ServerProcess) -> None:
+    paths = minilm_server.get("/openapi.json").json()["paths"]
+    names = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_vectors_of_text_embeddings_inference(minilm_server: ServerProcess, reference: Any) -> None:
+    def post(path: str, body: object) -> httpx.Response:
+        return CLIENT.post(f"{minilm_server.url}{path}", json=body).raise_for_status()
+
+    for path in ("/embed", "/"):
+        same(post(path, {"inputs": TEXTS}).json(), reference)
+        same(post(path, {"inputs": TEXTS[0]}).json(), reference[:1])
+    cosines = post("/similarity", {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}}).json()
+    same(cosines, reference[1:] @ reference[0])
+    assert minilm_server.get("/").json()["name"] == "minilm"  # the page remains
+
+
+def test_fields_of_jina(minilm_server: ServerProcess, reference: Any) -> None:
+    def embeddings(**fields: object) -> list[Any]:
+        answer = minilm_server.embed(input=TEXTS, **fields).raise_for_status().json()
+        assert set(answer) == {"object", "data", "model", "usage"}
+        return [entry["embedding"] for entry in answer["data"]]
+
+    bits = np.packbits(reference > 0, axis=1)
+    for task in ("retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"):
+        same(embeddings(task=task, normalized=True, late_chunking=False, embedding_type="float"), reference)
+    packed = embeddings(embedding_type=["base64"], output_dtype="ubinary")
+    same([np.frombuffer(base64.b64decode(row), "<f4") for row in packed], reference)
+    assert np.array_equal(embeddings(embedding_type="ubinary", encoding_format="base64"), bits)
+    assert np.array_equal(embeddings(embedding_type="binary"), bits.astype(int) - 128)
+    for name, value in (("embedding_type", ["float", "binary"]), ("normalized", False), ("task", "unknown")):
+        rejected = minilm_server.embed(input=TEXTS, **{name: value})
+        assert rejected.status_code == 400
+        assert rejected.json()["error"]["param"] == {"task": "input_type"}.get(name, name)
+
+
+def test_pooling_of_vllm(minilm_server: ServerProcess, reference: Any) -> None:
+    answer = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS, "task": "embed"}).raise_for_status()
+    body = answer.json()
+    assert (body["id"], body["object"], body["model"]) == (answer.headers["x-request-id"], "list", "minilm")
+    assert [(entry["index"], entry["object"]) for entry in body["data"]] == [(i, "pooling") for i in range(len(TEXTS))]
+    same([entry["data"] for entry in body["data"]], reference)
+    packed = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS[0], "encoding_format": "base64"}).json()
+    same([np.frombuffer(base64.b64decode(packed["data"][0]["data"]), "<f4")], reference[:1])
+    each = {"input": "ok", "task": "token_embed"}
+    (entry,) = CLIENT.post(f"{minilm_server.url}/pooling", json=each).raise_for_status().json()["data"]
+    own = CLIENT.post(f"{minilm_server.url}/v1/embeddings", json={"input": "ok", "outputs": ["tokens"]}).json()["data"]
+    assert entry["data"] == own[0]["token_embeddings"]
+
+
+def test_tokens_of_text_embeddings_inference_and_of_vllm(minilm_server: ServerProcess, minilm: Path) -> None:
+    def post(**body: object) -> Any:
+        return CLIENT.post(f"{minilm_server.url}/tokenize", json=body).raise_for_status().json()
+
+    oracle = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    oracle.no_padding()
+    oracle.no_truncation()
+    rows = post(inputs=TEXTS)
+    assert [[token["id"] for token in row] for row in rows] == [oracle.encode(text).ids for text in TEXTS]
+    assert rows[3] == [
+        {"id": 101, "text": "[CLS]", "special": True, "start": None, "stop": None},
+        {"id": 7929, "text": "ok", "special": False, "start": 0, "stop": 2},
+        {"id": 102, "text": "[SEP]", "special": True, "start": None, "stop": None},
+    ]
+    assert post(inputs=["", "ok"], add_special_tokens=False) == [[], rows[3][1:2]]
+    long = "ok 北京 " * 5_000  # more tokens than fit in one part of the response
+    assert [token["id"] for token in post(inputs=long)[0]] == oracle.encode(long).ids
+    assert post(prompt="ok", model="minilm") == {"count": 3, "max_model_len": 256, "tokens": [101, 7929, 102]}
+    assert post(prompt="ok", add_special_tokens=False)["tokens"] == [7929]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/embed", {"inputs": "{text}", "truncation_direction": "Left"}),
+        ("/v1/embeddings", {"input": "{text}", "truncation_side": "left"}),
+        ("/v2/embed", {"texts": ["{text}"], "truncate": "START"}),
+    ],
+)
+def test_long_texts_lose_their_start_if_asked(minilm_server: ServerProcess, path: str, body: dict[str, Any]) -> None:
+    """The vector is that of the last 254 tokens."""
+
+    def vector(text: str) -> Any:
+        filled = json.loads(json.dumps(body).replace("{text}", text))
+        found = CLIENT.post(f"{minilm_server.url}{path}", json=filled).raise_for_status().json()
+        if path == "/v2/embed":
+            return found["embeddings"]["float"][0]
+        return found[0] if path == "/embed" else found["data"][0]["embedding"]
+
+    end = "river " * 100 + "mountain " * 154
+    same(vector("city " * 300 + end), vector(end))
+    same(vector("short"), minilm_server.embed(input="short").json()["data"][0]["embedding"])
+
+
+def test_token_ids_lose_their_start_if_asked(minilm_server: ServerProcess) -> None:
+    ids = [1000 + n for n in range(400)]
+    found = minilm_server.embed(input=[ids, ids[-256:]], truncation_side="left").json()["data"]
+    same(found[0]["embedding"], found[1]["embedding"])
+
+
+def test_info_has_the_fields_of_text_embeddings_inference(minilm_server: ServerProcess) -> None:
+    info = minilm_server.get("/info").json()
+    assert info["model_type"] == {"embedding": {"pooling": "mean"}}
+    expected = {"model_dtype": "float32", "max_input_length": 256, "max_client_batch_size": 2048, "auto_truncate": True}
+    assert {name: info[name] for name in expected} == expected
+    assert info["model_id"] == info["model"]["source"]
+
+
+def test_vectors_of_a_model_that_does_not_normalize_are_normalized_if_asked(
+    tiny: Callable[..., Path], serve: Callable[..., ServerProcess]
+) -> None:
+    folder = tiny("bert", "mean_tokens", False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [8, 2]}))
+    server = serve("--model", str(folder), "--precision", "fp32")
+
+    def vectors(path: str, **fields: object) -> Any:
+        name = "inputs" if path == "/embed" else "input"
+        found = CLIENT.post(f"{server.url}{path}", json={name: TEXTS[:2], **fields}).raise_for_status().json()
+        return np.array(found if path == "/embed" else [each["embedding"] for each in found["data"]], np.float32)
+
+    def unit(rows: Any) -> Any:
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    raw = vectors("/v1/embeddings")
+    assert abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1
+    for name in ("normalized", "use_activation"):
+        same(vectors("/v1/embeddings", **{name: True}), unit(raw))
+        same(vectors("/v1/embeddings", **{name: False}), raw)
+        same(vectors("/v1/embeddings", dimensions=8, **{name: False}), raw[:, :8])
+        same(vectors("/v1/embeddings", dimensions=8, **{name: True}), unit(raw[:, :8]))
+    for dimensions in (8, 2):
+        same(vectors("/v1/embeddings", dimensions=dimensions), unit(raw[:, :dimensions]))
+    rejected = server.embed(input="a", dimensions=5)
+    assert rejected.status_code == 400 and "must be 8 or 2, got 5" in rejected.text
+    same(vectors("/embed"), unit(raw))
+    same(vectors("/embed", normalize=False), raw)
+    same(vectors("/embed", dimensions=8), unit(raw[:, :8]))
+    same(vectors("/embed", normalize=False, dimensions=8), raw[:, :8])

@@ -18,11 +18,10 @@ from inferctl.core.errors import UsageError
 from inferctl.reading import rerank_config, task_config
 from inferctl.reading import segments as segments_of
 from inferctl.reading.rows import Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference as scores_of
 from inferctl.serve.text.text_parts import Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from tests import tiny_models
+from tests import engines, tiny_models
 from tests.processes import ServerProcess, execute
 
 PADDED = {"mpnet", "deberta-v2", "albert"}
@@ -33,25 +32,8 @@ def texts() -> list[tuple[str, str]]:
     return [(lines[i][: 20 + i], lines[2 * i][: 30 * i + 1]) for i in range(24)]
 
 
-def encoded(folder: Path, limit: int | None = None) -> list[Pair]:
-    pool = TokenizerPool(folder, rerank_config.read(folder, limit), threads=1)
-    queries, documents = zip(*texts(), strict=True)
-    pairs = pool.encode_pairs_now(queries, documents, truncate=True)
-    pool.close()
-    return pairs
-
-
-def batch(pairs: list[Pair]) -> Batch:
-    ids, starts = zip(*pairs, strict=True)
-    lengths = np.array([len(row) for row in ids], dtype=np.int32)
-    return Batch(1, np.concatenate(ids), lengths, np.array(starts, dtype=np.int32))
-
-
-def engine_for(folder: Path, precision: str) -> tuple[Any, Any]:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    engine = EncoderEngine(EngineConfig(model=str(folder), task="rerank", precision=precision, device="cpu"))
-    return engine, engine.load()
+def encoded(folder: Path) -> list[Pair]:
+    return engines.encoded_pairs(folder, texts(), "rerank")
 
 
 def reference(folder: Path, pairs: list[Pair]) -> Vectors:
@@ -67,8 +49,8 @@ def test_scores_equal_the_cross_encoder_of_sentence_transformers(tmp_path: Path,
     expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
     assert np.ptp(expected) > 0.1  # the scores differ
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
-        engine, info = engine_for(folder, precision)
-        result = engine.run(batch(encoded(folder)))
+        engine, info = engines.loaded(folder, precision, task="rerank")
+        result = engine.run(engines.batch_of_pairs(encoded(folder)))
         scores = rerank_config.read(folder).scores(result.rows)[:, 0]
         np.testing.assert_allclose(scores, expected, atol=tolerance)
         attention = "padded" if architecture in PADDED else "packed"
@@ -89,8 +71,8 @@ def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, file: 
     assert given in settings
     (folder / file).write_text(settings.replace(given, replacement))
     expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
-    engine, _ = engine_for(folder, "fp32")
-    scores = rerank_config.read(folder).scores(engine.run(batch(encoded(folder))).rows)[:, 0]
+    engine, _ = engines.loaded(folder, task="rerank")
+    scores = rerank_config.read(folder).scores(engine.run(engines.batch_of_pairs(encoded(folder))).rows)[:, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
@@ -131,10 +113,10 @@ def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, m
     pairs = encoded(folder)
     call = head.Head.__call__
     monkeypatch.setattr(head.Head, "__call__", lambda self, states: call(self, states.flip(1)))
-    engine, info = engine_for(folder, "fp32")
+    engine, info = engines.loaded(folder, task="rerank")
     assert info.attention == "padded"
     assert "relative logit error" in info.attention_reason
-    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=2e-4)
+    np.testing.assert_allclose(engine.run(engines.batch_of_pairs(pairs)).rows, reference(folder, pairs), atol=2e-4)
 
 
 def changed(file: str, **settings: Any) -> Callable[[Path], Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import precision
 from inferctl.reading import embedding_config, rerank_config
@@ -23,19 +22,16 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.modules import Normalize
 from inferctl.reading.outputs import TokensConfig
 from inferctl.reading.rows import Tokens, Vectors
-from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, EngineConfig
 from inferctl.serve.observe import describe
 from tests import tiny_models
+from tests.engines import batch
 
 
 def sequences(count: int = 12, longest: int = 120) -> list[Tokens]:
     rng = np.random.default_rng(3)
     lengths = [1, 2, 2, longest, *rng.integers(3, longest, count - 4).tolist()]
     return [rng.integers(1000, 30000, n).astype(np.int32) for n in lengths]
-
-
-def batch(rows: list[Tokens]) -> Batch:
-    return Batch(1, np.concatenate(rows), np.array([len(r) for r in rows], dtype=np.int32))
 
 
 def plain(folder: Path, rows: list[Tokens]) -> Vectors:
@@ -173,7 +169,7 @@ def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(min
 def started(engine: Any) -> tuple[Any, list[str]]:
     """Load an engine, and return its info and the lines printed at the start."""
     info = engine.load()
-    return info, list(describe.lines(info, "m", "http://x", 1.0, Access()))
+    return info, list(describe.lines(info))
 
 
 def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

@@ -14,8 +14,8 @@ from inferctl.estimate.cost import Transformer
 from inferctl.facts import catalog
 from inferctl.models.flops import ModelFlops
 from inferctl.reading import task_config
-from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig, MatrixRate, PrecisionInfo
-from tests import tiny_models
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, MatrixRate, PrecisionInfo
+from tests import engines, tiny_models
 from tests.reading import saved_models
 from tests.reading.test_saved_models import ARCHITECTURES, LAST, dense, normalized, pooled
 from tests.tiny_models import CROSS_ENCODERS
@@ -87,20 +87,13 @@ def test_the_count_is_that_of_estimates(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Callable[..., Any]:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    def load(architecture: str, modules: Any) -> Any:
-        folder = saved_models.save(tmp_path, architecture, modules, {})
-        config = EngineConfig(model=str(folder), precision="fp32", device="cpu", max_batch_tokens=256)
-        loaded = EncoderEngine(config)
-        return loaded, loaded.load()
-
-    return load
+    return lambda architecture, modules: engines.loaded(
+        saved_models.save(tmp_path, architecture, modules, {}), max_batch_tokens=256
+    )
 
 
 def run(engine: Any, rows: list[Any]) -> float:
-    lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    return float(engine.run(Batch(1, np.concatenate(rows), lengths)).flops)
+    return float(engine.run(engines.batch(rows)).flops)
 
 
 def test_a_batch_counts_its_texts_and_their_layers_and_no_padding(engine: Any) -> None:

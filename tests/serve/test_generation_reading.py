@@ -48,7 +48,7 @@ def completion(prompt: Any, **fields: Any) -> bytes:
     ],
 )
 def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequences: int, answer: int) -> None:
-    asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
+    asked = vllm_request.generation(endpoint, raw, CONTEXT, str, limited=True)
     assert (asked.sequences, asked.answer_tokens) == (sequences, answer)
     assert asked.tokens >= sequences * answer
 
@@ -59,18 +59,18 @@ def test_a_client_cannot_hide_many_tokens_in_one_event(asked: int | None, passed
         ("chat", chat(stream_interval=asked)),
         ("completions", completion("a", stream_interval=asked)),
     ):
-        assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT).body)["stream_interval"] == passed
+        assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT, str).body)["stream_interval"] == passed
 
 
 def test_the_tokens_of_a_prompt() -> None:
-    assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT).prompt_tokens == 12
+    assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT, str).prompt_tokens == 12
     text = completion("word " * 100)
-    assert vllm_request.generation("completions", text, CONTEXT).prompt_tokens == -(-len(text) // 4)
+    assert vllm_request.generation("completions", text, CONTEXT, str).prompt_tokens == -(-len(text) // 4)
     assert (
-        vllm_request.generation("completions", completion("", prompt_embeds=["a"]), CONTEXT).prompt_tokens
+        vllm_request.generation("completions", completion("", prompt_embeds=["a"]), CONTEXT, str).prompt_tokens
         == 2 * CONTEXT
     )  # vLLM runs the empty prompt too
-    assert vllm_request.tokenization(json.dumps({"tokens": [7] * 100}).encode(), CONTEXT).prompt_tokens == 100
+    assert vllm_request.tokenization(json.dumps({"tokens": [7] * 100}).encode(), CONTEXT, str).prompt_tokens == 100
 
 
 @pytest.mark.parametrize(
@@ -141,27 +141,30 @@ def test_the_tokens_of_a_prompt() -> None:
 )
 def test_what_could_be_read_in_two_ways_or_costs_too_much_is_rejected(endpoint: str, raw: bytes, code: str) -> None:
     with pytest.raises(ApiError) as raised:
-        vllm_request.generation(endpoint, raw, CONTEXT)
+        vllm_request.generation(endpoint, raw, CONTEXT, str)
     assert (raised.value.status, raised.value.code) == (400, code)
 
 
 def test_images_and_prompts_for_a_whole_context_are_accepted() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 200_000}}
-    vllm_request.generation("chat", json.dumps({"messages": [{"role": "user", "content": [image]}]}).encode(), CONTEXT)
-    vllm_request.generation("completions", completion([["\u4e2d" * 3 * CONTEXT][0]] * 100), CONTEXT)
-    vllm_request.generation("completions", completion([[100_000] * CONTEXT] * 100), CONTEXT)
+    vllm_request.generation(
+        "chat", json.dumps({"messages": [{"role": "user", "content": [image]}]}).encode(), CONTEXT, str
+    )
+    vllm_request.generation("completions", completion([["\u4e2d" * 3 * CONTEXT][0]] * 100), CONTEXT, str)
+    vllm_request.generation("completions", completion([[100_000] * CONTEXT] * 100), CONTEXT, str)
 
 
 def test_a_key_with_a_limit_gets_no_answer_without_one() -> None:
-    limited, unlimited = (vllm_request.generation("chat", chat(), 8192, limited=limited) for limited in (True, False))
+    both = [vllm_request.generation("chat", chat(), 8192, str, limited=limited) for limited in (True, False)]
+    limited, unlimited = both
     assert json.loads(limited.body)["max_completion_tokens"] == limited.answer_tokens < 8192
-    assert json.loads(unlimited.body) == json.loads(chat())
+    assert json.loads(unlimited.body) == json.loads(chat()) | {"model": "None"}
 
 
 def test_a_key_asks_for_no_more_sequences_than_it_can_have() -> None:
-    assert vllm_request.generation("chat", chat(n=8), CONTEXT, most_sequences=8).sequences == 8
+    assert vllm_request.generation("chat", chat(n=8), CONTEXT, str, most_sequences=8).sequences == 8
     with pytest.raises(ApiError, match="is 9; the limit is 8"):
-        vllm_request.generation("chat", chat(n=9), CONTEXT, most_sequences=8)
+        vllm_request.generation("chat", chat(n=9), CONTEXT, str, most_sequences=8)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_key_asks_for_no_more_sequences_than_it_can_have() -> None:
 )
 def test_bodies_that_the_tokenizer_does_not_get(body: Any, status: int) -> None:
     with pytest.raises(ApiError) as raised:
-        vllm_request.tokenization(json.dumps(body).encode(), CONTEXT)
+        vllm_request.tokenization(json.dumps(body).encode(), CONTEXT, str)
     assert raised.value.status == status
 
 
@@ -260,11 +263,11 @@ def test_vllm_generates_at_most_what_the_edge_charges(body: tuple[str, bytes]) -
     pytest.importorskip("vllm")
     endpoint, raw = body
     try:
-        asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
+        asked = vllm_request.generation(endpoint, raw, CONTEXT, str, limited=True)
     except ApiError as error:
         assert error.status == 400  # vLLM does not get it
         return
-    passed, read = orjson.loads(asked.body), orjson.loads(raw)
+    passed, read = orjson.loads(asked.body), orjson.loads(raw) | {"model": "None"}
     if endpoint == "chat" and read.get("max_tokens") is None and read.get("max_completion_tokens") is None:
         read["max_completion_tokens"] = CONTEXT
     assert passed == read, "vLLM gets what was read"

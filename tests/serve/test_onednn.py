@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import NotReadyError
-from inferctl.serve.engine_process.engine_protocol import EngineConfig
-from tests.serve.test_encoder import batch, plain, sequences
+from tests.engines import batch, loaded
+from tests.serve.test_encoder import plain, sequences
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +91,6 @@ def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_
 ) -> None:
     import torch
 
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     def changed(*_: Any) -> None:
         raise TypeError("unexpected number of arguments")
 
@@ -107,12 +105,11 @@ def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_
     if failure == "missing":
         monkeypatch.setattr(torch.ops, namespace.name, torch._ops._OpNamespace("no_such_namespace"))
     folder = tiny("bert", "mean_tokens")
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision=precision, device="cpu"))
     if precision == "int8":
         with pytest.raises(NotReadyError, match=f"oneDNN operators of torch {torch.__version__}".replace("+", r"\+")):
-            engine.load()
+            loaded(folder, precision)
         return
-    info = engine.load()
+    engine, info = loaded(folder, precision)
     assert [f"oneDNN operators of torch {torch.__version__}" in warning for warning in info.warnings] == [True]
     rows = sequences()
     got = engine.run(batch(rows)).rows

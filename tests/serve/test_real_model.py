@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from tests.conftest import TEXTS
 from tests.processes import ServerProcess, python
 
 pytestmark = pytest.mark.xdist_group("minilm")
@@ -27,14 +25,6 @@ def test_info_describes_the_engine(minilm_server: ServerProcess, minilm_referenc
     assert info["fidelity"]["cosine_min"] > 0.99999
     assert info["device"]["hardware"] == "cpu"
     assert info["ready_seconds"] > 0
-
-
-def test_token_ids_and_their_text_give_equal_vectors(minilm_server: ServerProcess, minilm: Path) -> None:
-    ids = Tokenizer.from_file(str(minilm / "tokenizer.json"))
-    ids.no_padding()
-    by_ids = minilm_server.embed(input=[ids.encode(TEXTS[0]).ids]).json()["data"][0]["embedding"]
-    by_text = minilm_server.embed(input=TEXTS[0]).json()["data"][0]["embedding"]
-    assert by_ids == pytest.approx(by_text, abs=2e-6)
 
 
 def test_a_large_request_runs_in_several_batches(minilm_server: ServerProcess) -> None:

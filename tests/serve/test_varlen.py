@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from inferctl.config.spec import Access
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
 from inferctl.serve.observe import describe
 from tests.serve.test_encoder import with_gpu
@@ -174,7 +173,7 @@ def test_padding_on_a_gpu_that_could_pack_is_a_warning_with_the_reason(
     config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
     info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
-    lines = list(describe.lines(info, "tiny", "http://x", 1.0, Access()))
+    lines = list(describe.lines(info))
     assert any(attention in line and reason in line for line in lines)
     assert any(info.graphs in line for line in lines if line.startswith("graphs"))
     assert (info.graphs == "none: attention is padded") == (attention == "padded")

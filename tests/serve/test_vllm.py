@@ -152,7 +152,7 @@ def test_a_client_that_leaves_before_a_plain_response_is_counted(
 
 
 def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="does not exist"):
+    with pytest.raises(openai.NotFoundError, match="use 'smollm2'"):
         client.chat.completions.create(**greedy() | {"model": "another"})
     with pytest.raises(openai.BadRequestError, match="maximum context length is 2048"):
         client.completions.create(model="smollm2", prompt="word " * 3000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge.streams import Streams
 from inferctl.bench.judge.summary_types import Counts, GenerationSummary, Goodput, Interval, LatencyOverTime, Summary
 from inferctl.bench.load import records
+from inferctl.bench.plan.shape import Load
 from inferctl.receipts.receipt import JsonObject
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -30,7 +31,7 @@ class RunRecords:
 
     The measured window is [start_ns, end_ns) on CLOCK_MONOTONIC. `offered` is the number of requests that an open loop
     offered in it; None for a closed loop. Those of generation have `events`, and the `bounds` of a good response in ms
-    (`Generation.bounds`).
+    (`Generation.bounds`). `inputs_by_name` has the inputs per request of each name, if they use several.
     """
 
     rows: records.Rows
@@ -40,6 +41,15 @@ class RunRecords:
     offered: int | None = None
     events: records.Rows | None = None
     bounds: Mapping[str, float] = field(default_factory=dict)
+    inputs_by_name: Sequence[int] = ()
+
+    def of_name(self, number: int) -> RunRecords:
+        """Return the requests of one name. All sent and dropped requests of an open loop were offered."""
+        rows = self.rows[self.rows["name"] == number]
+        offered = None if self.offered is None else int(np.sum(rows["phase"] == records.MEASURED))
+        return replace(
+            self, rows=rows, offered=offered, inputs_per_request=self.inputs_by_name[number], inputs_by_name=()
+        )
 
     @cached_property
     def streams(self) -> Streams | None:
@@ -107,7 +117,9 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
     offered = sum(run.offered for run in runs if run.offered is not None) if runs[0].offered is not None else None
     counts = count(measured)
     generated = _generation(runs, seconds) if runs[0].streams else GenerationSummary()
-    per_request = runs[0].inputs_per_request
+    per_request: float = runs[0].inputs_per_request
+    if by_name := runs[0].inputs_by_name:
+        per_request = float(np.mean(np.take(by_name, completed["name"]))) if len(completed) else 0.0
     return {
         **counts,
         "runs": len(runs),
@@ -132,6 +144,15 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
         "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
         **generated,
     }
+
+
+def of_names(runs: Sequence[RunRecords], load: Load) -> list[JsonObject]:
+    """Return the figures of each name of the load, over all `runs` together; empty for a load without names."""
+    names = load.names if isinstance(load.names, dict) else {}
+    return [
+        {"name": name, "task": load.of_name(name).task, **summarize([run.of_name(number) for run in runs])}
+        for number, name in enumerate(names)
+    ]
 
 
 def _generation(runs: Sequence[RunRecords], seconds: float) -> GenerationSummary:

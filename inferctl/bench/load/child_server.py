@@ -49,15 +49,16 @@ class ChildServer:
             )
 
 
-def serve_command(model: str, name: str, spec_file: Path | None) -> ServeCommand:
-    """Return a function that builds the command to serve the local folder `model`.
+def serve_command(model: str | None, name: str, spec_file: Path | None) -> ServeCommand:
+    """Return a function that builds the command to serve the local folder `model`; None: the models of the spec.
 
     `spec_file` adds the settings of a spec.
     """
 
     def command(precision: str, announce: Path, checkpoint: str | None) -> Sequence[str]:
         spec = ["--spec", str(spec_file)] if spec_file else []
-        options = ["--model", checkpoint or model, "--name", name, "--precision", precision]
+        options = ["--model", checkpoint or model, "--name", name] if model else []
+        options += ["--precision", precision]
         address = ["--host", "127.0.0.1", "--port", "0", "--announce", str(announce)]
         return [sys.executable, "-m", "inferctl", "serve", *spec, *options, *address]
 

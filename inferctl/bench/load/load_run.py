@@ -64,7 +64,6 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
     Raises `InferctlError` if a request has more tokens than the server accepts, and `UsageError` if it has no such
     prompt.
     """
-    server.check_prompts(load.prompt_name, load.query_share)
     context = (server.info.get("limits") or {}).get("max_context_tokens")
     longest = max((sum(pair) for pair in zip(workload.input_tokens, workload.output_tokens, strict=True)), default=0)
     if context and longest > context:
@@ -72,7 +71,14 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
             f"a request has {longest} tokens (input and output), but the server accepts {context}",
             "use shorter `--lengths`, or set `max_request_tokens` in the plan",
         )
-    (folder / _BODIES).write_bytes(b"\n".join(workload.bodies(server.body)) + b"\n")
+    names, bodies = [], list[bytes]()
+    for name, part in (workload.mix or {server.model: workload}).items():
+        own = server.of_name(name, part.load.task) if workload.mix else server
+        if own.task == "embed":
+            own.check_prompts(load.prompt_name, load.query_share)
+        names.append({"name": name, "url": own.endpoint_url, "first": len(bodies)})
+        bodies += part.bodies(own.body)
+    (folder / _BODIES).write_bytes(b"\n".join(bodies) + b"\n")
     arrays: tuple[npt.NDArray[Any], ...] = (workload.order, workload.schedule_ns, workload.warmup_schedule_ns)
     for name, values in zip(_PARTS, arrays, strict=True):
         (folder / f"{name}.bin").write_bytes(values.tobytes())
@@ -80,7 +86,7 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in _PARTS}
     description |= {
-        "url": server.endpoint_url,
+        "names": names,
         "bodies": str(folder / _BODIES),
         "output": str(folder),
         "serial": serial,

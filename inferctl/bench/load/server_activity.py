@@ -77,5 +77,10 @@ class ServerActivity:
 
 def read(text: str) -> dict[str, float]:
     """Return the seconds in an exposition that show how busy a server is, such as `api event_loop running`."""
-    found = _SAMPLE.findall(text)
-    return {name or f"{process} {thread} {state}": float(value) for process, state, thread, name, value in found}
+    found: dict[str, float] = {}
+    for process, state, thread, name, value in _SAMPLE.findall(text):
+        key = name or f"{process} {thread} {state}"
+        # Each of several models has series of its own. All have the same rate.
+        before = 0.0 if name == "matrix_flops_per_second" else found.get(key, 0.0)
+        found[key] = before + float(value)
+    return found

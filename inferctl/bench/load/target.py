@@ -11,13 +11,14 @@ Servers differ in their paths and in how they name their model:
 from __future__ import annotations
 
 import base64
+import contextlib
 import ipaddress
 import itertools
 import math
 import re
 import struct
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -104,6 +105,31 @@ class ServerConnection:
             return {"inputs": texts, "truncate": True}
         encoding = {"encoding_format": "base64"} if self.base64 else {}
         return {"model": self.model, "input": texts} | encoding
+
+    def of_name(self, name: str, task: Task) -> ServerConnection:
+        """Return the connection for requests that name another model or adapter of this server."""
+        path = self.path if task == self.task else PATHS[task][0]
+        return replace(self.of_names([name]), model=name, task=task, path=path)
+
+    def of_names(self, names: Iterable[str]) -> ServerConnection:
+        """Return the connection with the information that all of these models of the server have in common."""
+        if not (found := [each for each in self.info.get("models", ()) if each["name"] in names]):
+            return self
+        common = {key: value for key, value in found[0].items() if all(each.get(key) == value for each in found)}
+        return replace(self, info={key: self.info[key] for key in self.info if key not in found[0]} | common)
+
+    def tasks(self) -> dict[str, Task]:
+        """Return the models and adapters that the server lists, without other names for them, each with its task."""
+        found, known = {str(each["name"]): _task(each, None) for each in self.info.get("models", ())}, set[str]()
+        if found:
+            return found
+        for entry in _listed(self.url, 10, self.access):
+            # The root of another name for a model is that model or its folder.
+            root = str(entry.get("root") or entry["id"])
+            if root not in known:
+                found[entry["id"]] = entry["task"] if entry.get("task") in PATHS else self.task
+            known |= {root, entry["id"]}
+        return found or {self.model: self.task}
 
     def check_prompts(self, name: str | None, query_share: float | None) -> None:
         """Raise `UsageError` if the model does not have the prompts of a load, or the server does not report them.
@@ -255,10 +281,12 @@ def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None)
     info = get_json(f"{url}/info", timeout_s, access)
     task = _task(info, path)
     if info.get("name"):
-        name = access.model or str(info["name"])
-        known = ServerConnection(url, name, info, path or PATHS[task][0], access=access, task=task)
+        models = {str(each["name"]): each for each in info.get("models", ())}
+        name = access.model or str(next(iter(models), info["name"]))
+        task = _task(models.get(name, info), path)
+        known = ServerConnection(url, name, info, path or PATHS[task][0], access=access, task=task).of_names([name])
         return _with_api(_probe(known, path)) if task == "generate" else known
-    listed = _first_model(url, timeout_s, access)
+    listed = next(iter(_listed(url, timeout_s, access)), {})
     model = access.model or info.get("model_id") or listed.get("id")
     if not model:
         raise NotReadyError(
@@ -300,15 +328,13 @@ def _task(info: Info, path: str | None) -> Task:
     return "rerank" if info.get("task") == "rerank" or "reranker" in (info.get("model_type") or ()) else "embed"
 
 
-def _first_model(url: str, timeout_s: float, access: ServerAccess) -> Info:
-    """Return the entry of the first model in the list of the server; empty if there is none."""
+def _listed(url: str, timeout_s: float, access: ServerAccess) -> list[Info]:
+    """Return the entries of the models that the server lists; empty if it has no list."""
     for page in ("/v1/models", "/models"):
-        try:
-            entry = get_json(f"{url}{page}", timeout_s, access)["data"][0]
-            return {**entry, "id": str(entry["id"])}
-        except (KeyError, IndexError, TypeError):
-            continue
-    return {}
+        with contextlib.suppress(KeyError, TypeError):
+            if entries := get_json(f"{url}{page}", timeout_s, access)["data"]:
+                return [{**entry, "id": str(entry["id"])} for entry in entries]
+    return []
 
 
 def _describe(info: Mapping[str, Any]) -> Info:

@@ -15,7 +15,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,7 +34,8 @@ TAIL = 200
 class PendingRequest:
     """A request in flight. `error` is one of the codes of a record.
 
-    Times are nanoseconds on CLOCK_MONOTONIC, and 0 until they are known. `stream` parses the response of a generation
+    `name` is the number of the requested model or adapter. Times are nanoseconds on CLOCK_MONOTONIC, and 0 until they
+    are known. `stream` parses the response of a generation
     server.
     """
 
@@ -45,6 +46,7 @@ class PendingRequest:
         "first_ns",
         "index",
         "intended_ns",
+        "name",
         "phase",
         "retried",
         "sent_ns",
@@ -54,7 +56,7 @@ class PendingRequest:
 
     def __init__(self, phase: int, index: int, content: bytes, intended_ns: int = 0, user: Any = None) -> None:
         self.phase, self.index, self.content, self.intended_ns, self.user = phase, index, content, intended_ns, user
-        self.sent_ns = self.first_ns = self.end_ns = 0
+        self.name = self.sent_ns = self.first_ns = self.end_ns = 0
         self.error = OK
         self.retried = False
         self.stream: TokenStream | None = None
@@ -281,7 +283,7 @@ class Connection:
 
 
 class Client:
-    """Send requests to one URL, each on an idle connection or a new one.
+    """Send requests to the URLs of one server, each on an idle connection or a new one.
 
     `on_complete(request, response)` is called at the end of each request. Without a response, `response` is None, and
     the request's `error` has the reason. `outstanding` counts requests in flight. `reconnects` counts requests that
@@ -290,12 +292,12 @@ class Client:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         timeout_s: float,
         on_complete: Callable[[PendingRequest, Response | None], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urlsplit(url)
+        parts = urlsplit(urls[0])
         self.host, self.tls = parts.hostname or "", parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
         self.timeout_s = timeout_s
@@ -303,18 +305,18 @@ class Client:
         self._on_complete = on_complete
         self._idle: list[Connection] = []
         self._in_flight: dict[PendingRequest, Connection | None] = {}
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         fields = {"Host": parts.netloc.rpartition("@")[2], "User-Agent": "inferctl-bench", "Accept": "*/*"}
         fields |= {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         overridden = {name.lower() for name in headers or {}}
         fields = {name: value for name, value in fields.items() if name.lower() not in overridden} | dict(headers or {})
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        self._head = f"POST {path} HTTP/1.1\r\n{lines}Content-Length: ".encode()
+        targets = [urlsplit(url)._replace(scheme="", netloc="").geturl() or "/" for url in urls]
+        self._heads = [f"POST {target} HTTP/1.1\r\n{lines}Content-Length: ".encode() for target in targets]
         gevent.spawn(self._expire)
 
-    def encode(self, body: bytes) -> bytes:
-        """Return the whole HTTP request with this body."""
-        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+    def encode(self, body: bytes, name: int = 0) -> bytes:
+        """Return the whole HTTP request with this body, to the URL with this number."""
+        return b"%b%d\r\n\r\n%b" % (self._heads[name], len(body), body)
 
     def send(self, request: PendingRequest) -> None:
         """Send `request` now, without blocking. The time to connect, if necessary, is part of the request's latency."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import bisect
 import contextlib
 import gc
 import os
@@ -43,13 +44,18 @@ def integers(content: bytes, code: str) -> array.array[int]:
 class Bodies:
     """Request bodies. Each `@SERIAL@` mark is replaced by a cache-busting prefix of two numbers.
 
-    The second one has at least `digits` digits: in most tokenizers, such numbers have equally many tokens.
+    The second one has at least `digits` digits: in most tokenizers, such numbers have equally many tokens. `firsts` has
+    the number of the first body of each name.
     """
 
-    def __init__(self, content: bytes, order: bytes, serial: int, digits: int) -> None:
+    def __init__(self, content: bytes, order: bytes, firsts: list[int], serial: int, digits: int) -> None:
         self._parts = [body.split(b"@SERIAL@") for body in content.splitlines()]
         self._order = integers(order, "I")
-        self._serial, self._digits = serial, digits
+        self._firsts, self._serial, self._digits = firsts, serial, digits
+
+    def name(self, index: int) -> int:
+        """Return the number of the name that request number `index` of a phase uses."""
+        return bisect.bisect_right(self._firsts, self._order[index % len(self._order)]) - 1
 
     def at(self, phase: int, index: int) -> bytes:
         """Return the body of request number `index` of a phase."""
@@ -85,9 +91,12 @@ class Generator:
         bodies, order, *schedules = (
             Path(load[name]).read_bytes() for name in ("bodies", "order", "warmup_schedule", "schedule")
         )
-        self.bodies = Bodies(bodies, order, int(load["serial"]), 6 if events else 1)
+        firsts = [name["first"] for name in load["names"]]
+        self.bodies = Bodies(bodies, order, firsts, int(load["serial"]), 6 if events else 1)
         self.schedules = [integers(schedule, "Q")[worker::workers] for schedule in schedules]
-        self.client = Client(load["url"], load["timeout_s"], self._record, load.get("headers") or {})
+        self.client = Client(
+            [name["url"] for name in load["names"]], load["timeout_s"], self._record, load.get("headers") or {}
+        )
         self.open = load["mode"] == "open"
         self.max_outstanding = max(1, load["max_outstanding"] // workers)
         self.finished = gevent.event.Event()
@@ -173,8 +182,8 @@ class Generator:
             if phase == DRAIN:
                 return
             self.dropped += phase == MEASURED
-            usage = () if self.events is None else (0, 0, 0, 0)
-            self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED, *usage)
+            more = (self.bodies.name(index), *(() if self.events is None else (0, 0, 0, 0)))
+            self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED, *more)
             return
         request = self._request(index, due)
         self.client.send(request)
@@ -225,8 +234,10 @@ class Generator:
         self.client.send(self._request(index, 0, user))
 
     def _request(self, index: int, intended_ns: int, user: int | None = None) -> PendingRequest:
-        phase = self._phase
-        request = PendingRequest(phase, index, self.client.encode(self.bodies.at(phase, index)), intended_ns, user)
+        phase, name = self._phase, self.bodies.name(index)
+        content = self.client.encode(self.bodies.at(phase, index), name)
+        request = PendingRequest(phase, index, content, intended_ns, user)
+        request.name = name
         if phase == DRAIN:
             self._draining += 1
         elif self.events is not None:
@@ -261,6 +272,7 @@ class Generator:
             status,
             request.phase,
             request.error,
+            request.name,
             *usage,
         )
         self._on_complete((end - request.sent_ns) / 1e6, size, request.error)

@@ -4,7 +4,8 @@
 
 `load.json` describes the load:
 
-    url           the URL for POST requests
+    names         the models and adapters that requests name: {name, url, first}. Requests of a name go to its `url`,
+                  and its bodies begin at the number `first`
     mode          closed: `users` clients; each one sends its next request after its last response. After a 429, it
                   waits for the seconds in `Retry-After` first.
                   open: requests are sent at the times of `schedule`, and latency counts from these times.

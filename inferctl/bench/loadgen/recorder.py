@@ -37,6 +37,7 @@ FIELDS: Fields = (
     # 0 none, 1 HTTP status, 2 timeout, 3 connection, 4 dropped: too many outstanding requests,
     # 5 unfinished: a stream without a finish reason or [DONE], 6 an error event in a stream
     ("error", "<u1", "B"),
+    ("name", "<u2", "H"),  # number of the requested model or adapter in `names` of load.json, from 0
 )
 # What the records of generation have in addition, from the usage that the server reports; 0 if it reports none.
 STREAM_FIELDS: Fields = (

@@ -91,8 +91,9 @@ class Bench:
         return None if budget is None else budget / len(self.targets)
 
     def load_of(self, target: BenchTarget) -> Load:
-        """Return the load of a target, with the number of users that was found for it."""
+        """Return the load of a target, with the number of users that was found for it and the shares of names."""
         load = self.plan.load_with(target.load)
+        load = load.with_names(load.tasks) if load.tasks else load
         found = self.users.get(target.name)
         return load.model_copy(update={"users": found.users}) if found and load.auto_users else load
 
@@ -128,7 +129,7 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
         monitor = stack.enter_context(MachineMonitor())
         child = None if target.url else stack.enter_context(started_server(bench, target, folder, notify))
         connection = child.connection if child else connect(target.url or "", access=bench.access)
-        yield MeasuredServer(connection, child, monitor, notify)
+        yield MeasuredServer(connection.of_names(bench.load_of(target).names or ()), child, monitor, notify)
 
 
 def started_server(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +118,7 @@ class MeasuredServer:
                 load.inputs,
                 work.approximate,
             ),
-            pace=self._pace(),
+            pace=self._pace(load.names or [connection.model]),
         )
 
     def _resources(self, used: dict[str, float], state: load_run.LoadState, pid: int | None) -> dict[str, float]:
@@ -132,12 +132,12 @@ class MeasuredServer:
                 used["other_cores"] = round(max(0.0, used["other_cores"] - (load_run.cores_used(state) or 0)), 3)
         return used
 
-    def _pace(self) -> Mapping[str, Any] | None:
+    def _pace(self, names: Iterable[str]) -> Mapping[str, Any] | None:
         """Return the server's batch latency model (seconds per batch, tokens/s); None if it does not report one."""
         if "pace" not in self.connection.info:
             return None
         with contextlib.suppress(NotReadyError):
-            info = connect(self.connection.url, access=self.connection.access).info
-            pace: Mapping[str, Any] | None = info.get("pace")
+            found = connect(self.connection.url, access=self.connection.access).of_names(names)
+            pace: Mapping[str, Any] | None = found.info.get("pace")
             return pace
         return None

@@ -57,7 +57,8 @@ def run_records(
 ) -> summary.RunRecords:
     """Return the records of a load, with what their summary needs of it."""
     bounds = load.generation.bounds if load.generation else {}
-    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds)
+    by_name = [load.of_name(name).inputs_per_request for name in load.names or ()]
+    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds, by_name)
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,10 @@ class Measurement:
         """The figures of this load alone."""
         return summary.summarize([self.records])
 
-    @property
-    def shortened(self) -> bool:
-        """Whether the run was shorter than those of other configurations, because its precision is emulated."""
-        emulated = bool((self.info.get("precision") or {}).get("level") == "emulated")
-        return emulated and self.load is not None and self.load.duration_s == self.load.emulated_s
-
     def validity_on(self, cores: int) -> Validity:
         """Return the validity of this load by its figures and by the state of a machine with `cores` cores."""
         searched = self.search is not None
-        state = {**self.state, "steady": True} if self.shortened else self.state
-        found = validity.judge(self.summary, self.resources, state, cores, searched)
+        found = validity.judge(self.summary, self.resources, self.state, cores, searched)
         front_end = validity.judge_front_end(self.resources, self.info)
         return validity.merge(found, telemetry.gpu_validity(self.telemetry), front_end)
 

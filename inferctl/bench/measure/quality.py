@@ -19,7 +19,8 @@ from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import generation_quality
 from inferctl.bench.measure.generation_quality import TokenReference
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.sections import DOCUMENTS, Quality
+from inferctl.bench.plan.sections import Quality
+from inferctl.bench.plan.shape import DOCUMENTS
 from inferctl.bench.stats import rank
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError

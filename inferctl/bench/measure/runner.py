@@ -89,7 +89,12 @@ def _measure(
         if run.repeat == 0:
             notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
-            outcome.quality = checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
+            names = bench.load_of(outcome.target).names
+            outcome.quality = (
+                quality.unchecked("requests use other names: compare each model in a benchmark of its own spec")
+                if names and (bench.model is None or {*names} != {server.connection.model})
+                else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
+            )
             if server.child:
                 server.child.check()
         notify("stopping")
@@ -100,7 +105,6 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
-    load = load.for_emulated() if server.connection.emulated else load
     seed, loop = bench.plan.seed_of(run.repeat), None
     if load.capacity_percent is not None:
         loop = closed_loop.measure(server, load, corpus, seed, run, folder, bench.tokenizer)

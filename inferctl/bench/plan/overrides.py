@@ -47,8 +47,6 @@ def _load(own: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
     load = {**own, **_given(options)}
     if users is not None or rate is not None:
         load.pop("auto_users", None)
-    if overrides.get("duration_s") is not None:
-        load.pop("emulated_s", None)
     if rate is not None:
         load["mode"] = "open"
         load.pop("capacity_percent", None)

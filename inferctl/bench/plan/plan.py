@@ -11,8 +11,8 @@ from typing import Unpack
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl.bench.plan.overrides import Overrides, apply, merge_generation
-from inferctl.bench.plan.sections import DOCUMENTS, Configuration, GenerationPlan, Matrix, Quality, Search
-from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Spike, Stage
+from inferctl.bench.plan.sections import Configuration, GenerationPlan, Matrix, Quality, Search
+from inferctl.bench.plan.shape import DOCUMENTS, Generation, Keys, Load, Name, Spike, Stage
 from inferctl.config.spec_types import Section, Task
 from inferctl.core import assets, validation
 from inferctl.core.document import Document, read
@@ -121,7 +121,8 @@ class Plan(Section):
             )
         if task == self.load.task:
             return self
-        ranks = task == "rerank" and "inputs_per_request" not in given
+        # A load with names sets the inputs of each (`Load.of_name`).
+        ranks = task == "rerank" and "inputs_per_request" not in given and not any(load.get("names") for load in loads)
         count = DOCUMENTS if ranks else self.load.inputs_per_request
         load = self.load.model_copy(update={"task": task, "inputs_per_request": count})
         return self.model_copy(update={"load": load})

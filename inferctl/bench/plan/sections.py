@@ -13,9 +13,6 @@ from inferctl.bench.plan.shape import Keys, Name
 from inferctl.config.spec_types import Precision, Section
 from inferctl.core.errors import UsageError
 
-# Documents of a rerank request.
-DOCUMENTS = 16
-
 
 class Configuration(Section):
     """One way to serve the model, with the corpus and the keys of the load in which it differs from the plan.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from inferctl.config.spec_types import Section, Task
+from inferctl.core.errors import UsageError
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -17,6 +18,13 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
+# Names of models and adapters, each with its share of the requests; `uniform`, `zipf` or, with an exponent, `zipf:1.2`.
+Mix = (
+    dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(gt=0, le=1e6)]]
+    | Annotated[str, Field(pattern=r"^(uniform|zipf(:\d+(\.\d+)?)?)$")]
+)
+# Documents of a rerank request.
+DOCUMENTS = 16
 # Keys of a section as YAML or a command line has them, before validation.
 Keys = dict[str, object]
 # The keys of a load that describe its loop, its rate over time and what is measured for it before.
@@ -90,7 +98,6 @@ class Load(Section):
 
     `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
-    `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
     For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those
@@ -114,12 +121,6 @@ class Load(Section):
     )
     spike: Spike | None = Field(None, description="A burst.")
     duration_s: float = Field(15, ge=1, le=86_400, description="Seconds of the measurement.")
-    emulated_s: float | None = Field(
-        None,
-        ge=1,
-        le=86_400,
-        description="Embeddings in a closed loop: seconds of the measurement of an emulated precision, if less.",
-    )
     warmup_s: float = Field(15, ge=0, le=3600, description="Limit of the warm-up in seconds.")
     window_s: float = Field(1, ge=0.2, le=60, description="Window of the warm-up in seconds.")
     timeout_s: float = Field(30, gt=0, le=3600, description="Limit of a request in seconds. For generation, 300.")
@@ -147,6 +148,13 @@ class Load(Section):
         description="Embeddings: share of the requests whose `input_type` is `query`. The others are `document`.",
     )
     generation: Generation | None = Field(None, description="Requests to generation servers.")
+    names: Mix | None = Field(
+        None,
+        description="Models and adapters that requests name: `{a: 2, b: 1}` sends twice as many to `a`. `uniform`: all "
+        "that the server lists, equally. `zipf:1.2`: the k-th of them has weight 1 / k^1.2. Default: one model, but "
+        "`uniform` for a spec with `models`.",
+    )
+    tasks: dict[str, Task] | None = Field(None, description="Task of each name. Set by the benchmark.")
     workers: int = Field(1, ge=1, le=256, description="Load generator processes.")
 
     @model_validator(mode="before")
@@ -202,14 +210,23 @@ class Load(Section):
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
 
-    def for_emulated(self) -> Load:
-        """Return the load of a server that emulates its precision: this one, if `emulated_s` is not less.
+    def with_names(self, tasks: dict[str, Task]) -> Load:
+        """Return the load with a share for each name, of those that the server has. Raises `UsageError`."""
+        mix = self.names
+        if isinstance(mix, str):
+            exponent = 0.0 if mix == "uniform" else float(mix.partition(":")[2] or 1)
+            mix = {name: 1 / number**exponent for number, name in enumerate(tasks, 1)}
+        if unknown := [name for name in mix or () if name not in tasks]:
+            raise UsageError(
+                f"`names`: the server has no model or adapter {unknown[0]!r}", f"it has {', '.join(tasks)}"
+            )
+        return self.model_copy(update={"names": mix, "tasks": tasks})
 
-        Requests of reranking and generation are so few that a shorter run would not have enough of them.
-        """
-        one_stage = self.task == "embed" and self.mode == "closed" and len(self.timeline) == 1
-        shorter = one_stage and self.emulated_s is not None and self.emulated_s < self.duration_s
-        return self.model_copy(update={"duration_s": self.emulated_s}) if shorter else self
+    def of_name(self, name: str) -> Load:
+        """Return the load of the requests of one name. A rerank request has 16 documents, unless the load sets more."""
+        task = (self.tasks or {}).get(name, self.task)
+        count = DOCUMENTS if task == "rerank" and self.inputs_per_request == 1 else self.inputs_per_request
+        return self.model_copy(update={"task": task, "inputs_per_request": count})
 
     def as_single_stage(self, **changes: object) -> Load:
         """Return the same requests as a closed loop of `users` with one stage. `changes` replace its keys."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ class Workload:
     The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
     measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
     `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged. `approximate` is why prompts
-    do not have exactly `input_tokens`; None if they do.
+    do not have exactly `input_tokens`; None if they do. `mix` has the workload of each name of the load, which is that
+    of its task: `order` then numbers the groups of all names, one after the other.
     """
 
     load: Load
@@ -51,6 +52,7 @@ class Workload:
     input_tokens: Sequence[int] = ()
     output_tokens: Sequence[int] = ()
     approximate: str | None = None
+    mix: Mapping[str, Workload] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -59,6 +61,7 @@ class Workload:
         requested: list[object] = [list(self.output_tokens)] if self.output_tokens else []
         if any(prompts := [self._prompt(number) for number in range(len(self.groups))]):
             requested.append(prompts)
+        requested += [[name, part.digest] for name, part in self.mix.items()]
         total = hashlib.sha256(json.dumps([self.groups, marks, *requested]).encode())
         for part in (self.order, self.schedule_ns, self.warmup_schedule_ns):
             total.update(part.tobytes())
@@ -80,6 +83,8 @@ class Workload:
 
     def _prompt(self, number: int) -> dict[str, str]:
         """Return what the request of a group selects. The queries are spread evenly, so that their share is exact."""
+        if self.load.task != "embed":
+            return {}
         if self.load.prompt_name is not None:
             return {"prompt_name": self.load.prompt_name}
         if (share := self.load.query_share) is None:
@@ -100,8 +105,10 @@ class Workload:
 def draw(load: Load, corpus: str, seed: int, tokenizer: tokens.Tokenizer | None = None) -> Workload:
     """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`.
 
-    The tokens of prompts for generation are counted with `tokenizer`, else estimated.
+    The tokens of prompts for generation are counted with `tokenizer`, else estimated. Names of a task get equal texts.
     """
+    if isinstance(load.names, dict):
+        return _draw_mix(load, load.names, corpus, seed, tokenizer)
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
     drawn = prompts.Prompts([], [], [])
@@ -122,6 +129,25 @@ def draw(load: Load, corpus: str, seed: int, tokenizer: tokens.Tokenizer | None 
     schedule = arrivals(load, load.timeline, random)
     warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
     return Workload(load, corpus, seed, groups, order, schedule, warmup, unique_from, digest, *lengths)
+
+
+def _draw_mix(
+    load: Load, shares: Mapping[str, float], corpus: str, seed: int, tokenizer: tokens.Tokenizer | None
+) -> Workload:
+    """Return the workload of several names. Each request takes one, with a probability proportional to its share."""
+    loads = {name: load.of_name(name).model_copy(update={"names": None}) for name in shares}
+    drawn = {each.task: each for each in loads.values()}
+    parts = {task: draw(each, corpus, seed, tokenizer) for task, each in drawn.items()}
+    mix = {name: parts[each.task] for name, each in loads.items()}
+    # The names have numbers of their own, so that texts and times are as without them.
+    random = np.random.Generator(np.random.PCG64([seed, len(shares)]))
+    weights = np.array([*shares.values()])
+    picks = random.choice(len(shares), ORDER_LENGTH, p=weights / weights.sum())
+    order, first = np.zeros(ORDER_LENGTH, np.uint32), 0
+    for number, part in enumerate(mix.values()):
+        order = np.where(picks == number, first + part.order, order).astype(np.uint32)
+        first += len(part.groups)
+    return replace(next(iter(mix.values())), load=load, order=order, mix=mix)
 
 
 def _groups(load: Load, texts: Sequence[str], random: np.random.Generator) -> list[list[str]]:

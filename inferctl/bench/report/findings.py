@@ -55,10 +55,15 @@ def comparable(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
     groups: dict[str, list[MeasuredRow]] = {}
     for row in rows:
         corpus, changes = row.workload
-        load = ", ".join(f"{key} {value}" for key, value in (changes or {}).items())
+        parts = {key: _shares(value) if key == "names" else value for key, value in (changes or {}).items()}
+        load = ", ".join(f"{key} {value}" for key, value in parts.items())
         description = " with ".join(part for part in (f"texts {corpus}", load) if part)
         groups.setdefault(description, []).append(row)
     return groups
+
+
+def _shares(names: dict[str, float] | str) -> str:
+    return names if isinstance(names, str) else ", ".join(f"{name}={share:g}" for name, share in names.items())
 
 
 def _emulation(rows: Sequence[MeasuredRow], error_rate: float) -> list[str]:

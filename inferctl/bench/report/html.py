@@ -106,6 +106,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         plotly=base64.b64encode((assets.root() / "templates" / PLOTLY).read_bytes()).decode(),
         receipts=[receipt.data for receipt in receipts],
         percentile_columns=GENERATION_COLUMNS if result.load.task == "generate" else COLUMNS,
+        name_columns=terminal.name_columns(result.load.task),
         slo_of=search_findings.slo_of,
         failures=summary.failures,
         summaries={receipt.name: receipt.data["summary"] for receipt in receipts},

@@ -69,6 +69,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "validity": privacy.without_folders(judged.validity.as_dict()),
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
+        "names": summary.of_names(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
         "profile": outcome.profile,
         "closed_loop": closed_loop.pooled(runs),
@@ -159,6 +160,8 @@ def _source(bench: Bench, info: JsonObject, target: BenchTarget) -> str | None:
 def _without_paths(info: JsonObject) -> dict[str, Any]:
     """Return `GET /info` with the name of the model folder instead of its path."""
     found = dict(info)
+    if models := info.get("models"):
+        found["models"] = [_without_paths(each) for each in models]
     for key, name in (("model", "source"), ("api", "model")):
         section = info.get(key) or {}
         if section.get(name):

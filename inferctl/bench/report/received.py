@@ -19,6 +19,9 @@ def describe(data: JsonObject) -> str:
         parts.append(f"with the prompt {load['prompt_name']}")
     if load.get("query_share") is not None:
         parts.append(f"{100 * load['query_share']:g}% queries")
+    if names := load.get("names"):
+        shares = [f"{name} {100 * share / sum(names.values()):.3g}%" for name, share in names.items()]
+        parts.append(f"names {', '.join(shares)}" if len(shares) <= 8 else f"{len(shares)} names")
     runs, seconds = found["runs"], f"{round(found['seconds'], 1):g} s"
     parts.append(f"one run of {seconds}" if runs == 1 else f"{runs} runs, {seconds} in all")
     return _of_search(data.get("search")) + ", ".join(parts)

@@ -92,10 +92,10 @@ class MeasuredRow(Row):
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
     above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
-    `concurrency`, `stages`, `profile` and `quality` are sections of the receipt. For the task rerank, the quality has
-    a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
-    figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
-    for classify the share of texts with the same label.
+    `concurrency`, `stages`, `names`, `profile` and `quality` are sections of the receipt. For the task rerank, the
+    quality has a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall.
+    `generation` has the figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its
+    top-1 agreement, or for classify the share of texts with the same label.
     `matrix_share_percent` is the share of the server's `matrix_rate` (see `GET /info`) that batches used.
     `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
     interval.
@@ -111,6 +111,7 @@ class MeasuredRow(Row):
     closed_loop: ClosedLoopFigures | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
+    names: Sequence[JsonObject] | None = None
     url: str | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
@@ -194,6 +195,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
+        names=data.get("names"),
         url=data["configuration"]["url"],
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),

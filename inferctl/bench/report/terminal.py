@@ -38,7 +38,7 @@ def render(result: Result) -> RenderableType:
     missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
-        sections = (hardware, searches, stages, costs, profiles)
+        sections = (names, hardware, searches, stages, costs, profiles)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
     if missing:
         blocks.append(without_figures(missing))
@@ -58,6 +58,30 @@ def table(rows: Sequence[MeasuredRow]) -> Table:
     for row in rows:
         grid.add_row(*cells(row), style="" if row.valid else "red")
     return grid
+
+
+def name_columns(task: str) -> list[tuple[str, str, str]]:
+    """Return the percentiles in the table of names: heading, figure and key."""
+    figures = (("TTFT ", "ttft_ms"), ("ITL ", "itl_ms")) if task == "generate" else (("", "latency_ms"),)
+    return [(label * (key == "p50") + key, figure, key) for label, figure in figures for key in ("p50", "p99")]
+
+
+def names(rows: Sequence[MeasuredRow]) -> RenderableType | None:
+    """Return the figures of each name that requests use, for a load with names."""
+    found = [(row.configuration, row.names) for row in rows if row.names]
+    if not found:
+        return None
+    columns = name_columns(rows[0].task)
+    rate = "tok/s" if rows[0].task == "generate" else "req/s"
+    grid = _grid("name", *(heading for heading, *_ in columns), rate, "requests", "failed", "429")
+    for label, listed in found:
+        for name in listed:
+            figures = [_quantile(name[figure][key]) for _, figure, key in columns]
+            speed = name["output_tokens_per_s" if "ttft_ms" in name else "requests_per_s"]
+            lost = (name["requests"], sum(failures(name).values()), name["rejected"])
+            grid.add_row(label, name["name"], *figures, short(speed), *map(str, lost))
+            label = ""
+    return _titled("names that requests use, latency in ms", grid)
 
 
 def hardware(rows: Sequence[MeasuredRow]) -> Table | None:

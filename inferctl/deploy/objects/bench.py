@@ -21,6 +21,7 @@ from inferctl.deploy.objects.containers import container_security, empty, pod_ba
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import bench_policy, service_account
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
+from inferctl.models.weights_folders import downloads
 
 _RESULTS = "/results"
 _KEPT_S = 86_400
@@ -96,7 +97,7 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
 
 def _egress(model: ModelPlan) -> list[Endpoint]:
     """Return what the server connects to: the hub, if it downloads its weights."""
-    return [Endpoint(443, None)] if model.spec.model.weights == "download" else []
+    return [Endpoint(443, None)] if downloads(model.spec) else []
 
 
 def _server(model: ModelPlan, flavor: FlavorPlan) -> Object:
@@ -121,9 +122,9 @@ def _server(model: ModelPlan, flavor: FlavorPlan) -> Object:
 
 def _script(model: ModelPlan, flavor: FlavorPlan) -> str:
     slo = model.spec.slo
-    if model.task == "generate" and slo.ttft_ms and slo.itl_ms:
+    if "generate" in model.tasks and slo.ttft_ms and slo.itl_ms:
         load = f"--search --slo-ttft {slo.ttft_ms:g} --slo-itl {slo.itl_ms:g}"
-    elif model.task != "generate" and slo.p99_ms:
+    elif "generate" not in model.tasks and slo.p99_ms:
         load = f"--search --slo {slo.p99_ms:g}"
     else:
         load = "--users 16 --duration 60"  # without an SLO, only the throughput can be measured

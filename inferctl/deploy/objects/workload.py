@@ -16,6 +16,7 @@ from inferctl.manifests import label_keys
 from inferctl.manifests.label_keys import TASK
 from inferctl.models import image_source
 from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models.weights_folders import downloads, weights_folders
 
 _MIB = 1024 * 1024
 _LEAST_DOWNLOAD_GIB = 50
@@ -108,7 +109,7 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
         "INFERCTL_SERVE_PRECISION": flavor.precision,
         "INFERCTL_SERVE_DRAIN_SECONDS": drain,
     }
-    if image_source.volume(spec):
+    if any(each.volume and each.path == IMAGE_FOLDER for each in weights_folders(spec)):
         # Not by the `subPath` of the mount, which containerd ignores before 2.2: the whole image would be at /model.
         found["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
     found |= access.environment(spec)
@@ -193,21 +194,17 @@ def _download_limit(model: ModelPlan) -> str:
 def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
     """Return the volumes of a server, each with its mount."""
     spec = model.spec
-    generate = model.task == "generate"
+    generate = "generate" in model.tasks
     found = [empty("tmp", "/tmp", "10Gi" if generate else "1Gi")]  # vLLM writes compiled kernels
     if generate:
         # Processes of vLLM exchange tensors here. The engine's default of 64 MiB is too small.
         found.append(empty("shm", "/dev/shm", f"{spec.serve.gpus}Gi", medium="Memory"))
-    if spec.model.weights == "download":
+    folders = weights_folders(spec)
+    if downloads(spec):
         found.append(empty("model-cache", CACHE_PATH, _download_limit(model)))
-    if spec.model.weights == "mount":
-        mount: Object = {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}
-        if reference := image_source.volume(spec):
-            volume: Object = {"name": "model", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
-        else:
-            volume = {
-                "name": "model",
-                "persistentVolumeClaim": {"claimName": spec.deploy.weights.pvc, "readOnly": True},
-            }
-        found.append((volume, mount))
+    for each in (one for one in folders if one.weights == "mount"):
+        claim = {"persistentVolumeClaim": {"claimName": spec.deploy.weights.pvc, "readOnly": True}}
+        image = {"image": {"reference": each.volume, "pullPolicy": "IfNotPresent"}}
+        mount = {"name": each.stage, "mountPath": each.mount, "readOnly": True}
+        found.append(({"name": each.stage, **(image if each.volume else claim)}, mount))
     return found + access.volumes(spec) + metering.volumes(spec)

@@ -46,9 +46,9 @@ def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
     return Watched(
         name=model.name,
         namespace=plan.namespace,
-        task=model.task,
+        task=model.tasks[0],
         flavors=tuple(_flavor(flavor, plan.clusters) for flavor in model.flavors),
-        cache=model.task in CACHED and spec.cache.size is not None,
+        cache=bool({*model.tasks} & {*CACHED}) and spec.cache.size is not None,
         metering=spec.metering.mode != "off",
         keda=spec.deploy.scaling == "keda",
         gpu=any(flavor.hardware.kind == "cuda" for flavor in model.flavors),

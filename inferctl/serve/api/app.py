@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import orjson
 from starlette.applications import Starlette
@@ -12,82 +13,153 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferctl.config.spec import Task
-from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.task_config import TaskConfig
-from inferctl.serve.api import classify, cohere, embeddings, openapi, rerank, tei, tokenize
+from inferctl.serve.api import classify, cohere, embeddings, openapi, rerank, schemas, tei, tokenize
 from inferctl.serve.api.endpoint import Endpoint
 from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.served_model import ServedModel, unknown_model
+from inferctl.serve.edge.access import check_endpoint
 from inferctl.serve.edge.errors import ApiError, cohere_body, voyage_body, wrong_method
+from inferctl.serve.edge.request_context import BY_MODEL, RequestContext, context_of
 
 _APIS = (tokenize, embeddings, tei, cohere, rerank, classify)
 _OWN = tuple(endpoint for api in _APIS for endpoint in api.ENDPOINTS)
 # A model with vectors of tokens ranks documents by MaxSim, at the paths of rerankers.
 ALL = (*_OWN, *(replace(each, task="embed", output="tokens", aliases=()) for each in _OWN if each.name == "rerank"))
 
-
-def served(config: TaskConfig) -> list[str]:
-    """Return the paths that a server has."""
-    trained = config.trained if isinstance(config, EmbeddingConfig) else ()
-    return [path for endpoint in ALL if endpoint.serves(config.task, trained) for path in endpoint.paths]
+_SHAPES = {path: endpoint.errors[0] for endpoint in ALL for path in endpoint.paths}
+_PREFIXES = {"/voyage/": voyage_body, "/jina/": voyage_body, "/v2/": cohere_body}
 
 
-def names(task: Task) -> dict[str, str]:
-    """Return the names of all paths of tasks. A path of several tasks has the name in this one."""
-    return {path: endpoint.name for endpoint in _of_task_last(task) for path in endpoint.paths}
+def endpoints(models: Iterable[ServedModel]) -> dict[str, list[tuple[ServedModel, Endpoint]]]:
+    """Return what the models of a server have at each path."""
+    found: dict[str, list[tuple[ServedModel, Endpoint]]] = {}
+    for model in models:
+        for endpoint in ALL:
+            for path in endpoint.paths if endpoint.serves(model.task, model.trained) else ():
+                found.setdefault(path, []).append((model, endpoint))
+    return found
 
 
-def error_body(task: Task) -> Callable[[str, ApiError], bytes]:
-    """Return the function that makes the body of an error at a path, also at one that no API has."""
-    shapes = {path: endpoint.errors[0] for endpoint in _of_task_last(task) for path in endpoint.paths}
-    prefixes = {"/voyage/": voyage_body, "/jina/": voyage_body, "/v2/": cohere_body}
-
-    def body(path: str, error: ApiError) -> bytes:
-        shape = shapes.get(path)
-        if shape is None:
-            shape = next((shape for prefix, shape in prefixes.items() if path.startswith(prefix)), ApiError.body)
-        return shape(error)
-
-    return body
+def names(models: Sequence[ServedModel]) -> dict[str, str]:
+    """Return the names of all paths of tasks. A path of several tasks has the name in those of the server."""
+    found = {path: endpoint.name for endpoint in ALL for path in endpoint.paths}
+    for path, at in endpoints(models).items():
+        different = {endpoint.name for _, endpoint in at}
+        found[path] = different.pop() if len(different) == 1 else BY_MODEL
+    return found
 
 
-def _of_task_last(task: Task) -> list[Endpoint]:
-    return sorted(ALL, key=lambda endpoint: endpoint.task == task)
+def owners(models: Sequence[ServedModel]) -> dict[str, int | None]:
+    """Return the number of the model that has a path, None for several."""
+    return {path: at[0][0].number if len(at) == 1 else None for path, at in endpoints(models).items()}
 
 
-def create(inference: Inference) -> ASGIApp:
-    """Return the application. Starlette handles what is not performance-critical."""
-    model = inference.model
+def error_body(path: str, error: ApiError) -> bytes:
+    """Return the body of an error at a path, also at one that no API has. The tasks of a path have the same shape."""
+    others = (shape for prefix, shape in _PREFIXES.items() if path.startswith(prefix))
+    shape: Callable[[ApiError], bytes] = _SHAPES.get(path) or next(others, ApiError.body)
+    return shape(error)
 
-    async def unsupported(scope: Scope, *_: object) -> None:
-        needs = " or ".join(each.needs for each in ALL if scope["path"] in each.paths)
-        has = f" with the output {', '.join(model.trained)}" if model.task == "embed" else ""
-        message = f"this endpoint requires a model for {needs}; model {model.name!r} is for {model.task}{has}"
-        raise ApiError(404, message, code="unsupported_task")
 
-    own = [endpoint for endpoint in ALL if endpoint.serves(model.task, model.trained)]
-    endpoints: dict[str, ASGIApp] = {}
-    for each in sorted(ALL, key=lambda endpoint: endpoint.serves(model.task, model.trained)):
-        application = each.application(inference) if each in own else unsupported
-        endpoints |= dict.fromkeys(each.paths, application)
+class _Target(NamedTuple):
+    """What one model has at a path."""
 
-    async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [entry(name) for name in model.names]})
+    inference: Inference
+    endpoint: Endpoint
+    application: ASGIApp
+
+
+@dataclass(frozen=True)
+class _ByModel:
+    """The application of a path of a server with several models, or of one that its model does not have.
+
+    A key sees the models that it may use, as if the server had only these. Of several that have the path, the body
+    names one.
+    """
+
+    models: Sequence[ServedModel]
+    targets: Sequence[_Target]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the endpoint of the right model respond. Raises `ApiError`, which the edge sends."""
+        context = context_of(scope)
+        models = visible(self.models, context)
+        targets = [each for each in self.targets if any(each.inference.model is model for model in models)]
+        if not targets:
+            raise _unsupported(scope["path"], models)
+        target = targets[0]
+        if len(self.targets) > 1:
+            _, (raw, target) = await target.inference.receive(scope, receive, partial(_choose, targets))
+            receive = partial(_received, raw)
+        context.model = target.inference.model.name
+        context.asked = context.asked._replace(endpoint=target.endpoint.name)
+        check_endpoint(scope, context)
+        await target.application(scope, receive, send)
+
+
+def visible(models: Iterable[ServedModel], context: RequestContext) -> list[ServedModel]:
+    """Return the models that the key of a request may use."""
+    return [model for model in models if context.may_use(model.name, model.source)]
+
+
+def _choose(targets: Sequence[_Target], raw: bytes) -> tuple[bytes, _Target]:
+    """Return a body, and the target that it names. Raises `ApiError`."""
+    wanted = schemas.parse(schemas.ModelRequest, raw, max_inputs=0).model
+    found = [each for each in targets if each.inference.model.has_name(wanted)]
+    if len(found) != 1:
+        raise unknown_model(
+            wanted if not found else None, [name for each in targets for name in each.inference.model.names]
+        )
+    return raw, found[0]
+
+
+async def _received(raw: bytes) -> Message:
+    return {"type": "http.request", "body": raw}
+
+
+def _unsupported(path: str, models: Iterable[ServedModel]) -> ApiError:
+    needs = " or ".join(each.needs for each in ALL if path in each.paths)
+    has = "; ".join(
+        f"model {model.name!r} is for {model.task}"
+        + (f" with the output {', '.join(model.trained)}" if model.task == "embed" else "")
+        for model in models
+    )
+    return ApiError(404, f"this endpoint requires a model for {needs}; {has}", code="unsupported_task")
+
+
+def create(name: str, inferences: Sequence[Inference]) -> ASGIApp:
+    """Return the application of a server, by the number of its models. Starlette handles what is not
+    performance-critical.
+    """
+    served = [inference.model for inference in inferences]
+    at = endpoints(served)
+    applications: dict[str, ASGIApp] = {}
+    for path in _SHAPES:
+        targets = [
+            _Target(inferences[model.number], endpoint, endpoint.application(inferences[model.number]))
+            for model, endpoint in at.get(path, ())
+        ]
+        direct = len(served) == 1 and targets
+        applications[path] = targets[0].application if direct else _ByModel(served, targets)
+
+    async def models(request: Request) -> Response:
+        data = [entry(model, name) for model in visible(served, context_of(request.scope)) for name in model.names]
+        return _json({"object": "list", "data": data})
 
     async def one_model(request: Request) -> Response:
-        name = request.path_params["name"]
-        model.check_name(name)
-        return _json(entry(name if name in model.aliases else model.name))
+        wanted, known = request.path_params["name"], visible(served, context_of(request.scope))
+        for model in known:
+            if model.has_name(wanted):
+                return _json(entry(model, wanted if wanted in model.aliases else model.name))
+        raise unknown_model(wanted, [name for model in known for name in model.names])
 
     async def document(_: Request) -> Response:
-        return _json(openapi.document(model, own))
+        return _json(openapi.document(name, at))
 
     async def docs(_: Request) -> Response:
-        return HTMLResponse(openapi.page(model, own))
-
-    body_of = error_body(model.task)
+        return HTMLResponse(openapi.page(name, at))
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -97,17 +169,18 @@ def create(inference: Inference) -> ASGIApp:
                 methods = (error.headers or {})["Allow"].split(", ")
                 error = wrong_method(request.method, ", ".join(sorted(methods)))
         assert isinstance(error, ApiError)
-        return Response(body_of(request.url.path, error), error.status, error.headers, "application/json")
+        return Response(error_body(request.url.path, error), error.status, error.headers, "application/json")
 
-    def entry(name: str) -> dict[str, Any]:
+    def entry(model: ServedModel, name: str) -> dict[str, Any]:
         alias = {} if name == model.name else {"root": model.name}
         return {"id": name, "object": "model", "created": model.created, "owned_by": "inferctl", **alias}
 
-    absent = f"no such endpoint; POST to {', '.join(each.path for each in own)}; GET /v1/models or /docs"
+    own = dict.fromkeys(endpoint.path for found in at.values() for _, endpoint in found)
+    absent = f"no such endpoint; POST to {', '.join(own)}; GET /v1/models or /docs"
 
     others = Starlette(
         routes=[
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in applications.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/openapi.json", document),
@@ -119,7 +192,7 @@ def create(inference: Inference) -> ASGIApp:
     others.router.redirect_slashes = False
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = endpoints.get(scope["path"]) if scope["method"] == "POST" else None
+        endpoint = applications.get(scope["path"]) if scope["method"] == "POST" else None
         await (endpoint or others)(scope, receive, send)
 
     return route

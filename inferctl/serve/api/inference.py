@@ -37,7 +37,7 @@ _large_body = threading.Lock()
 
 @dataclass(frozen=True)
 class Inference:
-    """What the endpoints share: the model, its tokenizer, and the backend that computes."""
+    """What the endpoints of a model share: its tokenizer, and the backend that computes."""
 
     model: ServedModel
     tokenizer: TokenizerPool
@@ -90,7 +90,7 @@ class Inference:
                 message = f"the request has at least {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
-            work = Work(context.caller, sequences, marks, context.asked.cache_control)
+            work = Work(context.caller, sequences, marks, context.asked.cache_control, self.model.number)
             return await self.backend.submit(context.number, work), tokenized
 
         outcome, tokenized = await self.unless_disconnected(compute, scope)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import orjson
 from pydantic import BaseModel
@@ -41,8 +41,8 @@ _HEADERS = {
 }
 _JSON = "application/json"
 _GET_ROUTES = {
-    "/v1/models": ("List the served model, in OpenAI's format.", _JSON),
-    "/v1/models/{name}": ("Return the served model if it has this name.", _JSON),
+    "/v1/models": ("List the served models, in OpenAI's format.", _JSON),
+    "/v1/models/{name}": ("Return the served model of this name.", _JSON),
     "/": ("Name and version of the server, and where everything is.", _JSON),
     "/livez": ("200 while the process is live.", "text/plain"),
     "/readyz": ("200 while the server is ready for requests.", "text/plain"),
@@ -54,28 +54,43 @@ _GET_ROUTES = {
 }
 
 
-def document(model: ServedModel, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of this server. The limits of the model are part of it once it is loaded."""
-    models: list[tuple[Any, Any]] = [(ErrorResponse, "serialization")]
-    for endpoint in endpoints:
+# What the models of a server have at each path.
+_At: TypeAlias = Mapping[str, Sequence[tuple[ServedModel, Endpoint]]]
+
+
+def document(name: str, at: _At) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server. The limits of a model are part of it once that is loaded.
+
+    A request that several models take has no limits, and must name one.
+    """
+    every = [found for each in at.values() for found in each]
+    kinds: list[tuple[Any, Any]] = [(ErrorResponse, "serialization")]
+    takers: dict[str, dict[int, ServedModel]] = {}  # of the name of a schema
+    for model, endpoint in every:
         request, response = endpoint.bodies
-        models += [(request, "validation"), (response, "serialization"), (endpoint.errors[1], "serialization")]
-    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if model.vocabulary_size:  # an engine is ready
-        names = {*(endpoint.bodies[0].__name__ for endpoint in endpoints), "TextOptions"}
-        for name in names & schemas["$defs"].keys():
-            _add_limits(schemas["$defs"][name], model)
-        if model.task == "embed":
-            schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
-    paths = {path: {"get": _get(path, model.name)} for path in _GET_ROUTES}
-    for endpoint in endpoints:
-        for path in endpoint.paths:
-            paths.setdefault(path, {})["post"] = _post(path, endpoint, model.name)
+        kinds += [(request, "validation"), (response, "serialization"), (endpoint.errors[1], "serialization")]
+        for schema in (request.__name__, *(("TextOptions", "Sentences") if model.task == "embed" else ())):
+            takers.setdefault(schema, {})[model.number] = model
+    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    definitions = schemas["$defs"]
+    for schema, models in takers.items():
+        if schema not in definitions:
+            continue
+        model, *others = models.values()
+        if not others and model.vocabulary_size:  # an engine is ready
+            _add_limits(definitions[schema], model)
+        elif others and "model" in definitions[schema]["properties"]:
+            names = [each for taker in models.values() for each in taker.names]
+            definitions[schema]["properties"]["model"] = {"type": "string", "enum": names}
+            definitions[schema].setdefault("required", []).append("model")
+    paths = {path: {"get": _get(path, every[0][0].name)} for path in _GET_ROUTES}
+    for path, found in at.items():
+        paths.setdefault(path, {})["post"] = _post(path, found)
     return {
         "openapi": "3.1.0",
-        "info": {"title": model.name, "version": inferctl.__version__},
+        "info": {"title": name, "version": inferctl.__version__},
         "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "components": {"schemas": definitions},
     }
 
 
@@ -87,7 +102,7 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
         first = found.get("anyOf", [found])[0]
         if name in ("dimensions", "output_dimension"):
             found["anyOf"][0] = {"type": "integer", **_sizes(model)}
-        elif name == "texts":
+        elif name in ("texts", "sentences"):
             found["maxItems"] = model.max_inputs
         elif name in ("normalize", "normalized") and model.normalized:
             first["enum"] = [True]
@@ -137,10 +152,15 @@ def _get(path: str, name: str) -> dict[str, Any]:
     return operation
 
 
-def _post(path: str, endpoint: Endpoint, name: str) -> dict[str, Any]:
+def _post(path: str, at: Sequence[tuple[ServedModel, Endpoint]]) -> dict[str, Any]:
+    model, endpoint = at[0]
     headers = {key: {"description": text, "schema": {"type": "string"}} for key, text in _HEADERS.items()}
     wait = {"description": "Seconds until a retry is useful.", "schema": {"type": "integer", "minimum": 1}}
-    request, response = ({"schema": _reference(kind)} for kind in endpoint.bodies)
+    both = [dict.fromkeys(each.bodies[side] for _, each in at) for side in (0, 1)]
+    request, response = (
+        {"schema": _reference(*kinds) if len(kinds) == 1 else {"anyOf": [_reference(kind) for kind in kinds]}}
+        for kinds in both
+    )
     error = endpoint.errors[1]
     return {
         "summary": endpoint.summary,
@@ -148,7 +168,7 @@ def _post(path: str, endpoint: Endpoint, name: str) -> dict[str, Any]:
         "parameters": [_PRIORITY],
         "requestBody": {
             "required": True,
-            "content": {_JSON: {**request, "example": {"model": name, **endpoint.example}}},
+            "content": {_JSON: {**request, "example": {"model": model.name, **endpoint.example}}},
         },
         "responses": {
             "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
@@ -166,14 +186,14 @@ def _reference(kind: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-def page(model: ServedModel, endpoints: Sequence[Endpoint]) -> str:
-    """Return a page with the routes, the fields of requests and examples."""
-    spec, parts = document(model, endpoints), []
-    for endpoint in endpoints:
-        fields = spec["components"]["schemas"][endpoint.bodies[0].__name__]["properties"]
-        described = docs_page.table((field, entry.get("description", "")) for field, entry in fields.items())
-        body = orjson.dumps({"model": model.name, **endpoint.example}).decode()
-        for path in endpoint.paths:
+def page(name: str, at: _At) -> str:
+    """Return a page with the routes, the fields of requests and examples, each for all models that differ in them."""
+    spec, parts = document(name, at), []
+    for path, found in at.items():
+        for kind, (model, endpoint) in {each[1].bodies[0]: each for each in reversed(found)}.items():
+            fields = spec["components"]["schemas"][kind.__name__]["properties"]
+            described = docs_page.table((field, entry.get("description", "")) for field, entry in fields.items())
+            body = orjson.dumps({"model": model.name, **endpoint.example}).decode()
             curl = html.escape(f"curl -s $URL{path} -H 'content-type: application/json' -d '{body}'")
             parts += [f"<h2>POST {path}</h2><pre>{curl}</pre>", described]
     return docs_page.render(spec, *parts, "<h2>Errors</h2>", docs_page.table(_ERRORS.items()))

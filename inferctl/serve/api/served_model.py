@@ -1,4 +1,4 @@
-"""The model that a server serves, as clients see it: names, dimensions and limits of requests."""
+"""A model that a server serves, as clients see it: names, dimensions and limits of requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ServedModel:
     of a token. `held_numbers`: those of sparse weights and vectors of tokens in responses that are being sent.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
-    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready.
+    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready. `number`: among the models of
+    the server.
     """
 
     name: str
@@ -58,9 +59,10 @@ class ServedModel:
     max_held_numbers: int = 2**26  # 256 MiB
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+    number: int = 0
 
     @classmethod
-    def of(cls, spec: Spec, config: TaskConfig, truncate: bool) -> ServedModel:
+    def of(cls, spec: Spec, config: TaskConfig, truncate: bool, number: int = 0) -> ServedModel:
         """Return the model of a spec, whose folder has this configuration."""
         served = cls(
             spec.name,
@@ -73,6 +75,7 @@ class ServedModel:
             config.task,
             labels=config.labels,
             takes_instruction=config.takes_instruction,
+            number=number,
         )
         if isinstance(config, EmbeddingConfig):
             served.prompts, served.outputs, served.tokens = config.prompts, config.outputs, config.tokens
@@ -87,11 +90,14 @@ class ServedModel:
         """The names that `/v1/models` lists."""
         return list(dict.fromkeys((self.name, *self.aliases)))
 
+    def has_name(self, wanted: str | None) -> bool:
+        """Return whether a request that names a model, or none, is for this one."""
+        return wanted in (None, self.name, self.source) or wanted in self.aliases
+
     def check_name(self, wanted: str | None) -> None:
         """Raise `ApiError` 404 for another model's name."""
-        if wanted not in (None, self.name, self.source) and wanted not in self.aliases:
-            message = f"model {wanted!r} not found; this server serves {' or '.join(map(repr, self.names))}"
-            raise ApiError(404, message, code="model_not_found", param="model")
+        if not self.has_name(wanted):
+            raise unknown_model(wanted, self.names)
 
     def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:
         """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it."""
@@ -121,3 +127,15 @@ class ServedModel:
         possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
         message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
+
+
+def unknown_model(wanted: str | None, names: Sequence[str]) -> ApiError:
+    """Return the error of a request for a model that is not there, or not for its key. `names`: those that it may use.
+
+    Without a name, it is for one of several models that have its endpoint.
+    """
+    possible = " or ".join(map(repr, names))
+    if wanted is None:
+        message = f"several models have this endpoint; set `model` to {possible}"
+        return ApiError(400, message, code="model_required", param="model")
+    return ApiError(404, f"model {wanted!r} not found; use {possible}", code="model_not_found", param="model")

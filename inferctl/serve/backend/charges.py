@@ -46,7 +46,9 @@ class Charges:
     def _admitted(self) -> asyncio.Future[RejectedError | None]:
         return done(None)  # the same for all
 
-    def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
+    def admit(
+        self, number: int, caller: Caller, size: int, model: int | None = 0
+    ) -> asyncio.Future[RejectedError | None]:
         """Charge a request. Part of `EdgeBackend`."""
         self.charge(number, caller, size)
         return self._admitted

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from inferctl.serve.backend.charges import Charges, done
 from inferctl.serve.cache.vector_cache import VectorCache
-from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher, RequestResult
 from inferctl.serve.work import Caller, Outcome, RejectedError, Used, Work
 from inferctl.tenancy.access.limits import Limiter, LimitError
@@ -39,41 +38,46 @@ class Job:
         return self._backend.outcome(self._number, self.future)
 
 
+class Stack(NamedTuple):
+    """What computes for one model."""
+
+    dispatcher: Dispatcher
+    cache: VectorCache | None = None
+
+
 class LocalBackend(Charges):
-    """It is a `Backend`. Runs on the event loop."""
+    """It is a `Backend`. `stacks`: of the models, in their order. Runs on the event loop."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        metrics: Metrics,
-        cache: VectorCache | None = None,
-        limiter: Limiter | None = None,
-    ) -> None:
+    def __init__(self, stacks: Sequence[Stack], limiter: Limiter | None = None) -> None:
         super().__init__(limiter)
-        self._dispatcher, self._metrics, self._cache = dispatcher, metrics, cache
+        self._stacks = stacks
 
-    def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
+    def admit(
+        self, number: int, caller: Caller, size: int, model: int | None = 0
+    ) -> asyncio.Future[RejectedError | None]:
         """Charge a request, and look at the queue. Part of `Backend`."""
         self.charge(number, caller, size)
-        if self._cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
+        # The cache may have the vectors, so a full queue does not rule a request out.
+        if model is not None and (stack := self._stacks[model]).cache is None:
             try:
-                self._dispatcher.check_admission(bulk=caller.bulk, tenant=caller.tenant)
+                stack.dispatcher.check_admission(bulk=caller.bulk, tenant=caller.tenant)
             except RejectedError as full:
                 return done(full)
         return self._admitted
 
     def submit(self, number: int, work: Work) -> Job:
         """Charge the tokens of a request, and compute it. Part of `Backend`."""
-        request, (caller, sequences, marks, _) = self._request(number), work
+        request, (caller, sequences, marks, _, model) = self._request(number), work
+        dispatcher, cache = self._stacks[model]
         request.tokens = sum(map(len, sequences))
-        submit = partial(self._dispatcher.submit, bulk=caller.bulk, tenant=caller.tenant)
+        submit = partial(dispatcher.submit, bulk=caller.bulk, tenant=caller.tenant)
         try:
             if request.charge is not None:
                 request.charge.tokens(request.tokens, time.time())
-            if self._cache is None or (marks is not None and not self._cache.marked):  # pairs are not cached
+            if cache is None or (marks is not None and not cache.marked):  # pairs are not cached
                 request.future = submit(sequences, marks, use=request.use)
             else:
-                run = self._cache.run(work, submit, request.use)
+                run = cache.run(work, submit, request.use)
                 request.future = asyncio.get_running_loop().create_task(run)
         except (LimitError, RejectedError) as error:
             raise self._rejected(number, error) from None
@@ -84,7 +88,6 @@ class LocalBackend(Charges):
         try:
             result = future.result()
             if result.non_finite:
-                self._metrics.non_finite.inc(len(result.non_finite))
                 message = f"the model returned NaN or infinity for input {min(result.non_finite)}"
                 raise RejectedError("non_finite", message)
         except RejectedError as error:

@@ -75,14 +75,16 @@ class _Flight:
         return self.joined[key]
 
 
-def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
-    """Return the cache of a server, None without one: also for a task whose results are not cached.
+def create(settings: Cache, task: Task, metrics: Metrics, share: int = 1) -> VectorCache | None:
+    """Return the cache of a model, None without one: also for a task whose results are not cached.
+
+    `share`: how many models share the size, in equal parts, so that none evicts what is of another.
 
     Raises `NotReadyError` if a package is missing, `UsageError` for a bad size.
     """
     if task not in CACHED or not settings.size:
         return None
-    store = VectorStore(parse_size(settings.size))
+    store = VectorStore(parse_size(settings.size) // share)
     return VectorCache(store, metrics, marked=task == "embed")
 
 
@@ -113,7 +115,7 @@ class VectorCache:
         else. With the directive `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises
         what `compute` raises.
         """
-        caller, sequences, marks, directives = work
+        caller, sequences, marks, directives, _ = work
         keys = self._key_space.keys(caller.id, sequences, marks)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:

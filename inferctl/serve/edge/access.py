@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from inferctl.config import spec
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.request_context import OTHER, RequestContext
+from inferctl.serve.edge.request_context import BY_MODEL, OTHER, RequestContext
 from inferctl.serve.work import Caller
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import KeyTable, UnavailableError
@@ -40,7 +40,7 @@ _MOST = (1 << 63) - 1  # what fits into a message between processes; a limit can
 
 
 class EdgeAccess:
-    """Who may use one server. `names`: of its model. `settings`: of the spec."""
+    """Who may use one server. `names`: of its models. `settings`: of the spec."""
 
     def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
         """Raises `UsageError` if the key file is missing or not valid."""
@@ -70,13 +70,13 @@ class EdgeAccess:
         shared = self._proxies or (self._table and self._table.shared)
         bulk = context.caller.bulk or key.priority == "bulk"
         context.caller = Caller(key.id, self._limits_of(key), key.id if shared else None, bulk)
-        context.team = key.team
+        context.key = key
         if page and not key.admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
         if key.models is not None and self._names.isdisjoint(key.models):
             raise _forbidden("use this model")
-        if key.endpoints is not None and endpoint not in key.endpoints and scope["method"] != "GET":
-            raise _forbidden(f"use {scope['path']}")
+        if endpoint != BY_MODEL and scope["method"] != "GET":
+            check_endpoint(scope, context)
 
     def _limits_of(self, key: ApiKey) -> Limits:
         requests, tokens = self._default_limits
@@ -122,6 +122,13 @@ class EdgeAccess:
             return any(found in network for network in self._proxies)
         except ValueError:
             return False
+
+
+def check_endpoint(scope: Scope, context: RequestContext) -> None:
+    """Raise `ApiError` 403 if the key of a request may not use its endpoint."""
+    key = context.key
+    if key is not None and key.endpoints is not None and context.asked.endpoint not in key.endpoints:
+        raise _forbidden(f"use {scope['path']}")
 
 
 def create(settings: spec.Access, names: Iterable[str]) -> EdgeAccess | None:

@@ -96,7 +96,8 @@ class Edge:
     `sinks` receive the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `backend` admits and ends each POST; None if there is no engine for them.
-    `check_metering()` raises `RejectedError` if the event of another request could not be recorded.
+    `check_metering()` raises `RejectedError` if the event of another request could not be recorded. `models`: path ->
+    the number of the model that has it, None for several; 0 for other paths.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Edge:
         access: EdgeAccess | None = None,
         backend: EdgeBackend | None = None,
         check_metering: Callable[[], None] = lambda: None,
+        models: Mapping[str, int | None] = {},
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -125,7 +127,7 @@ class Edge:
         self._page, self._endpoints, self._access, self.backend = page, endpoints, access, backend
         self._numbers = itertools.count()
         self.error_body = error_body
-        self._check_metering = check_metering
+        self._check_metering, self.models = check_metering, models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -162,7 +164,8 @@ class Edge:
                 request.counted = tenant
             if self.backend is not None and scope["method"] == "POST":
                 context.admitted = True
-                context.full = await self.backend.admit(context.number, context.caller, context.asked.content_length)
+                size, model = context.asked.content_length, self.models.get(scope["path"], 0)
+                context.full = await self.backend.admit(context.number, context.caller, size, model)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
             self.unfinished_responses += request.body_complete
@@ -274,8 +277,9 @@ class _EdgeRequest:
                 self.body_complete = True
                 context.started = time.monotonic()
                 if context.admitted and not context.asked.content_length and context.body_bytes:
-                    assert self._edge.backend is not None
-                    await self._edge.backend.admit(context.number, context.caller, context.body_bytes)
+                    backend, model = self._edge.backend, self._edge.models.get(self._scope["path"], 0)
+                    assert backend is not None
+                    await backend.admit(context.number, context.caller, context.body_bytes, model)
         return message
 
     async def send(self, message: Message) -> None:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from starlette.types import Scope
 
 from inferctl.serve.work import Caller, RejectedError, Used
+from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Quotas
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 CLIENT_DISCONNECTED = 499
 OTHER = "other"  # the name of paths that are no endpoint of a task
+BY_MODEL = "by_model"  # of a path that is another endpoint for each model, until the model is known
 _MAX_ID_LENGTH = 128
 _TRACE = b"traceparent", b"tracestate"
 _CONTEXT, _NOTES = "inferctl.request", "inferctl.notes"  # keys of a scope, and of its `state`
@@ -88,13 +90,14 @@ class RequestContext:
 
     `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`:
     why a full queue would reject it. `quotas`: what remains of the limits of the key. `in_vain`: tokens that were
-    tokenized, and not computed. `quotas_known`: so the response may begin before the end.
+    tokenized, and not computed. `quotas_known`: so the response may begin before the end. `key`: of the caller, if the
+    server has keys. `model`: which computes it; of a server with one, known at the end.
     """
 
     asked: Asked
     number: int
     caller: Caller
-    team: str | None = None
+    key: ApiKey | None = None
     started: float = field(default_factory=time.monotonic)
     admitted: bool = False
     full: RejectedError | None = None
@@ -119,6 +122,10 @@ class RequestContext:
         asked = Asked.of(scope, endpoint)
         context = scope[_CONTEXT] = cls(asked, number, _BULK if asked.priority == b"bulk" else _NOBODY)
         return context
+
+    def may_use(self, *names: str) -> bool:
+        """Return whether its key may use a model that has these names."""
+        return self.key is None or self.key.models is None or not set(names).isdisjoint(self.key.models)
 
     def count(self, used: Used) -> None:
         """Take over what the request used."""
@@ -145,7 +152,7 @@ class RequestContext:
             self.cached_tokens,
             self.engine_seconds,
             asked.content_length,
-            self.team,
+            self.key.team if self.key else None,
         )
 
 

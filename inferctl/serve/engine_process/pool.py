@@ -15,7 +15,7 @@ class EnginePool:
 
     `count`: how many engines; None for one per GPU that `config.device` can use, else one. The first engine checks the
     model; the others start when it is ready, and use its results. `on_ready` is called after each start of an engine,
-    `on_phase` with each phase of a start.
+    `on_phase` with each phase of a start. `name`: of an engine, in messages.
     """
 
     def __init__(
@@ -26,11 +26,12 @@ class EnginePool:
         batch_timeout: Callable[[], float],
         on_ready: Callable[[EngineInfo], None] = lambda _: None,
         on_phase: Callable[[str], None] = lambda _: None,
+        name: str = EngineSupervisor.name,
     ) -> None:
         self._config, self._count, self._listener = config, count, listener
-        self._batch_timeout, self._on_ready, self._on_phase = batch_timeout, on_ready, on_phase
+        self._batch_timeout, self._on_ready, self._on_phase, self._name = batch_timeout, on_ready, on_phase, name
         self._supervisors: list[EngineSupervisor] = []
-        self._tasks = asyncio.TaskGroup()
+        self._tasks, self._stopped = asyncio.TaskGroup(), False
 
     def counts(self) -> dict[str, int]:
         """Return how many engines there are (`count`) and accept batches (`up`), and their `restarts` and `hangs`."""
@@ -59,7 +60,8 @@ class EnginePool:
             raise group.exceptions[0] from None
 
     def stop(self) -> None:
-        """Let the engines end. `run` returns soon after."""
+        """Let the engines end. `run` returns soon after, also if it is called later."""
+        self._stopped = True
         for supervisor in self._supervisors:
             supervisor.stop()
 
@@ -70,7 +72,10 @@ class EnginePool:
 
     def _add(self, config: EngineConfig) -> None:
         supervisor = EngineSupervisor(config, self._listener, self._batch_timeout, self._engine_ready, self._on_phase)
+        supervisor.name = self._name
         self._supervisors.append(supervisor)
+        if self._stopped:
+            supervisor.stop()
         self._tasks.create_task(supervisor.run())
 
     def _engine_ready(self, info: EngineInfo) -> None:

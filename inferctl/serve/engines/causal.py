@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 
 from inferctl.core import cgroup
 from inferctl.core.errors import UsageError
+from inferctl.models import conversion
+from inferctl.models.adapter import Adapter
 from inferctl.models.divergence import REFERENCE_TOKENS
 from inferctl.serve.engines import plain, weights
 
@@ -61,6 +65,21 @@ class CausalModel:
         else:
             ids = self._tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)["input_ids"]
         return [int(value) for value in ids[:MAX_TEXT_TOKENS]]
+
+    @contextmanager
+    def adapted(self, adapter: Adapter) -> Iterator[None]:
+        """Add what an adapter adds to the outputs of its layers, as PEFT does. The weights do not change.
+
+        Raises `UsageError` if transformers has other names for the layers than the files.
+        """
+        modules = dict(self._model.named_modules())
+        with ExitStack() as hooks:
+            for name, (a, b) in conversion.matrices(adapter).items():
+                if name not in modules:
+                    raise UsageError(f"transformers has no layer {name} in this model", "use the model without it")
+                hook = modules[name].register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T)
+                hooks.callback(hook.remove)
+            yield
 
     @torch.inference_mode()
     def score(self, ids: list[int]) -> dict[str, Any]:

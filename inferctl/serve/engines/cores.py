@@ -15,9 +15,6 @@ from inferctl.reading.rows import Rows
 from inferctl.serve.engines.forward import AnyForward
 from inferctl.serve.engines.prepared import Sequences
 
-# Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the
-# caches overflow.
-BATCH_TOKENS_PER_CORE = 1024
 # If a batch has several threads, it is split into one part per thread of at least this many tokens. Parts do not wait
 # for each other, unlike the threads of one matrix product. On two busy cores this is 1.4 times faster than two threads
 # per product, and steady under other load.

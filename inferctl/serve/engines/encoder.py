@@ -34,7 +34,8 @@ from inferctl.serve.engine_process.engine_protocol import (
 from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import flops, packed
 from inferctl.serve.engines.checks import Checks
-from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
+from inferctl.serve.engines.cores import Cores, choose_threads
+from inferctl.serve.engines.cpu import BATCH_TOKENS_PER_CORE
 from inferctl.serve.engines.forward import AnyForward, Forward, StaticForward
 from inferctl.serve.engines.prepared import Sequences
 from inferctl.serve.engines.warm_up import LOWERED, warm_up

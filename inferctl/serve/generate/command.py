@@ -10,9 +10,10 @@ from pathlib import Path
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, shown
-from inferctl.core.sizes import parse_size
+from inferctl.core.sizes import parse_size, size
 from inferctl.facts import vllm_api
 from inferctl.models import decoder
+from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 
@@ -36,6 +37,7 @@ class VllmModel:
     dtype: str
     quantization: str | None = None
     kv_bytes: int = 0
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,16 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
             yield Derived("--tensor-parallel-size", str(serve.gpus), "serve.gpus")
     elif not cpp_compiler:
         yield Derived("--enforce-eager", "", "no C++ compiler")
+    if model.adapters:
+        slots = Slots.of(model.adapters, device.kind)
+        yield Derived("--enable-lora", "", "model.adapters")
+        yield Derived("--max-loras", str(slots.count), "model.adapters")
+        yield Derived("--max-lora-rank", str(slots.rank), "model.adapters")
+        yield Derived("--max-cpu-loras", str(max(slots.count, len(model.adapters))), "model.adapters")
+        links = (f"{each.name}={adapter_link(socket.parent, each)}" for each in model.adapters)
+        yield Derived("--lora-modules", " ".join(links), "links to the adapters")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
-    yield Derived("--served-model-name", " ".join(dict.fromkeys(_names(spec))), "name, model.source, serve.aliases")
+    yield Derived("--served-model-name", " ".join(base_names(spec)), "name, model.source, serve.aliases")
     # vLLM's default is `--data-parallel-size`. Each process would have an edge, with limits of its own.
     yield Derived("--api-server-count", "1", "the edge of inferctl")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
@@ -84,12 +94,15 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     yield Derived("--disable-uvicorn-access-log", "", "the log of the edge")
 
 
-def _names(spec: Spec) -> Iterator[str]:
-    """Yield the names that requests may use and `/v1/models` lists. A folder of this machine is none of them."""
-    yield spec.name
-    if is_hub_id(spec.model.source):
-        yield spec.model.source
-    yield from spec.serve.aliases
+def adapter_link(folder: Path, adapter: Adapter) -> Path:
+    """Return where vLLM finds an adapter. Its prefix cache has the path as a key, so new weights need a new path."""
+    return folder / adapter.digest
+
+
+def base_names(spec: Spec) -> list[str]:
+    """Return the names that requests may use for the model itself. A folder of this machine is none of them."""
+    source = [spec.model.source] if is_hub_id(spec.model.source) else []
+    return list(dict.fromkeys([spec.name, *source, *spec.serve.aliases]))
 
 
 def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]:
@@ -172,9 +185,12 @@ def kv_gib(spec: Spec, model: VllmModel) -> int:
 
 def lines(derived: list[Derived], spec: Spec, model: VllmModel, device: DeviceInfo) -> Iterator[str]:
     """Yield what is printed about the derived options: those that a user can change."""
-    shown = [each for each in derived if each.source.startswith(("precision", "serve.", "the model", "no C++"))]
+    user = ("precision", "serve.", "the model", "model.adapters", "no C++")
+    shown = [each for each in derived if each.source.startswith(user)]
     for each in shown:
         yield f"vllm       {each.option} {each.value}  ({each.source})"
+    for adapter in model.adapters:
+        yield f"adapter    {adapter.name}: rank {adapter.rank}, {len(adapter.layers)} layers, {size(adapter.bytes)}"
     if device.kind == "cpu":
         source = "serve.kv_cache" if spec.serve.kv_cache else "default"
         yield f"vllm       KV cache {kv_gib(spec, model)} GiB  ({source})"

@@ -23,8 +23,8 @@ _MAX_MESSAGE = 65536
 class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
-    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model. `slo`: seconds by
-    objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
+    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first.
+    `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -14,11 +15,12 @@ from inferctl.batching.fairness import Shares
 from inferctl.serve.api import docs_page
 from inferctl.serve.backend.charges import GenerationCharges
 from inferctl.serve.edge.edge import ClientDisconnectedError, read_body
-from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
+from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.generate import meter, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.meter import StreamMeter
+from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
@@ -26,7 +28,8 @@ from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
 _TOKENIZER = frozenset({"/tokenize", "/detokenize"})
-_PASSED = _TOKENIZER | {"/v1/models", "/version"}
+_PASSED = _TOKENIZER | {"/version"}
+_MODELS = "/v1/models"
 # vLLM's pages load scripts from other hosts.
 _DOCUMENTS = frozenset({"/openapi.json", "/docs", "/redoc"})
 # Bytes that vLLM tokenizes for these endpoints at a time, in one thread for which all chats wait: about 0.1 s.
@@ -43,7 +46,7 @@ _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"
 
 
 class GenerationApp:
-    """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
+    """`app` is vLLM's application. `names`: of its model and adapters. `healthy()` asks it whether its engine runs.
 
     `sequences`: the most that run at a time. `charges`: of the edge.
 
@@ -56,19 +59,20 @@ class GenerationApp:
     def __init__(
         self,
         app: ASGIApp,
+        names: ModelNames,
         healthy: Callable[[], Awaitable[bool]],
         stopped: Callable[[], ApiError],
-        context: int,
         sequences: int,
         charges: GenerationCharges,
         offer: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.context, self._charges = context, charges
+        self._names, self.context, self._charges = names, names.context, charges
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
         self._sequences = Shares(sequences)
         self._tokenizer = Shares(_TOKENIZER_BYTES)
         self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
         self.running = self.tokenizing = self.events = 0
+        self._alone: asyncio.Event | None = None  # set at the end of a request that runs alone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Raises `ApiError` for one without a begun response."""
@@ -79,7 +83,9 @@ class GenerationApp:
             await self._tokenize(scope, receive, send)
         elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
-        elif path in ENDPOINTS or path in _PASSED or path.startswith("/v1/models/"):
+        elif path == _MODELS or path.startswith(f"{_MODELS}/"):
+            await self._send_models(scope, receive, send)
+        elif path in ENDPOINTS or path in _PASSED:
             await self._app(scope, receive, send)
         else:
             # The path may have a key by mistake, and clients log errors.
@@ -87,7 +93,8 @@ class GenerationApp:
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        request = await _read(context, receive, lambda raw: vllm_request.tokenization(raw, self.context))
+        name = functools.partial(self._names.resolve, context)
+        request = await _read(context, receive, lambda raw: vllm_request.tokenization(raw, self.context, name))
         self._reserve(context, request.prompt_tokens)
         size, tenant, used = len(request.body), context.caller.tenant or "", request.prompt_tokens
         if not self._tokenizer.take(tenant, size):
@@ -133,25 +140,45 @@ class GenerationApp:
         document["paths"] = {
             path: operations
             for path, operations in document["paths"].items()
-            if path in ENDPOINTS or path in _PASSED or path.startswith("/v1/models/")
+            if path in ENDPOINTS or path in _PASSED or path.startswith(_MODELS)
         }
         if scope["path"] == "/openapi.json":
             media, body = b"application/json", orjson.dumps(document)
         else:
             media, body = b"text/html; charset=utf-8", docs_page.render(document).encode()
-        headers = [(b"content-type", media), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await _send(send, body, media)
+
+    async def _send_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the names that the key of a request may use, or one of them. vLLM's own list has paths of files."""
+        if scope["method"] != "GET":
+            raise wrong_method(scope["method"], "GET")
+        status = 0
+
+        async def check(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if status != 200:  # with VLLM_API_KEY, vLLM asks for it
+                await send(message)
+
+        await self._app({**scope, "path": _MODELS, "raw_path": _MODELS.encode()}, receive, check)
+        if status != 200:
+            return
+        context, name = context_of(scope), scope["path"][len(_MODELS) + 1 :]
+        cards = self._names.cards(context)
+        if name:
+            self._names.resolve(context, name)
+        found = next(card for card in cards if card["id"] == name) if name else {"object": "list", "data": cards}
+        await _send(send, orjson.dumps(found), b"application/json")
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        caller = context.caller
+        caller, name = context.caller, functools.partial(self._names.resolve, context)
         limited, most = caller.limits[1] is not None, None if caller.tenant is None else self._sequences.most
         request = await _read(
             context,
             receive,
             lambda raw: vllm_request.generation(
-                context.asked.endpoint, raw, self.context, limited=limited, most_sequences=most
+                context.asked.endpoint, raw, self.context, name, limited=limited, most_sequences=most
             ),
         )
         context.inputs = request.prompts
@@ -159,12 +186,12 @@ class GenerationApp:
         self._offer(context.body_bytes)
         call, tenant = _Call(self, context, request, receive, send), caller.tenant
         if tenant is None:
-            await self._run(call, scope)
+            await self._run_among(call, scope)
             return
         if not self._sequences.take(tenant, request.sequences, strict=request.sequences > 1):
             raise key_share("sequences in flight")
         try:
-            await self._run(call, scope)
+            await self._run_among(call, scope)
         finally:
             self._sequences.release(tenant, request.sequences)
 
@@ -172,6 +199,28 @@ class GenerationApp:
         """Reserve tokens, which are settled when the response ends. Raises `RejectedError`."""
         context.quotas = self._charges.reserve(context.number, tokens)
         context.quotas_known = True
+
+    async def _run_among(self, call: _Call, scope: Scope) -> None:
+        """Run a request next to the others. With adapters, one for the log-probabilities of its prompt runs alone.
+
+        vLLM's engine on CPUs (0.32) ends if a step has another request next to it.
+        """
+        if not (call.request.prompt_logprobs and self._names.adapters):
+            while self._alone:
+                await self._alone.wait()
+            await self._run(call, scope)
+            return
+        if call.request.sequences > 1 or call.request.answer_tokens > 1:
+            message = "with adapters, prompt_logprobs and echo require one prompt, n: 1 and max_tokens: 1"
+            raise ApiError(400, message, code="invalid_value", param="prompt_logprobs")
+        if self.running or self._alone:
+            raise at_capacity("log-probabilities of a prompt need an idle server", "prompt_logprobs_busy", 1)
+        self._alone = asyncio.Event()
+        try:
+            await self._run(call, scope)
+        finally:
+            self._alone.set()
+            self._alone = None
 
     async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1
@@ -338,6 +387,12 @@ async def _read(context: RequestContext, receive: Receive, parse: Callable[[byte
     except ApiError:
         context.in_vain = -(-len(raw) // BYTES_PER_TOKEN)
         raise
+
+
+async def _send(send: Send, body: bytes, media: bytes) -> None:
+    headers = [(b"content-type", media), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _message(request: VllmRequest) -> Message:

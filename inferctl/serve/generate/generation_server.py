@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import inferctl
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.facts import catalog, precision
-from inferctl.models import decoder, generation_fit
+from inferctl.models import adapter_effect, decoder, generation_fit
+from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
+from inferctl.models.reference_process import ReferenceFailedError
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.generate import command, control, generation_app, probe
+from inferctl.serve.generate import adapter_probe, command, control, generation_app, probe
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
@@ -51,6 +54,7 @@ class GenerationServer(ServerLifetime):
         options: ServerOptions,
         notify: Callable[[str], None],
         folder: ModelFolder,
+        adapters: tuple[Adapter, ...],
         progress: StartProgress,
         signals: StopSignals,
     ) -> None:
@@ -62,10 +66,12 @@ class GenerationServer(ServerLifetime):
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
         _check_key(spec, os.environ)
-        self._model = _model(spec, folder, self._probe)
+        self._model = replace(_model(spec, folder, self._probe), adapters=adapters)
         super().__init__(spec, "generate", options, notify, progress)
         self._started = started
         self._directory = _temporary_folder()
+        for path, target in {command.adapter_link(self._directory, each): each.path for each in adapters}.items():
+            path.symlink_to(target.resolve())
         self._compiler = shutil.which("g++") is not None
         self._derived = command.options(
             spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
@@ -97,11 +103,29 @@ class GenerationServer(ServerLifetime):
     async def _serve(self) -> int:
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
-        self._progress.phase("starting vLLM, which takes a minute or more")
         self._open_front()
-        await self._supervisor.run()
+        comparing = asyncio.create_task(self._write_expected())
+        if self._probe.device.kind == "cpu":  # vLLM does not start if the reference has its memory
+            await comparing
+        self._progress.phase("starting vLLM, which takes a minute or more")
+        try:
+            await self._supervisor.run()
+        finally:
+            self._supervisor.stopping.set()
+            await comparing
         await self._close_front()
         return self._supervisor.unfinished
+
+    async def _write_expected(self) -> None:
+        """Compute in fp32 what the adapters change, until the server stops."""
+
+        def check(_seconds: float) -> None:
+            if self._supervisor.stopping.is_set():
+                raise ReferenceFailedError("the server stops")
+
+        if count := len(self._model.adapters):
+            self._progress.phase(f"computing the next tokens of {count} adapters in fp32")
+            await adapter_probe.write_expected(self._folder, self._model, self._directory, check)
 
     async def _end(self) -> None:
         self._supervisor.kill()
@@ -161,7 +185,7 @@ class GenerationServer(ServerLifetime):
             self._options.log,
             self._options.traces,
             spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
-            [spec.name, spec.model.source],
+            command.base_names(spec),
             spec.metering.model_dump()
             | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
@@ -183,6 +207,10 @@ class GenerationServer(ServerLifetime):
                 "architecture": self._folder.architecture,
                 "max_tokens": self._model.context,
             },
+            "adapters": [
+                {"name": each.name, "sha256": each.digest, "rank": each.rank, "bytes": each.bytes}
+                for each in self._model.adapters
+            ],
             "precision": vars(self._model.precision),
             "device": vars(found.device),
             "versions": {"python": sys.version.split()[0], **found.versions},
@@ -224,6 +252,8 @@ class GenerationServer(ServerLifetime):
         self._notify(f"device     {device.name}")
         documentation = access.documentation(spec.access, self._url)
         self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
+        for each in self._supervisor.adapters:
+            self._notify(f"adapter    {each['name']}: {adapter_effect.line(each['next_tokens'])}")
         self._announce()
 
 

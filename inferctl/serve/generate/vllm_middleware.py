@@ -25,7 +25,8 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
-from inferctl.serve.generate import control, generation_app
+from inferctl.serve.generate import adapter_probe, control, generation_app
+from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.tenancy.access.limits import Limiter
@@ -54,7 +55,9 @@ class VllmMiddleware:
         async def started(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 folder = Path(os.environ["INFERCTL_EDGE"])
-                self._server = _EdgeServer(scope["app"], control.EdgeSettings.read(folder), folder)
+                settings = control.EdgeSettings.read(folder)
+                await adapter_probe.check(scope["app"], settings, folder)
+                self._server = _EdgeServer(scope["app"], settings, folder)
             await send(message)
 
         await self._app(scope, receive, started)
@@ -77,18 +80,23 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
+        source = settings.info["model"]["source"]
+        adapters = {each["name"]: each["sha256"] for each in settings.info["adapters"]}
         setup = EdgeSetup(
             settings.name,
-            settings.models,
+            [*settings.models, source, *adapters],
             "generate",
             keys,
             recording,
             lambda: self._healthy,
             log=settings.log,
             traces=settings.traces,
+            tasks=dict.fromkeys(adapters, "generate"),
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
+        for name, digest in adapters.items():
+            self._metering.ready(settings.info["device"], digest, name)
         self._metering.open()
         self._metering.watch(metrics)
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
@@ -98,9 +106,9 @@ class _EdgeServer:
         sequences = limits["max_sequences"]
         self._generation = generation_app.GenerationApp(
             app,
+            ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"]),
             self._check,
             lambda: self._edge.stopped,
-            limits["max_context_tokens"],
             sequences,
             charges,
             metrics.offer_body,
@@ -112,7 +120,7 @@ class _EdgeServer:
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
         self._channel = control.connect(folder)
-        self._channel.send("ready")
+        self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
         work = [self._serve(), self._beat(), self._follow()]
         if setup.access and (exchange := Exchange.of(keys, limiter, settings.name, setup.access.revoke)):
@@ -145,7 +153,7 @@ class _EdgeServer:
     async def _check(self) -> bool:
         """Return whether vLLM says that its engine runs. An engine that ended does not run again."""
         if self._healthy:
-            self._healthy = await _status(self._app, "/health") == 200
+            self._healthy = (await adapter_probe.request(self._app, "/health"))[0] == 200
         return self._healthy
 
     async def _follow(self) -> None:
@@ -174,32 +182,3 @@ def _kill_orphan(parent: int) -> None:
         time.sleep(1)
     time.sleep(_ORPHAN_S)
     os.killpg(0, signal.SIGKILL)
-
-
-async def _status(app: ASGIApp, path: str) -> int:
-    """Return the status of `GET path` of an application in this process."""
-    statuses: list[int] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request"}
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    scope: Scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [],
-        "server": None,
-        "client": None,
-    }
-    await app(scope, receive, send)
-    return statuses[0] if statuses else 500

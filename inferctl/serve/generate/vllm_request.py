@@ -5,7 +5,7 @@ So vLLM cannot read a body in another way: with another encoding, another one of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ class VllmRequest:
     """One parsed request. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
     `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
-    a stream must have its usage at its end, and in each event. `stream`: the response is one.
+    a stream must have its usage at its end, and in each event. `stream`: the response is one. `prompt_logprobs`: it asks
+    for the log-probabilities of its prompt.
     """
 
     body: bytes
@@ -56,6 +57,7 @@ class VllmRequest:
     usage: bool = False
     continuous_usage: bool = False
     stream: bool = False
+    prompt_logprobs: bool = False
 
     @property
     def sequences(self) -> int:
@@ -68,13 +70,20 @@ class VllmRequest:
 
 
 def generation(
-    endpoint: str, raw: bytes, context: int, *, limited: bool = False, most_sequences: int | None = None
+    endpoint: str,
+    raw: bytes,
+    context: int,
+    resolve: Callable[[Any], str],
+    *,
+    limited: bool = False,
+    most_sequences: int | None = None,
 ) -> VllmRequest:
-    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400.
+    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400, and what `resolve` does.
 
-    `context`: the largest one, in tokens. `limited`: the answers must have a limit. `most_sequences`: of one request.
+    `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the answers must have a limit. `most_sequences`: of one request.
     """
     request = _object(raw, context)
+    request["model"] = resolve(request.get("model"))
     extra = request.get("vllm_xargs")
     for name in _OF_SERVERS:
         if request.get(name) is not None or (isinstance(extra, dict) and name in extra):
@@ -115,15 +124,17 @@ def generation(
         usage,
         usage and continuous,
         _flag(request, "stream"),
+        request.get("prompt_logprobs") is not None or bool(request.get("echo")),
     )
 
 
-def tokenization(raw: bytes, context: int) -> VllmRequest:
-    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413."""
+def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str]) -> VllmRequest:
+    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does."""
     most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
     if len(raw) > most:
         raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
     request = _object(raw, context)
+    request["model"] = resolve(request.get("model"))
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from inferctl.core.errors import NotReadyError
 from inferctl.serve.child import Child
@@ -51,6 +52,7 @@ class VllmSupervisor(Child):
         self._channel: Channel | None = None  # to an edge that has the listening socket
         self._draining = False
         self._drain_end = 0.0
+        self.adapters: list[dict[str, Any]] = []  # as in `GET /info`
         self.unfinished = 0  # responses that were not complete when the drain ended
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -65,6 +67,8 @@ class VllmSupervisor(Child):
             return self._vllm.overdue(self._start_seconds)
         if channel is None:
             return None
+        if isinstance(channel, NotReadyError):
+            return channel
         self.is_ready()
         await self._on_ready()
         if self.stopping.is_set():
@@ -104,8 +108,8 @@ class VllmSupervisor(Child):
             await self._fail_requests(channel)
         return reason
 
-    async def _connected(self) -> Channel | None:
-        """Wait until the edge is ready; None if the process ends, or `stop` is called, first."""
+    async def _connected(self) -> Channel | NotReadyError | None:
+        """Wait until the edge is ready; None if the process ends, or `stop` is called, first. Return why it is not."""
         assert self._process
         loop = asyncio.get_running_loop()
         accepting = asyncio.ensure_future(loop.sock_accept(self._control))
@@ -118,10 +122,12 @@ class VllmSupervisor(Child):
             for each in (accepting, *others):
                 each.cancel()  # without effect if it is done
         channel = Channel(accepting.result()[0])
-        if await channel.receive():
+        message = await channel.receive()
+        if message and message["kind"] == "ready":
+            self.adapters = message["adapters"]
             return channel
         channel.close()
-        return None
+        return NotReadyError(message["message"], message["hint"]) if message else None
 
     async def _watch(self, channel: Channel) -> str:
         """Return why this vLLM process is no longer usable, or that it stopped."""

@@ -125,18 +125,10 @@ def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | No
     )
 
 
-def lines(
-    info: EngineInfo,
-    name: str,
-    url: str,
-    seconds: float,
-    settings: Access,
-    admission: str | None = None,
-    config: TaskConfig | None = None,
-) -> Iterator[str]:
-    """Yield the lines printed when the server is ready.
+def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | None = None) -> Iterator[str]:
+    """Yield the lines about a model printed when the server is ready.
 
-    `settings`: who may use it. `admission`: the result of `admission_line`. `config`: that of the model.
+    `admission`: the result of `admission_line`. `config`: that of the model.
     """
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
@@ -162,5 +154,8 @@ def lines(
         yield admission
     for warning in info.warnings:
         yield f"warning    {warning}"
-    documentation = access.documentation(settings, url)
-    yield f"ready      {name} at {url} after {seconds:.1f} s; {documentation}"
+
+
+def ready_line(name: str, url: str, seconds: float, settings: Access) -> str:
+    """Return the last line printed when the server is ready. `settings`: who may use it."""
+    return f"ready      {name} at {url} after {seconds:.1f} s; {access.documentation(settings, url)}"

@@ -51,6 +51,7 @@ def log_request(event: UsageEvent) -> None:
     fields = {
         "request_id": event.request_id,
         "endpoint": event.endpoint,
+        "model": event.model,
         "status": event.status,
         "code": event.code,
         "ms": round(1000 * event.seconds, 3),

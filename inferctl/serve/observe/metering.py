@@ -24,11 +24,22 @@ log = logging.getLogger("inferctl.metering")
 class ServerMetering:
     """The recorder of one process. With `metering.mode: off`, it does nothing.
 
+    `model`, `task`: of the requests that are for none of `tasks`, which has those of several models.
+
     `known_callers`: whether the server asks who a client is. Then only requests of a known caller are recorded.
     """
 
-    def __init__(self, settings: Settings, model: str, task: Task, *, known_callers: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: str,
+        task: Task | None,
+        *,
+        known_callers: bool,
+        tasks: Mapping[str, Task] = {},
+    ) -> None:
         self._settings, self._origin, self._known_callers = settings, Origin(model, task), known_callers
+        self._origins = {name: Origin(name, of_model) for name, of_model in tasks.items()}
         self._recorder: EventRecorder | None = None
 
     def open(self) -> None:
@@ -40,6 +51,7 @@ class ServerMetering:
         if settings.mode != "off":
             outbox = Outbox.create(Path(settings.data), parse_size(settings.outbox_size))
             self._recorder = EventRecorder(outbox, self._origin, required=settings.mode == "required")
+            self._recorder.origins = dict(self._origins)
 
     def record(self, event: UsageEvent) -> None:
         """Record a finished request: the sink of usage events.
@@ -52,12 +64,15 @@ class ServerMetering:
         if self._recorder is not None and event.endpoint and known:
             self._recorder.record(event)
 
-    def ready(self, device: Mapping[str, Any], model_sha256: str) -> None:
-        """Set what is known when the model is loaded. `device`: as in `GET /info`."""
-        hardware = device.get("hardware") or device["name"]
-        self._origin = replace(self._origin, hardware=hardware, model_sha256=model_sha256)
+    def ready(self, device: Mapping[str, Any], model_sha256: str, model: str = "") -> None:
+        """Set what is known when the model, or one of several, is loaded. `device`: as in `GET /info`."""
+        known = {"hardware": device.get("hardware") or device["name"], "model_sha256": model_sha256}
+        if model in self._origins:
+            self._origins[model] = replace(self._origins[model], **known)
+        else:
+            self._origin = replace(self._origin, **known)
         if self._recorder:
-            self._recorder.origin = self._origin
+            self._recorder.origin, self._recorder.origins = self._origin, dict(self._origins)
 
     def watch(self, metrics: RequestMetrics) -> None:
         """Add the metrics of the outbox, after `open`."""

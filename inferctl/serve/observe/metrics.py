@@ -90,13 +90,17 @@ class RequestMetrics:
     """The metrics of requests, for every task. Names follow Prometheus' conventions: base units, `_total` on counters.
 
     `other`: more registries to expose. `slo`: seconds by objective, from `objectives`. `answer_tokens`: as in
-    `RequestSize`.
+    `RequestSize`. `model`: of a server with several, the label of all series.
     """
 
     def __init__(
-        self, *other: CollectorRegistry, slo: Mapping[str, float] | None = None, answer_tokens: int = 0
+        self,
+        *other: CollectorRegistry,
+        slo: Mapping[str, float] | None = None,
+        answer_tokens: int = 0,
+        model: str | None = None,
     ) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry() if model is None else _OfModel(model)
         self._registries = (self.registry, *other)
         self.size = RequestSize(answer_tokens)
         slo = slo or {}
@@ -191,10 +195,10 @@ class RequestMetrics:
         self._waiting.set_function(waiting)
         self._in_flight.set_function(in_flight)
 
-    def watch_threads(self, process: Literal["api", "backend"], tokenizers: Threads | None = None) -> None:
+    def watch_threads(self, process: Literal["api", "backend"], *tokenizers: Threads) -> None:
         """Report the times of the event loop, which runs on the calling thread, and of threads that tokenize."""
-        threads = {"event_loop": ([threading.get_native_id()], 1)} | ({"tokenizer": tokenizers} if tokenizers else {})
-        self.registry.register(_ThreadTimes(process, threads))
+        event_loop: Threads = [threading.get_native_id()], 1
+        self.registry.register(_ThreadTimes(process, {"event_loop": [event_loop], "tokenizer": tokenizers}))
 
     def describe_model(self, info: Mapping[str, Any]) -> None:
         """Report the served model. `info`: the document of `GET /info`."""
@@ -217,18 +221,9 @@ class RequestMetrics:
         dropped = self._gauge("outbox_dropped_events", "Usage events lost because the outbox could not be written.")
         dropped.set_function(lambda: recorder.dropped)
 
-    def exposition(
-        self, with_others: Callable[[CollectorRegistry], Iterator[Metric]] | None = None
-    ) -> tuple[bytes, str]:
-        """Return the text that Prometheus scrapes, and its media type.
-
-        `with_others` adds what other processes counted to the metrics of a registry.
-        """
-        text = b"".join(
-            generate_latest(_Collected(list(with_others(registry))) if with_others else registry)
-            for registry in self._registries
-        )
-        return text, CONTENT_TYPE_LATEST
+    def exposition(self) -> tuple[bytes, str]:
+        """Return the text that Prometheus scrapes, and its media type."""
+        return b"".join(map(generate_latest, self._registries)), CONTENT_TYPE_LATEST
 
     def _counter(self, name: str, description: str, *labels: str) -> Family[Total]:
         return self._registered(Family(f"inferctl_{name}", description, "counter", Total, labels))
@@ -249,10 +244,10 @@ class RequestMetrics:
 
 
 class Metrics(RequestMetrics):
-    """The metrics of requests, queue and engines of the encoder tasks."""
+    """The metrics of requests, queue and engines of an encoder model."""
 
-    def __init__(self, slo: Mapping[str, float] | None = None) -> None:
-        super().__init__(slo=slo)
+    def __init__(self, slo: Mapping[str, float] | None = None, model: str | None = None) -> None:
+        super().__init__(slo=slo, model=model)
         total, gauge, histogram = self._total, self._gauge, self._histogram
         # Of the library, because any thread counts.
         truncated = "Inputs truncated to the longest input of the model."
@@ -287,16 +282,18 @@ class Metrics(RequestMetrics):
         self.registry.register(_Capacity(rates))
 
 
-class _Collected(CollectorRegistry):
-    """Metrics that were collected before."""
+class _OfModel(CollectorRegistry):
+    """Adds the label `model` to all samples, at the scrape: what counts does not know it."""
 
-    def __init__(self, metrics: list[Metric]) -> None:
+    def __init__(self, model: str) -> None:
         super().__init__()
-        self._metrics = metrics
+        self._model = model
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        yield from self._metrics
+        for metric in super().collect():
+            metric.samples = [each._replace(labels={"model": self._model, **each.labels}) for each in metric.samples]
+            yield metric
 
 
 class _Capacity(Collector):
@@ -320,7 +317,7 @@ class _ThreadTimes(Collector):
     A thread that never sleeps is saturated, also if it waits for a core for a part of the time.
     """
 
-    def __init__(self, process: str, threads: Mapping[str, Threads]) -> None:
+    def __init__(self, process: str, threads: Mapping[str, Sequence[Threads]]) -> None:
         self._process, self._threads = process, threads
 
     def collect(self) -> Iterator[Metric]:
@@ -328,9 +325,10 @@ class _ThreadTimes(Collector):
         description = "Time of a thread, on average over those of its kind: running, or ready and waiting for a core."
         family = CounterMetricFamily("inferctl_thread_seconds", description, labels=["process", "thread", "state"])
         with contextlib.suppress(OSError):
-            for name, (ids, count) in self._threads.items():
+            for name, pools in self._threads.items():
+                ids, count = [number for each, _ in pools for number in each], sum(most for _, most in pools)
                 times = [Path(f"/proc/self/task/{number}/schedstat").read_text().split() for number in ids]
-                for column, state in enumerate(("running", "waiting")):
+                for column, state in enumerate(("running", "waiting") if count else ()):
                     total = sum(int(each[column]) for each in times)
                     family.add_metric([self._process, name, state], total / count / 1e9)
         yield family

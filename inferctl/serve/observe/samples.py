@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -52,15 +52,16 @@ class Totals:
             (each.name, each.documentation, each.type, [(*s[:2], s[2]) for s in each.samples]) for each in merged
         ]
 
-    def collect(self, own: CollectorRegistry) -> Iterator[Metric]:
-        """Yield the metrics of `own` with those of the processes added."""
-        yield from _merge(own.collect(), [self._ended, *self._latest.values()])
+    def collect(self, own: Iterable[Metric]) -> Iterator[Metric]:
+        """Yield the metrics `own` with those of the processes added."""
+        yield from _merge(own, [self._ended, *self._latest.values()])
 
 
-def _merge(own: Any, others: list[Samples]) -> list[Metric]:
+def _merge(own: Iterable[Metric], others: list[Samples]) -> list[Metric]:
     families: dict[str, tuple[Metric, dict[_Key, float]]] = {}
     for metric in own:
-        families[metric.name] = metric, {_key(each.name, each.labels): each.value for each in metric.samples}
+        _, values = families.setdefault(metric.name, (metric, {}))
+        values |= {_key(each.name, each.labels): each.value for each in metric.samples}
     for name, description, kind, found in (family for samples in others for family in samples):
         _, values = families.setdefault(name, (Metric(name, description, kind), {}))
         for sample, labels, value in found:

@@ -53,7 +53,7 @@ def tracer(name: str, version: str) -> Callable[[UsageEvent], None]:
             "http.route": f"/v1/{event.endpoint}",
             "http.response.status_code": event.status,
             "gen_ai.operation.name": event.endpoint,
-            "gen_ai.request.model": name,
+            "gen_ai.request.model": event.model or name,
             "gen_ai.usage.input_tokens": event.input_tokens,
             "inferctl.request_id": event.request_id,
         }

@@ -24,13 +24,16 @@ from inferctl.core import streams
 from inferctl.core.errors import InferctlError
 from inferctl.reading import task_config
 from inferctl.serve import event_loop
+from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.front_end import FrontEnd
-from inferctl.serve.observe import logs, samples
+from inferctl.serve.lifetime import key_names
+from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import Metrics
+from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.processes.link import Handlers, Link
 from inferctl.serve.processes.remote_backend import RemoteBackend
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
@@ -63,28 +66,40 @@ class ApiProcess:
     async def run(self) -> None:
         """Serve until the drain or the end of the backend."""
         welcome = await self._welcome
-        spec, task, processes = Spec.model_validate(welcome["spec"]), welcome["task"], welcome["processes"]
+        spec, processes = Spec.model_validate(welcome["spec"]), welcome["processes"]
         logs.configure(welcome["log"])
         listener.raise_file_limit()
-        folder = Path(welcome["folder"])
-        config = task_config.read(task, folder, spec.serve.max_input_tokens)
-        self._metrics = metrics = Metrics(welcome["slo"])
-        models, log, traces = (spec.name, spec.model.source), welcome["log"], welcome["traces"]
-        setup = EdgeSetup(spec.name, models, task, spec.access, spec.metering, self._ready, log=log, traces=traces)
+        counted: dict[str, Metrics] = {}
+        models: list[tuple[ServedModel, TokenizerPool]] = []
+        several = len(welcome["models"]) > 1
+        for number, (one, (task, folder, slo)) in enumerate(zip(spec.each(), welcome["models"], strict=True)):
+            config = task_config.read(task, Path(folder), one.serve.max_input_tokens)
+            own = counted[one.name] = Metrics(slo, one.name if several else None)
+            tokenizer = TokenizerPool(Path(folder), config, on_truncated=own.truncated.inc)
+            models.append((ServedModel.of(one, config, welcome["truncate"], number), tokenizer))
+        self._metrics = metrics = ServerMetrics(counted)
+        setup = EdgeSetup(
+            spec.name,
+            key_names(spec),
+            None if several else models[0][0].task,
+            spec.access,
+            spec.metering,
+            self._ready,
+            log=welcome["log"],
+            traces=welcome["traces"],
+            tasks={model.name: model.task for model, _ in models} if several else {},
+        )
         self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._metering.open()
-        self._metering.watch(metrics)
-        tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
-        metrics.watch_threads("api", tokenizer.threads)
+        self._metering.watch(metrics.general)
+        metrics.general.watch_threads("api", *(tokenizer.threads for _, tokenizer in models))
         self._front = FrontEnd(
             spec,
-            config,
+            models,
             setup,
             metrics,
-            tokenizer,
             self._backend,
             self._page,
-            truncate=welcome["truncate"],
             processes=processes,
             connection=_counting(self.link, processes),
         )
@@ -153,9 +168,10 @@ class ApiProcess:
         self._state, lifecycle = state, self._lifecycle
         lifecycle.started, lifecycle.draining = state["started"], state["draining"]
         lifecycle.closed |= state["closed"]
-        if state["device"]:
-            self._front.set_sizes(state)
-            self._metering.ready(state["device"], state["digest"])
+        for model, found in zip(self._front.models, state["models"], strict=True):
+            if found["device"]:
+                self._front.set_sizes(model.number, found)
+                self._metering.ready(found["device"], found["digest"], model.name)
 
     def _on_lost(self) -> None:
         if not self._welcome.done():  # the backend ended before it said what to do
@@ -204,7 +220,7 @@ class ApiProcess:
                 await asyncio.sleep(_ALIVE_S)
 
     def _send_stats(self, *, unfinished: int = 0, scraped: bool = False) -> None:
-        self.link.send("stats", samples.of(self._metrics.registry), unfinished, scraped)
+        self.link.send("stats", self._metrics.report(), unfinished, scraped)
 
 
 def _counting(link: Link, processes: int) -> type[Connection]:

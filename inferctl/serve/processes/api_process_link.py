@@ -60,13 +60,21 @@ class ApiProcessLink:
         """How many requests the backend computes for the API process."""
         return sum(job is not None and not job.future.done() for job in self._jobs.values())
 
-    def _admit(self, number: int, caller: Any, size: int) -> None:
+    def _admit(self, number: int, caller: Any, size: int, model: int | None) -> None:
         self._jobs[number] = None
-        full = self._backend.admit(self._first + number, caller_of(caller), size).result()
+        full = self._backend.admit(self._first + number, caller_of(caller), size, model).result()
         self.messages.send("admitted", number, full and (full.reason, full.message, full.retry_after))
 
     def _submit(
-        self, number: int, caller: Any, size: int, lengths: list[int], marks: Any, directives: str, body: bytes
+        self,
+        number: int,
+        caller: Any,
+        size: int,
+        lengths: list[int],
+        marks: Any,
+        directives: str,
+        model: int,
+        body: bytes,
     ) -> None:
         """Start a request, after it was charged for a body of `size` bytes, unless that is negative.
 
@@ -75,7 +83,7 @@ class ApiProcessLink:
         self._jobs[number] = None
         tokens = np.frombuffer(body, dtype="<i4")
         sequences = [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
-        work = Work(caller_of(caller), sequences, marks, directives.encode("latin-1"))
+        work = Work(caller_of(caller), sequences, marks, directives.encode("latin-1"), model)
         if size >= 0:
             self._backend.charge(self._first + number, work.caller, size)
         job = self._jobs[number] = self._backend.submit(self._first + number, work)

@@ -39,24 +39,26 @@ class RemoteBackend:
             "page": self._page,
         }
 
-    def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
+    def admit(
+        self, number: int, caller: Caller, size: int, model: int | None = 0
+    ) -> asyncio.Future[RejectedError | None]:
         """Charge a request. Part of `Backend`."""
         if size > _ASKED_BYTES:
             self._owed.pop(number, None)
             self._known[number] = None
-            return self._ask("admit", number, tuple(caller), size)
+            return self._ask("admit", number, tuple(caller), size, model)
         if caller.limits != NO_LIMITS:
             self._owed[number] = caller, size
         return done(None)
 
     def submit(self, number: int, work: Work) -> asyncio.Future[Outcome]:
         """Send a request to the backend. Part of `Backend`."""
-        caller, sequences, marks, directives = work
+        caller, sequences, marks, directives, model = work
         _, size = self._owed.pop(number, (caller, _OWES_NOTHING))
         lengths = [len(sequence) for sequence in sequences]
         payload = [sequence.tobytes() for sequence in sequences]
         self._known[number] = None
-        fields = tuple(caller), size, lengths, marks, directives.decode("latin-1")
+        fields = tuple(caller), size, lengths, marks, directives.decode("latin-1"), model
         return self._ask("submit", number, *fields, payload=payload)
 
     def report(

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence
+from inferctl.batching.device_share import DeviceShare, Load, Turn
 from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo, EngineProcess
 from inferctl.serve.observe.metrics import Metrics
@@ -75,10 +76,18 @@ class _Request:
 class Dispatcher:
     """All requests in flight, and one `EngineQueue` per ready engine. Runs on the event loop.
 
-    It is the `Listener` of the engines' supervisors.
+    It is the `Listener` of the engines' supervisors. `share`: of models that share a device, with the `weight` of this
+    one; it is then a `SharingModel`.
     """
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        share: DeviceShare | None = None,
+        weight: float = 1.0,
+    ) -> None:
         self.out_of_memory = 0  # batches
         self._batcher, self._metrics, self._clock = batcher, metrics, clock
         self._engines: dict[EngineProcess, EngineQueue] = {}  # the ready ones
@@ -87,6 +96,15 @@ class Dispatcher:
         self._ids = count()
         self._busy_s, self._busy_at = 0.0, -math.inf  # seconds until an engine is free, and when this was computed
         self._scheduled = False  # `_dispatch` will run in this turn of the event loop
+        self._places: dict[EngineProcess, int] = {}  # that of an engine is the same in each model
+        self._turn: Turn | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._slots: Callable[..., int] = EngineQueue.free_slots
+        if share is not None:
+            self._turn = turn = Turn(share, self, weight)
+            self._slots = self._shared_slots
+            share.turns.append(turn)
+            batcher.elapsed = lambda seconds: turn.elapsed(seconds, clock())
         metrics.watch_queue(
             lambda: batcher.waiting_tokens, lambda: batcher.waiting_requests, lambda: len(self._requests)
         )
@@ -150,10 +168,14 @@ class Dispatcher:
     def _seconds_until_free(self) -> float:
         """Return the seconds until any engine can start another batch, at most 1 ms old."""
         if (now := self._clock()) - self._busy_at > _BUSY_AGE_S:
-            latency = self._batcher.latency
-            self._busy_s = min((queue.seconds_until_free(latency) for queue in self._engines.values()), default=0.0)
+            self._busy_s = min(map(self._until_free, self._engines.values()), default=0.0)
             self._busy_at = now
         return self._busy_s
+
+    def _until_free(self, queue: EngineQueue) -> float:
+        if self._turn is None:
+            return queue.seconds_until_free(self._batcher.latency)
+        return 0.0 if self._slots(queue) else self._turn.device.remaining_s(queue.place, self._clock())
 
     def fail_all(self, message: str) -> None:
         """Fail all requests in flight, because there is no engine."""
@@ -162,7 +184,10 @@ class Dispatcher:
 
     def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
         """Send batches to this engine from now on. Part of `Listener`."""
-        self._engines[engine] = EngineQueue(engine, info, self._clock)
+        place = self._places.setdefault(engine, len(self._places))
+        if self._turn is not None:
+            self._turn.device.loads.setdefault(place, Load())
+        self._engines[engine] = EngineQueue(engine, info, self._clock, place)
         self._engines_changed()
         self._dispatch()
 
@@ -189,7 +214,10 @@ class Dispatcher:
         queue = self._engines[engine]
         attempt, seconds = queue.finish(result.id)
         now = self._clock()
-        self._batcher.latency.observe(attempt.tokens, max(seconds, result.seconds))
+        seconds = max(seconds, result.seconds)
+        if self._turn is not None:
+            self._turn.charge(seconds / queue.slots - attempt.charged, now)
+        self._batcher.latency.observe(attempt.tokens, seconds)
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
         queue.raise_batch_limit(attempt.tokens)
         self._engines_changed()
@@ -232,15 +260,53 @@ class Dispatcher:
             self._batcher.limits = replace(self._batcher.limits, batch_tokens=tokens)
 
     def _dispatch(self) -> None:
-        """Send as many batches as the engines accept, to the least loaded engine first.
-
-        A batch is prefetched only if no engine has a free slot.
-        """
+        """Send as many batches as the engines accept. A batch is prefetched only if no engine has a free slot."""
         self._scheduled, self._busy_at = False, -math.inf
-        for prefetch in (False, True):
-            for queue in sorted(self._engines.values(), key=lambda queue: queue.tokens):
-                while attempt := self._next(queue, prefetch=prefetch):
-                    queue.send(self._batch(attempt), attempt)
+        if self._turn is None:
+            self.send(prefetch=False)
+            self.send(prefetch=True)
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        wait = self._turn.device.dispatch(self._clock())
+        self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch) if wait < math.inf else None
+
+    def waits(self) -> bool:
+        """Return whether something is queued that an engine accepts. Part of `SharingModel`."""
+        queued = bool(self._retries or len(self._batcher))
+        return queued and any(queue.free_slots(prefetch=True) for queue in self._engines.values())
+
+    def send(self, *, prefetch: bool) -> bool:
+        """Send as many batches as the engines accept, to the least loaded engine first. Part of `SharingModel`.
+
+        Of several models on a device only one batch, because another model may be next.
+        """
+        for queue in sorted(self._engines.values(), key=lambda queue: queue.tokens):
+            while attempt := self._next(queue, prefetch=prefetch):
+                queue.send(self._batch(attempt), attempt)
+                if self._turn is not None:
+                    attempt.charged = self._batcher.latency.seconds(attempt.tokens) / queue.slots
+                    self._turn.charge(attempt.charged, self._clock())
+                    return True
+        return False
+
+    def load(self, place: int) -> Load:
+        """Return the load of the batches in flight. Part of `SharingModel`."""
+        queues = (queue for queue in self._engines.values() if queue.place == place)
+        return next((queue.load(self._batcher.latency) for queue in queues), Load())
+
+    def queued_s(self) -> float:
+        """Return the predicted seconds of the queue. Part of `SharingModel`."""
+        batcher = self._batcher
+        seconds = batcher.latency.seconds(batcher.waiting_tokens, batcher.limits.batch_tokens)
+        return seconds / max(1, batcher.slots)
+
+    def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
+        """Return how many more batches the engine and its device accept."""
+        assert self._turn is not None
+        if slots := queue.free_slots():
+            return min(slots, self._turn.device.loads[queue.place].accepted(queue.slots))
+        return queue.free_slots(prefetch=prefetch)
 
     def _batch(self, attempt: BatchAttempt) -> Batch:
         found = [(self._requests[item.request], item.position) for item in attempt.sequences]
@@ -255,12 +321,12 @@ class Dispatcher:
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
         """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""
-        while self._retries and not queue.in_flight:
+        while self._retries and not queue.in_flight and self._slots(queue):
             if items := self._wanted(self._retries.popleft()):
                 return BatchAttempt(items, isolated=True)
-        if self._retries or not queue.free_slots(prefetch=prefetch and self._batcher.has_full_batch()):
+        if self._retries or not self._slots(queue, prefetch=prefetch and self._batcher.has_full_batch()):
             return None
-        free_slots = sum(other.free_slots() for other in self._engines.values())
+        free_slots = sum(self._slots(other) for other in self._engines.values())
         items = self._batcher.next_batch(self._clock(), free_slots=max(1, free_slots))
         return BatchAttempt(items) if items else None
 
@@ -278,6 +344,7 @@ class Dispatcher:
         rows[index] = row
         if not ok:
             request.non_finite.append(index)
+            self._metrics.non_finite.inc()
         if request.on_vector:
             request.on_vector(index, row, ok)
         request.remaining -= 1

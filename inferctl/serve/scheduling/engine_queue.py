@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from inferctl.batching.batcher import QueuedSequence
+from inferctl.batching.device_share import Load
 from inferctl.batching.latency_model import LatencyModel
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Batch, EngineInfo, EngineProcess
 from inferctl.serve.scheduling.engine_use import EngineUse
@@ -14,6 +16,9 @@ from inferctl.serve.scheduling.engine_use import EngineUse
 # After at most this many batches near the lowered limit that fit into memory, the batch limit is back at its start
 # value. If memory stays insufficient, that costs one retry per about this many batches.
 _RECOVERY_BATCHES = 256
+# A batch that takes this many times as long as predicted, and these seconds, does not keep other models from the
+# device: its engine may hang.
+_PATIENCE, _MIN_PATIENCE_S = 4.0, 0.25
 
 
 @dataclass
@@ -21,13 +26,15 @@ class BatchAttempt:
     """One attempt to run sequences as a batch.
 
     `isolated`: no other batch may be in flight on the engine. `started`: when the engine could start it (s), None while
-    it is prefetched. `uses`: for whom the sequences are computed, also if their requests are cancelled.
+    it is prefetched. `uses`: for whom the sequences are computed, also if their requests are cancelled. `charged`: the
+    seconds of a device with several models that were predicted.
     """
 
     sequences: Sequence[QueuedSequence]
     isolated: bool = False
     started: float | None = None
     uses: Sequence[EngineUse] = field(default_factory=list)
+    charged: float = 0.0
 
     @cached_property
     def tokens(self) -> int:
@@ -39,11 +46,11 @@ class EngineQueue:
     """Tracks the batches in flight on one engine, from the moment it is ready until it is lost.
 
     `slots`: how many batches the engine runs at a time. `batch_tokens`: its batch limit, lowered while memory is
-    insufficient. `in_flight`: the batches by number, the oldest first.
+    insufficient. `in_flight`: the batches by number, the oldest first. `place`: which of several equal devices it uses.
     """
 
-    def __init__(self, engine: EngineProcess, info: EngineInfo, clock: Callable[[], float]) -> None:
-        self.slots, self.batch_tokens = info.parallel, info.batch_tokens
+    def __init__(self, engine: EngineProcess, info: EngineInfo, clock: Callable[[], float], place: int = 0) -> None:
+        self.slots, self.batch_tokens, self.place = info.parallel, info.batch_tokens, place
         self.in_flight: dict[int, BatchAttempt] = {}
         self._engine, self._full_batch_tokens, self._clock = engine, info.batch_tokens, clock
 
@@ -59,13 +66,18 @@ class EngineQueue:
 
     def seconds_until_free(self, latency: LatencyModel) -> float:
         """Return the predicted seconds until the engine can start another batch."""
-        if self.free_slots():
-            return 0.0
-        now, total = self._clock(), 0.0
+        return 0.0 if self.free_slots() else self.load(latency).remaining_s
+
+    def load(self, latency: LatencyModel) -> Load:
+        """Return the load of its batches on its cores or GPU."""
+        now, total, running, overdue_s = self._clock(), 0.0, 0, math.inf
         for attempt in self.in_flight.values():
+            predicted = latency.seconds(attempt.tokens)
             elapsed = 0.0 if attempt.started is None else now - attempt.started
-            total += max(0.0, latency.seconds(attempt.tokens) - elapsed)
-        return total / self.slots
+            total += max(0.0, predicted - elapsed)
+            if attempt.started is not None and (left := max(_MIN_PATIENCE_S, _PATIENCE * predicted) - elapsed) > 0:
+                running, overdue_s = running + 1, min(overdue_s, left)
+        return Load(running / self.slots, total / self.slots, overdue_s)
 
     def send(self, batch: Batch, attempt: BatchAttempt) -> None:
         """Send a batch to the engine."""

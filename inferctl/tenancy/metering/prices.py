@@ -1,4 +1,4 @@
-"""The price book: what tokens and engine seconds cost, for each hardware, from which day on."""
+"""The price book: what tokens and engine seconds cost, by hardware and model, from which day on."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class TokenPrice(Section):
 
     hardware: Text
     currency: Text
+    model: Text | None = None  # all names
     start: Annotated[str, BeforeValidator(_day)] = Field(alias="from")
     input: Amount = Decimal(0)
     cached: Amount | None = None  # as `input`
@@ -85,16 +86,16 @@ class PriceBook:
     prices: tuple[TokenPrice, ...]
 
     def cost(self, row: Mapping[str, Any]) -> Decimal:
-        """Return the cost of the sums in `row`, which has `hardware` and `day`.
+        """Return the cost of the sums in `row`, which has `hardware`, `model` and `day`.
 
-        Raises `UsageError` if the book has no price for this hardware on this day.
+        Prices of the model come before those of its hardware. Raises `UsageError` if the book has none on this day.
         """
         hardware = row["hardware"] or "unknown"
         # Without tokens and engine time, as before the server is ready, there is nothing to price.
         if not (row["input_tokens"] or row["output_tokens"] or row["engine_seconds"]):
             return Decimal(0)
-        for name in (hardware, ANY):
-            known = [price for price in self.prices if price.hardware == name]
+        for name, model in ((hardware, row["model"]), (ANY, row["model"]), (hardware, None), (ANY, None)):
+            known = [price for price in self.prices if (price.hardware, price.model) == (name, model)]
             for price in known:
                 if price.start <= row["day"]:
                     return price.cost(row)
@@ -119,9 +120,9 @@ def read(file: Path, currency: str | None) -> PriceBook:
     except ValidationError as error:
         raise SpecError(str(file), validation.problems(error, content, _keys_at, ""), example) from None
     problems: list[Problem] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, str | None, str, str]] = set()
     for index, price in enumerate(prices):
-        identity = (price.hardware, price.currency, price.start)
+        identity = (price.hardware, price.model, price.currency, price.start)
         if identity in seen:
             message = f"a second price for {price.hardware} in {price.currency} from {price.start}"
             problems.append(Problem("prices", message, content.line(["prices", index]), "remove one of the two"))

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -29,7 +29,7 @@ _DAY_S = 86_400
 # After an event could not be encoded, a recorder whose events are required accepts none for this long.
 _REFUSE_S = 30.0
 # Requests that used nothing, such as those above a limit, are free for who sends them. Otherwise each one would fill
-# the outbox: so those with the same key, endpoint, status and code become one event per second.
+# the outbox: so those with the same key, endpoint, model, status and code become one event per second.
 _SUM_S = 1.0
 # A gateway or a provider of tokens may name any number of callers. Those after the first ones have one sum together.
 _MAX_SUMS = 1000
@@ -49,10 +49,13 @@ class EventRecorder:
     meter every request rejects requests while it is, and has `required` set, so that those in flight are recorded too.
     Other servers drop events: their numbers are missing in the ledger, and `dropped` counts them. An event that cannot
     be encoded is dropped too; if events are required, `full` is then True for `_REFUSE_S`.
+
+    `origin`: of all requests, except those for a model in `origins`.
     """
 
     def __init__(self, outbox: Outbox, origin: Origin, *, required: bool = False, max_pending: int = 100_000) -> None:
         self.origin, self.required = origin, required
+        self.origins: Mapping[str, Origin] = {}
         self.dropped = 0
         self._outbox, self._max_pending = outbox, max_pending
         self._limit = max_pending + (_IN_FLIGHT if required else 0)
@@ -96,7 +99,7 @@ class EventRecorder:
     def _add(self, usage: UsageEvent, at: float) -> None:
         """Add a request that used nothing to its sum."""
         # A sum is of one day, because it counts on that of its last request.
-        kind = (usage.endpoint, usage.status, usage.code, at // _DAY_S)
+        kind = (usage.endpoint, usage.model, usage.status, usage.code, at // _DAY_S)
         key = (usage.key_id, *kind)
         if key not in self._sums and len(self._sums) >= _MAX_SUMS:
             key = (_OTHERS, *kind)
@@ -220,7 +223,7 @@ class EventRecorder:
         return batch, sum(item.requests - 1 for item in items)
 
     def _content(self, items: Sequence[Item]) -> bytes:
-        return orjson.dumps(usage_event.requests(self.origin, items))
+        return orjson.dumps(usage_event.requests(self.origin, items, self.origins))
 
     def _encodable(self, items: Sequence[Item], error: Exception) -> list[Item]:
         """Return the events of a batch that can be encoded, and count the others as dropped."""

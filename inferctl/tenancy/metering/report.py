@@ -75,8 +75,8 @@ def make(
 
     Raises `UsageError` for a day without a price.
     """
-    # Prices differ by hardware and day.
-    needed = [*dimensions, *(name for name in ("hardware", "day") if book and name not in dimensions)]
+    # What prices depend on.
+    needed = [*dimensions, *(name for name in ("hardware", "model", "day") if book and name not in dimensions)]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     total = _empty(book)
     for found in ledger.usage(needed, since_ms, until_ms):

@@ -32,7 +32,7 @@ _ROW = [
     "request_id",
 ]
 _WIDTH = len(_ROW)
-# What the requests of a batch have in common: their `Origin`. The columns of the ledger have the same names.
+# What the requests of one model have in common: their `Origin`. The columns of the ledger have the same names.
 _COMMON = ["model", "model_sha256", "task", "hardware"]
 _TEXTS = {"key_id", "endpoint", "code", "request_id", "team", *_COMMON}
 _SECONDS = {"engine_ms", "duration_ms"}
@@ -88,10 +88,13 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """What all requests of a server process have in common. `hardware` and `model_sha256`: None before it is ready."""
+    """What all requests for one model have in common. `hardware` and `model_sha256`: None before it is ready.
+
+    Of a server with several models, those that used none of them have its name, and no task.
+    """
 
     model: str
-    task: Task
+    task: Task | None
     model_sha256: str | None = None
     hardware: str | None = None
 
@@ -114,8 +117,11 @@ def is_free(usage: UsageEvent) -> bool:
     return not (usage.input_tokens or usage.output_tokens or usage.engine_seconds)
 
 
-def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
-    """Return the content of a batch in the outbox. Inputs count only if something was computed for their request."""
+def requests(origin: Origin, items: Sequence[Item], others: Mapping[str, Origin] = {}) -> dict[str, Any]:
+    """Return the content of a batch in the outbox. Inputs count only if something was computed for their request.
+
+    `others`: by the `model` of requests, in place of `origin`.
+    """
     rows = [
         (
             number,
@@ -137,7 +143,12 @@ def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
     ]
     # By key, in a field that an older relay does not read.
     teams = {item.usage.key_id: item.usage.team for item in items if item.usage.team}
-    return {"common": asdict(origin), "requests": rows} | ({"teams": teams} if teams else {})
+    found: dict[Origin, int] = {}
+    if others:
+        of = [found.setdefault(others.get(item.usage.model or "", origin), len(found)) for item in items]
+    origins = [asdict(each) for each in found] or [asdict(origin)]
+    several = {"origins": origins, "of": of} if len(origins) > 1 else {}
+    return {"common": origins[0], "requests": rows} | ({"teams": teams} if teams else {}) | several
 
 
 def end(number: int, time_ms: int, *, clean: bool) -> bytes:
@@ -157,7 +168,7 @@ def read(content: bytes, first: int = 1, last: int = 2**62) -> list[Event]:
                 raise ValueError(f"the number {event.id} at {event.time_ms}")
             for name, value in event.data.items():
                 _check(name, value)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"no batch of usage events: {error}") from None
     return events
 
@@ -166,10 +177,11 @@ def _read(found: Any) -> list[Event]:
     if "end" in found:
         number, time_ms, clean = found["end"]
         return [Event(number, time_ms, {}, "clean" if clean else "unclean")]
-    common, teams = {name: found["common"][name] for name in _COMMON}, dict(found.get("teams", {}))
+    rows, teams = found["requests"], dict(found.get("teams", {}))
+    origins = [{name: each[name] for name in _COMMON} for each in found.get("origins", [found["common"]])]
     return [
-        Event(number, time_ms, _row(values) | {"team": teams.get(values[0])} | common)
-        for number, time_ms, *values in found["requests"]
+        Event(number, time_ms, _row(values) | {"team": teams.get(values[0])} | origins[index])
+        for (number, time_ms, *values), index in zip(rows, found.get("of", [0] * len(rows)), strict=True)
     ]
 
 

@@ -223,9 +223,3 @@ def test_a_spec_without_flavors_names_its_hardware(folder: Path, capsys: pytest.
     assert cli.run(["deploy", "--explain"]) == 2
     shown = capsys.readouterr().err
     assert "hardware l4 has no min_replicas" in shown and "deploy.flavors" not in shown
-
-
-@pytest.mark.usefixtures("folder")
-def test_the_command_that_applies_a_cluster_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["deploy", "--output", "out"]) == 0
-    assert "`kubectl apply -k out/overlays/NAME` (NAME: one, two)" in " ".join(capsys.readouterr().err.split())

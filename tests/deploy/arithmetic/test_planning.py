@@ -13,9 +13,10 @@ from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, 
 from inferctl import cli
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.deploy import explain, gpu, planning
+from inferctl.deploy import explain, gpu, planning, queries
 from inferctl.deploy.clusters import Clusters
 from inferctl.deploy.measured import read
+from inferctl.deploy.plan import ModelPlan
 from inferctl.facts import catalog
 from inferctl.models import model
 from inferctl.models.fit import ModelSize, UnknownSize
@@ -95,8 +96,6 @@ def test_a_sample_receipt_does_not_count_as_measured(tmp_path: Path) -> None:
             InvalidRunError,
             "9 requests failed",
         ),
-        ({"search": {"verdict": "none holds", "reason": "p99 too high"}}, NotEnoughEvidenceError, "p99 too high"),
-        ({"summary": {"requests_per_s": 5.0}}, NotEnoughEvidenceError, "no tokens per request"),
     ],
 )
 def test_receipts_that_do_not_fit_are_refused(
@@ -137,13 +136,6 @@ def test_a_model_on_this_machine_is_compared_with_its_receipts(
         assert cli.run(["deploy", "--json", "-f", str(tmp_path / "inferctl.yaml")]) == 0
         warnings = json.loads(capsys.readouterr().out)["warnings"]
         assert any("was measured with another model" in each for each in warnings) is differs
-
-
-def test_an_assumed_rate_is_called_assumed() -> None:
-    (found,) = plan(spec(one())).models[0].flavors
-    assert found.rate
-    assert "assumed in the spec, not measured" in found.rate.source
-    assert "rate assumed in the spec" in found.placements[0].max_replicas.source
 
 
 def test_a_flavor_without_a_rate_needs_its_limits_and_keeps_its_minimum() -> None:
@@ -398,6 +390,44 @@ def test_unknown_weights_are_a_warning_about_what_lacks_them(tmp_path: Path) -> 
         (planned,) = plan(spec(deploy, model={"source": "org/x", "weights": weights}), size=size).models
         found = [warning for warning in planned.warnings if "size of the weights is unknown" in warning]
         assert [part for each in found for part in re.findall(r"in its (.*), and pods", each)] == (lacking or [])
+
+
+def plan_of_several(deploy: dict[str, Any], weights: str = "bake", size: ModelSize = SMALL) -> ModelPlan:
+    """Return the plan of an embedding model in fp32 and a reranker on one server."""
+    embed = {"name": "embed", "model": {"source": "./m", "weights": weights}, "serve": {"precision": "fp32"}}
+    rerank = {"name": "rerank", "model": {"source": "./m", "weights": weights}, "slo": {"p99_ms": 40}}
+    document = {"name": "both", "models": [embed, rerank], "slo": {"p99_ms": 70}, "deploy": deploy}
+    made, tasks = Spec.model_validate(document), ("embed", "rerank")
+    sources = [planning.SpecSource(each, Path(), size, task) for each, task in zip(made.each(), tasks, strict=True)]
+    return planning.make_plan([planning.of_several(made, sources)], [cluster()]).models[0]
+
+
+def test_the_models_of_a_server_need_the_sum_of_their_memory_and_each_has_its_slo() -> None:
+    found, flavor = plan_of_several(one()), plan_of_several(one()).flavors[0]
+    memory, alone = flavor.fit.memory, plan(spec(one())).models[0].flavors[0].fit.memory
+    assert memory and alone and (memory.weights, memory.overhead) == (3 * alone.weights, 2 * alone.overhead)
+    assert (found.task, flavor.precision, flavor.load_s.value) == ("embed-rerank", "auto", 240)
+    large = ModelSize(4_000_000_000, SMALL.config)
+    plan(spec(one(), serve={"precision": "fp32"}), size=large)
+    with pytest.raises(UsageError, match=r"all models need about .*embed .*rerank "):
+        plan_of_several(one(), size=large)
+    made = queries.of(found, found.flavors, cluster(), "inference")
+    (latency,) = (query.promql for query in made if query.name == "p99-rerank")
+    assert 'model="rerank"' in latency and " / 0.04)" in latency
+
+
+@pytest.mark.parametrize(
+    ("deploy", "weights", "message"),
+    [
+        (one(receipt="r.json", tokens_per_second=None), "bake", "a receipt does not say how fast a mix"),
+        ({**one(), "bench": True, "tools_image": IMAGE}, "bake", "a receipt does not say how fast a mix"),
+        (one(), "mount", "embed has mounted weights, but no volume"),
+        ({**one(), "weights": {"pvc": "shared"}}, "bake", "pvc is of one model"),
+    ],
+)
+def test_what_cannot_be_said_of_several_models_is_refused(deploy: dict[str, Any], weights: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_of_several(deploy, weights)
 
 
 @pytest.mark.parametrize(

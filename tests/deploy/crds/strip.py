@@ -1,4 +1,7 @@
-"""Remove the descriptions from CRDs: `python tests/deploy/crds/strip.py FILE...`. Nothing in the tests reads them."""
+"""Remove from CRDs what the tests do not read: `python tests/deploy/crds/strip.py FILE...`.
+
+These are descriptions, and the status of objects, which only a controller writes, with the columns that show it.
+"""
 
 import sys
 from pathlib import Path
@@ -15,4 +18,8 @@ def stripped(value: Any) -> Any:
 
 
 for file in map(Path, sys.argv[1:]):
-    file.write_text(yaml.safe_dump(stripped(yaml.safe_load(file.read_text())), sort_keys=False, width=120))
+    found = stripped(yaml.safe_load(file.read_text()))
+    for version in found["spec"]["versions"]:
+        version["schema"]["openAPIV3Schema"]["properties"].pop("status", None)
+        version.pop("additionalPrinterColumns", None)
+    file.write_text(yaml.safe_dump(found, sort_keys=False, width=120))

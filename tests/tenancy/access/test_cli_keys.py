@@ -69,6 +69,14 @@ def test_create_prints_the_key_alone(run: Run, tmp_path: Path) -> None:
     assert key not in text
 
 
+def test_a_scope_that_the_spec_does_not_have_is_named(run: Run, tmp_path: Path) -> None:
+    models = "{name: dense, model: {source: ./a}, serve: {aliases: [small]}}, {name: order, model: {source: ./b}}"
+    (tmp_path / "inferctl.yaml").write_text(f"name: all\nmodels: [{models}]\n")
+    assert "warning" not in run("create", "a", "--model", "small", "--model", "order").stderr
+    assert "no model or adapter 'ordr', only dense, small, order" in run("create", "b", "--model", "ordr").stderr
+    assert [key["models"] for key in listed(run)] == [["small", "order"], ["ordr"]]
+
+
 def test_revoke_and_rotate(run: Run, tmp_path: Path) -> None:
     first = run("create", "a").stdout.strip()
     key_id = keys.parse(first) or ""
@@ -288,8 +296,3 @@ def test_the_spec_names_the_file(run: Run, tmp_path: Path) -> None:
     run("create", "a")
     assert (tmp_path / "secrets" / "k.json").stat().st_mode & 0o777 == 0o600
     assert len(listed(run)) == 1
-
-
-def test_the_hint_for_a_missing_file_names_that_file(run: Run, tmp_path: Path) -> None:
-    done = run("list", "--keys", "team keys.json", code=2)
-    assert "`inferctl keys create NAME --keys 'team keys.json'`" in done.stderr

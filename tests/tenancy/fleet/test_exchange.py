@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import signal
 import socket
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import nats as client
 import pytest
 
 from inferctl.config.spec import Access
@@ -139,25 +136,8 @@ def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet,
     assert "Traceback" not in logs
 
 
-def test_a_revoked_key_ends_on_all_servers_and_a_message_that_is_not_valid_harms_nobody(
-    fleet: Fleet, nats: Nats
-) -> None:
-    first, secret = fleet.add(requests_per_minute=100_000)
-
-    async def send() -> None:
-        connection = await client.connect(nats.url)
-        for subject in ("inferctl.limits.echo", "inferctl.keys"):
-            for content in (b"", b"{", b"[]", b"null", b'{"revoked": 5}', b'{"sender": 1}', b'{"revoked": [[1]]}'):
-                await connection.publish(subject, content + b"\n")
-            bad = {"sender": "x", "counted_by": "x", "counters": {"k": [[[1, "a", 2]], []]}}
-            await connection.publish(subject, json.dumps(bad).encode() + b"\n")
-        await connection.flush()
-        await connection.close()
-
-    asyncio.run(send())
-    time.sleep(1)
-    until(lambda: [fleet.status(server, secret) for server in fleet.servers] == [200] * 3)
-    assert all(server.process.poll() is None for server in fleet.servers)
+def test_a_revoked_key_ends_on_all_servers(fleet: Fleet, nats: Nats) -> None:
+    first, secret = fleet.add()
     fleet.keys("revoke", first, broker=nats.url)
     until(lambda: all(fleet.status(server, secret) == 401 for server in fleet.servers), 10)
     second, secret = fleet.add()

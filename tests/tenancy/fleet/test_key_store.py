@@ -314,16 +314,6 @@ def test_a_relay_that_waits_for_another_one_says_so_once(
     asyncio.run(_run_until(Relay(None, settings), copied.exists))
 
 
-def test_a_store_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
-    address = store_at(tmp_path / "keys.sqlite")
-    newer = sqlite3.connect(tmp_path / "keys.sqlite")
-    newer.execute("update api_key_version set version_num = '9999'")
-    newer.commit()
-    newer.close()
-    with pytest.raises(UsageError, match="newer version"):
-        KeyStore.open(address)
-
-
 def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
     address = store_at(tmp_path / "keys.sqlite")
     assert (tmp_path / "keys.sqlite").stat().st_mode & 0o777 == 0o600

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -23,9 +25,11 @@ prices:
   - {hardware: l4, currency: EUR, from: 2026-09-22, input: 2, engine_second: 1}
   - {hardware: l4, currency: EUR, from: 2026-01-01, input: 0.1, cached: 0.01, output: 0.3}
   - {hardware: "*", currency: USD, from: 2026-01-01, input: 5}
+  - {hardware: "*", model: legal, currency: USD, from: 2026-01-01, input: 7}
+  - {hardware: h100, model: legal, currency: USD, from: 2026-09-22, input: 9}
 """
 ALL = (0, 2**62)
-ROW = {"hardware": "l4", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
+ROW = {"hardware": "l4", "model": "minilm", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
 ROW |= {"output_tokens": 1_000_000, "engine_seconds": Decimal(10)}
 
 
@@ -40,7 +44,10 @@ def test_the_price_of_the_day_counts(book: Path) -> None:
     euro = prices.read(book, "EUR")
     assert euro.cost(ROW) == Decimal("0.51")
     assert euro.cost({**ROW, "day": "2026-09-22"}) == Decimal(16)
-    assert prices.read(book, "USD").cost({**ROW, "hardware": "h100"}) == Decimal(15)
+    dollar = prices.read(book, "USD")
+    assert dollar.cost({**ROW, "hardware": "h100"}) == Decimal(15)
+    assert dollar.cost({**ROW, "model": "legal"}) == Decimal(21), "the price of a model comes first"
+    assert dollar.cost({**ROW, "model": "legal", "hardware": "h100", "day": "2026-09-22"}) == Decimal(27)
 
 
 def test_gaps_of_the_book_are_errors(book: Path) -> None:
@@ -99,6 +106,24 @@ def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, boo
         "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost,key_name",
         "k1,8,0,8,80,0,0,0.016,0.006065,",
     ]
+
+
+def test_each_name_of_a_server_has_its_own_sums_and_price(ledger: Ledger, tmp_path: Path) -> None:
+    chosen, prices_of = random.Random(1), {"minilm": 1, "legal": 5, "order": 1}
+    usages = [event(f"k{n % 2}", chosen.randrange(10**6), model=chosen.choice([*prices_of])) for n in range(300)]
+    items = [Item(number, DAY, each) for number, each in enumerate(usages, 1)]
+    origins = {name: replace(ORIGIN, model=name) for name in prices_of}
+    content = json.dumps(usage_event.requests(ORIGIN, items, origins)).encode()
+    ledger.apply([EventBatch("a", 1, len(items), int(1000 * DAY), content)])
+    common = "hardware: l4, currency: EUR, from: 2026-01-01"
+    (tmp_path / "book.yaml").write_text(f"prices: [{{{common}, input: 1}}, {{{common}, model: legal, input: 5}}]")
+    book = prices.read(tmp_path / "book.yaml", None)
+    expected: Counter[tuple[str | None, str | None]] = Counter()
+    for each in usages:
+        expected[each.model, each.key_id] += each.input_tokens * prices_of[each.model or ""]
+    found = report.make(ledger, ["model", "key"], *ALL, book, {}).rows
+    assert {(row["model"], row["key"]): row["cost"] * 10**6 for row in found} == expected
+    assert report.make(ledger, ["key"], *ALL, book, {}).total["cost"] * 10**6 == expected.total()
 
 
 def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> None:

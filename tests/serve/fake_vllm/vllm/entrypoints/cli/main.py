@@ -110,9 +110,6 @@ async def chat(request: Request) -> Response:
     body = await request.json()
     script = body["messages"][0]["content"]
     count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
-    if str(body.get("model")).startswith("unknown"):
-        log_error("serving.py:274", f"Error with model error=ErrorInfo(message='The model `{body['model']}` does not'")
-        return JSONResponse({"error": {"message": "no model", "type": "x", "param": None, "code": 404}}, 404)
     if grammar := body.get("structured_outputs"):
         log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", f"Error: {grammar}")
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
@@ -154,6 +151,19 @@ async def chat(request: Request) -> Response:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
+
+
+async def completions(request: Request) -> Response:
+    """Return log-probabilities of a prompt: those of the base for all names, or without a reference by their length."""
+    body = await request.json()
+    ids = body["prompt"] if isinstance(body["prompt"], list) else [1, 2]
+    rows = [{token: {"logprob": -len(body["model"])}} for token in ids[1:]]
+    for text in json.loads((Path(os.environ["INFERCTL_EDGE"]) / "adapters.json").read_text()).get("texts", []):
+        if text and text["ids"] == ids:
+            lists = zip(text["top_ids"], text["top_logprobs"], ids[1:], text["logprobs"], strict=True)
+            rows = [dict(zip([*tops, own], [*values, value], strict=True)) for tops, values, own, value in lists]
+            rows = [{token: {"logprob": value} for token, value in row.items()} for row in rows]
+    return JSONResponse({"choices": [{"prompt_token_ids": ids, "prompt_logprobs": [None, *rows]}]})
 
 
 async def tokenize(request: Request) -> Response:
@@ -207,6 +217,7 @@ def main() -> None:
         Route("/openapi.json", document),
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]

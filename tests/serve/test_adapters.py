@@ -1,0 +1,249 @@
+"""Adapters on a generative model: who sees and uses which name, with a stand-in for vLLM and with the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from inferctl.core.errors import UsageError
+from inferctl.models.adapter import Slots
+from inferctl.models.model import ModelFolder
+from inferctl.serve.generate import generation_server, probe
+from tests.conftest import ROOT
+from tests.models.adapters import HOSTILE, WRONG, renamed, write_adapter, write_base
+from tests.processes import ServerProcess, python, until
+from tests.required import missing
+from tests.serve.test_generation import FAKE
+from tests.serve.test_vllm import MODEL, SPEC, greedy, serving
+from tests.tenancy.key_files import add
+from tests.tenancy.metering.test_metered_server import ledger_of
+from tests.tiny_models import make_generator
+
+BASE, POET, CODER = ["m", "gpt-4o"], "poet", "org/coder"
+# Names of a key -> those that it sees.
+SCOPES: dict[str, tuple[list[str] | None, list[str]]] = {
+    "all": (None, [*BASE, POET, CODER]),
+    "base": (["gpt-4o"], BASE),
+    "poet": ([POET], [POET]),
+    "two": (["m", CODER, "else"], [*BASE, CODER]),
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("adapters")
+    base = write_base(folder / "base")
+    sources = {name: write_adapter(folder / name.replace("/", "-"), base, seed=len(name)) for name in (POET, CODER)}
+    keys = {name: add(folder / "keys.json", name, models=models)[1] for name, (models, _) in SCOPES.items()}
+    keys["admin"] = add(folder / "keys.json", "admin", admin=True)[1]
+    spec = {
+        "name": "m",
+        "model": {"source": str(base), "adapters": [{"name": name, "source": str(sources[name])} for name in sources]},
+        "serve": {"aliases": BASE[1:], "port": 0},
+        "access": {"keys": str(folder / "keys.json")},
+        "metering": {"mode": "on"},
+    }
+    (folder / "inferctl.yaml").write_text(json.dumps(spec))
+    options = ["--spec", "inferctl.yaml", "--log", "json", "--device", "cpu"]
+    started = ServerProcess.launch(folder, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    try:
+        yield started.wait_announced(), keys
+    finally:
+        started.kill()
+
+
+def ask(server: ServerProcess, key: str, model: Any, path: str = "/v1/chat/completions") -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "1"}], "prompt": "a"} | ({} if model is None else {"model": model})
+    return httpx.post(f"{server.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_key_sees_and_uses_its_names_only(server: tuple[ServerProcess, dict[str, str]], scope: str) -> None:
+    running, keys = server
+    headers = {"authorization": f"Bearer {keys[scope]}"}
+    seen = SCOPES[scope][1]
+    cards = {card["id"]: card for card in httpx.get(f"{running.url}/v1/models", headers=headers).json()["data"]}
+    assert list(cards) == seen
+    assert {name: card["parent"] for name, card in cards.items()} == {
+        name: None if name in BASE else "m" for name in seen
+    }
+    assert "/" not in json.dumps(list(cards.values())).replace(CODER, "")
+    unknown = ask(running, keys[scope], "absent")
+    for name in [*BASE, POET, CODER]:
+        answer = ask(running, keys[scope], name)
+        one = httpx.get(f"{running.url}/v1/models/{name}", headers=headers)
+        assert (answer.status_code, one.status_code) == ((200, 200) if name in seen else (404, 404))
+        if name not in seen:
+            assert (
+                answer.json()["error"]["message"].replace(repr(name), "'absent'") == unknown.json()["error"]["message"]
+            )
+    # Without a name, only one model can be meant.
+    assert ask(running, keys[scope], None).status_code == (200 if seen in (BASE, [POET]) else 400)
+    assert [ask(running, keys[scope], wrong).status_code for wrong in (5, [POET], {"a": 1})] == [404] * 3
+    assert ask(running, keys[scope], "absent", "/tokenize").status_code == 404
+
+
+def test_log_probabilities_of_a_prompt_are_computed_alone(server: tuple[ServerProcess, dict[str, str]]) -> None:
+    running, keys = server
+
+    def send(script: str, **options: Any) -> httpx.Response:
+        body = {"model": POET, "messages": [{"role": "user", "content": script}], "max_tokens": 1, **options}
+        headers = {"authorization": f"Bearer {keys['all']}"}
+        return httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+    for options in ({"n": 2}, {"max_tokens": 2}):
+        assert send("1", prompt_logprobs=1, **options).json()["error"]["param"] == "prompt_logprobs"
+    with ThreadPoolExecutor(4) as pool:
+        plain = pool.submit(send, "60")
+        until(lambda: send("1", prompt_logprobs=0).json().get("error", {}).get("code") == "prompt_logprobs_busy", 3)
+        assert plain.result().status_code == 200
+        alone = pool.submit(send, "20", echo=True)
+        others = [pool.submit(send, "1") for _ in range(3)]
+        assert {each.result().status_code for each in (alone, *others)} <= {200, 429}
+    assert send("1", prompt_logprobs=1).status_code == 200
+
+
+def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[ServerProcess, dict[str, str]]) -> None:
+    running, keys = server
+    folder = running.log.parent
+    key, secret = add(folder / "keys.json", "counted")
+    until(lambda: ask(running, secret, "m").status_code == 200)
+    for name in ("gpt-4o", CODER, CODER):
+        ask(running, secret, name)
+
+    def counted() -> dict[str, int]:
+        with suppress(UsageError):  # the relay has not made the ledger yet
+            found = ledger_of(folder).usage(["key", "model"], 0, 2**62)
+            return {row["model"]: row["requests"] for row in found if row["key"] == key.id}
+        return {}
+
+    until(lambda: counted() == {"m": 2, CODER: 2}, 30)
+    info = httpx.get(f"{running.url}/info", headers={"authorization": f"Bearer {keys['admin']}"}).json()
+    found = {each["name"]: each for each in info["adapters"]}
+    assert found[POET]["sha256"] != found[CODER]["sha256"]
+    assert {(each["rank"], each["bytes"] > 1000) for each in found.values()} == {(4, True)}
+    options = info["engine"]["options"]
+    assert (options["--max-loras"], options["--max-lora-rank"], options["--max-cpu-loras"]) == ("3", "8", "3")
+    paths = dict(each.split("=") for each in options["--lora-modules"].split())
+    assert [Path(paths[name]).name for name in found] == [each["sha256"] for each in found.values()]
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "reason"),
+    [
+        (write_base, "a", "adapter a changes nothing: vLLM responds as without it"),
+        (make_generator, "poet", "adapter poet is not applied as PEFT does: KL divergence from PEFT in fp32"),
+    ],
+    ids=["without a reference", "with the reference"],
+)
+def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, reason: str
+) -> None:
+    base = write(tmp_path / "base")
+    spec = {"name": "m", "model": {"source": str(base)}, "serve": {"port": 0}}
+    spec["model"]["adapters"] = [{"name": name, "source": str(write_adapter(tmp_path / "adapter", base))}]
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    options = ["--spec", "inferctl.yaml", "--device", "cpu"]
+    server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    try:
+        assert server.process.wait(280) == 3
+    finally:
+        server.kill()
+    said = server.log.read_text()
+    assert f"error: {reason}" in said
+    assert "ready " not in said
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_the_estimated_size(
+    tmp_path: Path,
+) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed")
+    paths = generation_server._python_path(tmp_path, SimpleNamespace(versions=probe.versions()))  # type: ignore[arg-type]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = python("-m", "tests.serve.vllm_alone", str(tmp_path), env=os.environ | environment, cwd=ROOT, timeout=500)
+    found = json.loads(done.stdout.splitlines()[-1])
+    known = {case: serves for case, (_, _, serves) in [*WRONG.items(), *HOSTILE.items()] if serves is not None}
+    assert {case: bool(served) for case, served in found["served"].items()} == known
+    assert found["slots"] == Slots(2, 16).numbers(ModelFolder(tmp_path / "base"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path) -> None:
+    sources = {name: write_adapter(tmp_path / name, MODEL, seed=number) for number, name in enumerate(("one", "two"))}
+    adapters = [{"name": name, "source": str(source)} for name, source in sources.items()]
+    spec = {**SPEC, "model": {**SPEC["model"], "adapters": adapters}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with serving(tmp_path, spec) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=300)
+
+            def answer(name: str) -> str:
+                found = client.chat.completions.create(**greedy(max_tokens=4) | {"model": name})
+                assert found.model == name
+                return str(found.choices[0].message.content)
+
+            names = [card.id for card in client.models.list().data]
+            assert names == ["smollm2", *sources]
+            effects = [each["next_tokens"] for each in server.get("/info").json()["adapters"]]
+            assert all(each["kl"] < 1e-3 < 0.1 < each["kl_base"] for each in effects), effects
+            alone = {name: answer(name) for name in names}
+            assert len(set(alone.values())) == 3
+            mixed = names * 3
+            with ThreadPoolExecutor(6) as pool:
+                assert list(pool.map(answer, mixed)) == [alone[name] for name in mixed]
+            shown = {"prompt": [1, 2, 3], "max_tokens": 1, "prompt_logprobs": 1}
+            with ThreadPoolExecutor(6) as pool:  # together they would end vLLM's engine
+                codes = pool.map(
+                    lambda name: httpx.post(f"{server.url}/v1/completions", json={"model": name, **shown}).status_code,
+                    [*names, *names],
+                )
+                assert set(codes) == {200, 429}
+            assert answer("one") == alone["one"]
+            with pytest.raises(openai.NotFoundError, match="'three' not found; use 'smollm2' or 'one' or 'two'"):
+                answer("three")
+            for path in ("load_lora_adapter", "unload_lora_adapter"):
+                body = {"lora_name": "one", "lora_path": str(sources["one"])}
+                assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 404
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_an_adapter_that_vllm_serves_as_the_base_is_refused_at_the_start(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed")
+    source = write_adapter(tmp_path / "right", MODEL)
+    ignored = write_adapter(tmp_path / "ignored", MODEL, renamed("model.layers", "language_model.model.layers"))
+    spec = {**SPEC, "model": {**SPEC["model"], "adapters": [{"name": "one", "source": str(source)}]}}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    variables = {"SWAPPED_ADAPTER": str(ignored), "PYTHONPATH": str(ROOT)}
+    server = ServerProcess.launch(tmp_path, "tests.serve.swapped_adapter", "--spec", "inferctl.yaml", **variables)
+    try:
+        assert server.process.wait(580) == 3
+    finally:
+        server.kill()
+    said = server.log.read_text()
+    found = re.search(r"error: adapter one is not applied as PEFT does: KL .* fp32 ([\d.]+) nats, base ([\d.]+)", said)
+    assert found and float(found[1]) == pytest.approx(float(found[2]), rel=0.2), said
