@@ -108,7 +108,9 @@ def mix(
     folder = tmp_path_factory.mktemp("mix")
     keys = {name: add(folder / "keys.json", name, **fields) for name, fields in KEYS.items()}
     access = {"keys": "keys.json", "open": ["metrics", "docs"]}
-    write_spec(folder, sources, request.param, access=access, metering={"mode": "on"}, cache={"size": "16MiB"})
+    serve = {"api_processes": request.param, "max_input_tokens": 64}
+    more = {"access": access, "metering": {"mode": "on"}, "cache": {"size": "16MiB"}, "serve": serve}
+    write_spec(folder, sources, request.param, **more)
     return Mix(serve_module("--spec", "inferctl.yaml", "--engine", "echo", place=folder), folder, keys)
 
 
@@ -186,6 +188,8 @@ def test_bodies_at_a_path_of_several_models(mix: Mix) -> None:
         assert found == cases
         answer = client.post("/v1/embeddings", json={"input": "a"}, headers={"content-type": "text/plain"})
         assert answer.status_code == 415
+        long = client.post("/v1/embeddings", json={"model": "second", "input": "a " * 200}).json()
+        assert long["usage"]["total_tokens"] == 64  # by the setting of the whole server
 
 
 def ask(client: httpx.Client, name: str) -> httpx.Response:
