@@ -37,7 +37,7 @@ class ModelNames:
                 raise unknown_model(wanted or None, names)
             wanted = names[0]
         context.model = self._names[wanted]
-        return wanted
+        return str(wanted)
 
     def cards(self, context: RequestContext) -> list[dict[str, Any]]:
         """Return what `/v1/models` lists for the key of a request, in OpenAI's format."""
