@@ -200,14 +200,14 @@ class Batcher:
             if len(queue.sequences) > 2 * queue.count + self.limits.window:
                 queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
 
-    def next_batch(self, now: float, free_slots: int = 1) -> list[QueuedSequence]:
+    def next_batch(self, now: float, free_slots: int = 1, most_tokens: float = math.inf) -> list[QueuedSequence]:
         """Remove the next batch from the queue and return it; empty if nothing is queued.
 
         `free_slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
-        limit, except that a single sequence may exceed it.
+        limit, and `most_tokens` if that is not too small, except that a single sequence may exceed both.
         """
-        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / free_slots))
-        budget = min(self.limits.batch_tokens, part)
+        part = min(math.ceil(self.waiting_tokens / free_slots), most_tokens)
+        budget = min(self.limits.batch_tokens, max(_MIN_SPLIT_TOKENS, int(part)))
         batch = self._take_overdue_bulk(now, budget)
         for queue in (self._interactive, self._bulk):
             remaining = budget - sum(item.tokens for item in batch)

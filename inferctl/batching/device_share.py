@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 _ROUNDING = 1e-9
+# A request can wait for a batch that runs and for one that is prefetched, and then for its own.
+_SHARE_OF_SLO = 1 / 3
 
 
 class Load(NamedTuple):
@@ -33,6 +35,10 @@ class Load(NamedTuple):
 
 class SharingModel(Protocol):
     """What the share of a device needs to know of a model. `place`: which of several equal devices, from 0."""
+
+    @property
+    def slo_s(self) -> float | None:
+        """The longest latency of its requests (s); None without an objective."""
 
     def waits(self) -> bool:
         """Return whether something is queued that an engine of the model accepts, perhaps as a prefetched batch."""
@@ -59,6 +65,12 @@ class Turn:
     def charge(self, seconds: float) -> None:
         """Count seconds of the device: those predicted when a batch is sent, and at its end what that was wrong by."""
         self.virtual += seconds / self.weight
+
+    @property
+    def longest_batch_s(self) -> float:
+        """How long a batch may take, so that others can hold their objectives: no batch makes way for another."""
+        others = (turn.model.slo_s for turn in self.device.turns if turn is not self)
+        return min((slo_s for slo_s in others if slo_s is not None), default=math.inf) * _SHARE_OF_SLO
 
     def elapsed(self, seconds: float) -> float:
         """Return the predicted seconds until the model got `seconds` of the device.

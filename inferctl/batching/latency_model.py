@@ -115,6 +115,10 @@ class LatencyModel:
         batches = math.ceil(tokens / batch_tokens) if batch_tokens else min(tokens, 1)
         return batches * self.fixed + tokens * self.per_token
 
+    def tokens(self, seconds: float) -> float:
+        """Return the tokens of a batch that takes `seconds`; infinity while the model has no data."""
+        return max(0.0, seconds - self.fixed) / self.per_token if self.per_token else math.inf
+
     def tokens_per_second(self, batch_tokens: int, parallel: int) -> float | None:
         """Return the tokens per second in full batches, `parallel` at a time; None before 100 batches.
 

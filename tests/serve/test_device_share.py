@@ -79,16 +79,22 @@ class Model:
     """A model whose one engine runs `slots` batches at a time, and what came of its requests."""
 
     def __init__(
-        self, world: World, weight: float = 1.0, slots: int = 1, per_token: float = 1e-4, slo: float | None = None
+        self,
+        world: World,
+        weight: float = 1.0,
+        slots: int = 1,
+        per_token: float = 1e-4,
+        slo: float | None = None,
+        batch_tokens: int = _BATCH_TOKENS,
     ) -> None:
         self.world, self.weight, self.slots, self.per_token = world, weight, slots, per_token
         self.latencies: list[float] = []
         self.rejected, self.running, self.hangs = 0, 0, False
         self.used_s = self.longest_s = 0.0  # of the device: by all batches, by one
         self._free = asyncio.Semaphore(slots)
-        batcher = Batcher(QueueLimits(_BATCH_TOKENS, 1 << 40, slo_s=slo), LatencyModel())
+        batcher = Batcher(QueueLimits(batch_tokens, 1 << 40, slo_s=slo), LatencyModel())
         self.dispatcher = Dispatcher(batcher, Metrics(), world.loop.time, world.share, weight)
-        self.dispatcher.engine_ready(self, replace(INFO, parallel=slots, batch_tokens=_BATCH_TOKENS))
+        self.dispatcher.engine_ready(self, replace(INFO, parallel=slots, batch_tokens=batch_tokens))
         world.models.append(self)
 
     def send(self, batch: Batch) -> None:
@@ -169,6 +175,24 @@ def test_the_slo_of_each_model_holds_while_another_is_flooded(
             # Of the responses near the SLO, one of ten may be late: `Batcher.observe`.
             most = (0.15, 1) if load > 1 else (0.01, 0.05)
             assert late < most[0] and rejected < most[1], (late, rejected)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_batches_of_a_model_leave_time_for_the_slo_of_another(slots: int) -> None:
+    async def scenario() -> None:
+        world = World()
+        _, other = Model(world, slots=slots, batch_tokens=16384), Model(world, weight=4.0, slots=slots, slo=0.3)
+        for tokens in (10, 200, 100):  # the engines are not new
+            await asyncio.gather(*(model.request(tokens) for model in world.models))
+        for _ in range(2000):  # without a bound, a batch would take 1.6 s
+            world.add(world.models[0].request(252))
+        await world.run([0.0, 0.3], 8.0)
+        late = sum(seconds > 0.3 for seconds in other.latencies)
+        assert late <= 0.01 * len(other.latencies)
+        assert other.rejected <= 0.05 * len(other.latencies)
+        await asyncio.gather(*world.tasks)
 
     run(scenario)
 

@@ -294,6 +294,11 @@ class Dispatcher:
         queues = (queue for queue in self._engines.values() if queue.place == place)
         return next((queue.load(self._batcher.latency) for queue in queues), Load())
 
+    @property
+    def slo_s(self) -> float | None:
+        """The longest latency of its requests (s). Part of `SharingModel`."""
+        return self._batcher.limits.slo_s
+
     def queued(self) -> bool:
         """Return whether something is queued. Part of `SharingModel`."""
         return bool(self._retries or len(self._batcher))
@@ -324,7 +329,8 @@ class Dispatcher:
         if self._retries or not self._slots(queue, prefetch=prefetch and self._batcher.has_full_batch()):
             return None
         free_slots = sum(self._slots(other) for other in self._engines.values())
-        items = self._batcher.next_batch(self._clock(), free_slots=max(1, free_slots))
+        most = math.inf if self._turn is None else self._batcher.latency.tokens(self._turn.longest_batch_s)
+        items = self._batcher.next_batch(self._clock(), max(1, free_slots), most)
         return BatchAttempt(items) if items else None
 
     def _wanted(self, items: Sequence[QueuedSequence]) -> list[QueuedSequence]:
