@@ -35,14 +35,21 @@ def locate(spec: Spec, image_facts: Callable[[str], HubModel]) -> ModelFolder | 
         return UnknownSize(error.message, error.hint or _UNKNOWN.hint)
 
 
-def size_of(found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adapter] = ()) -> ModelSize | UnknownSize:
-    """Return the size of the model that `locate` found, with vLLM's slots for the `adapters` on it."""
+def size_of(
+    found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adapter] = (), spare: tuple[int, int] = (0, 1)
+) -> ModelSize | UnknownSize:
+    """Return the size of the model that `locate` found, with vLLM's slots for the `adapters` and `spare` ones on it.
+
+    `spare`: their number and largest rank.
+    """
     if isinstance(found, UnknownSize):
         return found
     if found.parameters is None:
         return _UNKNOWN
-    kinds = ("cpu", "cuda") if adapters else ()
-    numbers = {kind: Slots.of(adapters, kind).numbers(found) for kind in kinds if isinstance(found, ModelFolder)}
+    kinds = ("cpu", "cuda") if adapters or spare[0] else ()
+    numbers = {
+        kind: Slots.of(adapters, kind, *spare).numbers(found) for kind in kinds if isinstance(found, ModelFolder)
+    }
     return ModelSize(
         found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type, numbers
     )

@@ -1,7 +1,8 @@
 """The channel between the supervisor and the edge in vLLM's process: lines of JSON over a Unix socket.
 
 The edge sends `ready`, then `beat` each second. The supervisor answers `ready` with the listening socket, and sends
-`drain` and `close`. So the port is open from the start, and also while vLLM is replaced.
+`drain` and `close`. For an adapter that a client adds, the edge sends `add`, gets `load` or `refused`, and sends `added`
+when vLLM has it. It sends `removed` for one that gets no more requests. So the port is open from the start, and also while vLLM is replaced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENGINE_LOST = "the engine was lost and is restarting"  # the message of errors with the code `engine_lost`
+OF_ADAPTERS = frozenset({"add", "added", "removed"})
 _SETTINGS = "edge.json"
 _MAX_MESSAGE = 65536
 
@@ -24,7 +26,7 @@ class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
     `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first.
-    `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
+    `most_adapters`: how many the server has memory for; 0 if none can be added. `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
     name: str
@@ -37,6 +39,7 @@ class EdgeSettings:
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
+    most_adapters: int = 0
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""
