@@ -130,11 +130,14 @@ async def _ask_beside(app: ASGIApp, name: str, expected: dict[str, Any]) -> list
         (values,) = orjson.loads(found)["choices"][0]["logprobs"]["top_logprobs"]
         return {int(token.removeprefix("token_id:")): value for token, value in values.items()}
 
-    known = [list(text.ids) for text in adapter_effect.texts(expected.get("texts", []))]
+    async def text(ids: list[int]) -> Scored:
+        rows = (row(ids[:end], allowed_token_ids=[ids[end]]) for end in range(1, len(ids)))
+        return Scored(ids, await asyncio.gather(*rows))
+
+    known = adapter_effect.texts(expected.get("texts", []))
     if not known:
-        return [Scored([], [await row(text)]) for text in adapter_effect.TEXTS]
-    ends = [(row(ids[:end], allowed_token_ids=[ids[end]]) for end in range(1, len(ids))) for ids in known]
-    return [Scored(ids, await asyncio.gather(*rows)) for ids, rows in zip(known, ends, strict=True)]
+        return [Scored([], [await row(each)]) for each in adapter_effect.TEXTS]
+    return [await text(list(each.ids)) for each in known]
 
 
 async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:

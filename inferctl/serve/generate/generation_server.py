@@ -109,11 +109,10 @@ class GenerationServer(ServerLifetime):
         socket = self._directory / _VLLM_SOCKET
         return command.options(self._spec, self._model, self._probe.device, socket, self._compiler)
 
-    def _link(self, adapter: Adapter) -> Path:
-        """Return the path of an adapter for vLLM. Two names can have the same, and one of them may be in use."""
-        path, new = command.adapter_link(self._directory, adapter), self._directory / "link"
-        new.symlink_to(adapter.path.resolve())
-        return new.replace(path)
+    def _link(self, found: Adapter) -> None:
+        """Make the path of an adapter for vLLM. Two names can have the same, and one of them may be in use."""
+        (new := self._directory / "link").symlink_to(found.path.resolve())
+        new.replace(command.adapter_link(self._directory, found))
 
     async def _serve(self) -> int:
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
@@ -162,9 +161,10 @@ class GenerationServer(ServerLifetime):
             try:
                 self._adding = await asyncio.to_thread(self._read_added, name, message["source"])
                 await self._write_expected((self._adding,))
-            except InferctlError as error:
-                return {"kind": "refused", "message": error.message, "hint": error.hint}
-            return {"kind": "load", "path": str(self._link(self._adding)), "adapter": self._adding.document()}
+            except (InferctlError, OSError) as error:
+                return {"kind": "refused", "message": "; ".join(filter(None, (str(error), getattr(error, "hint", ""))))}
+            path = command.adapter_link(self._directory, self._adding)
+            return {"kind": "load", "path": str(path), "adapter": self._adding.document()}
         return None
 
     def _read_added(self, name: str, source: str) -> Adapter:
@@ -175,17 +175,16 @@ class GenerationServer(ServerLifetime):
             except (OSError, ValueError, RuntimeError):  # too long, with zero bytes, or links without an end
                 continue
             if root != found and found.is_relative_to(root) and found.is_dir():
-                added, slots = adapter.read(name, found, self._folder), self._slots()
+                added = adapter.read(name, found, self._folder)
+                slots = command.slots_of(self._spec, self._model, self._probe.device)
                 if slots is None or added.rank > slots.rank:
                     raise UsageError(
                         f"adapter {name} has rank {added.rank}, and the server has memory for {slots and slots.rank}",
                         "start it with a larger serve.spare_rank",
                     )
+                self._link(added)
                 return added
         raise UsageError(f"{shown(source)} is no folder below serve.adapter_folders", "copy the adapter there first")
-
-    def _slots(self) -> adapter.Slots | None:
-        return command.slots_of(self._spec, self._model, self._probe.device)
 
     async def _end(self) -> None:
         self._supervisor.kill()

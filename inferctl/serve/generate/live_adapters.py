@@ -7,7 +7,7 @@ requests for the name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,9 @@ class LiveAdapters:
             (first, *_) = error.errors()
             raise ApiError(400, f"{first['loc']}: {first['msg']}", code="invalid_value") from None
         change = self._remove(asked.name) if scope["path"] == _REMOVE else self._add(asked.name, asked.source)
-        return await self._to_its_end(change)
-
-    async def _to_its_end(self, change: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-        """Run a change, also if its client leaves."""
         self._changes.add(task := asyncio.create_task(change))
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(task)  # it goes on without its client
 
     async def _add(self, name: str, source: str) -> dict[str, Any]:
         async with self._one:
@@ -92,13 +88,15 @@ class LiveAdapters:
             self._send("add", name=name, source=source)
             answer = await self._answer
             if answer["kind"] == "refused":
-                raise ApiError(400, f"{answer['message']}; {answer['hint']}", code="adapter_refused")
+                raise ApiError(400, answer["message"], code="adapter_refused")
             added: dict[str, Any] = answer["adapter"]
             try:
                 await self._load(name, answer["path"])
                 await adapter_probe.check_added(self._app, self._settings, self._folder, added)
-            except InferctlError as error:
+            except Exception as error:
                 await self._unload(name)
+                if not isinstance(error, InferctlError):
+                    raise
                 message = f"adapter {name} {error.message}; {adapter_probe.HINT}"
                 raise ApiError(400, message, code="adapter_refused") from None
             self._loaded.append(added)
@@ -120,7 +118,7 @@ class LiveAdapters:
         return {"name": name}
 
     async def _load(self, name: str, path: str) -> None:
-        """Let vLLM load an adapter. Raises `InferctlError`."""
+        """Let vLLM load an adapter, as at its start. Raises `InferctlError`."""
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
@@ -130,9 +128,6 @@ class LiveAdapters:
 
     async def _unload(self, name: str) -> None:
         """Let vLLM forget an adapter. Its endpoint forgets the name only, so the last slot would be used in time."""
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
-
         models = self._app.state.openai_serving_models
-        if (known := models.lora_requests.get(name)) is not None:
-            await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        if (known := models.lora_requests.pop(name, None)) is not None:
             await models.engine_client.remove_lora(known.lora_int_id)

@@ -73,10 +73,6 @@ class Models:
         self._add(request.lora_name, request.lora_path)
         return "loaded"
 
-    async def unload_lora_adapter(self, request: Any) -> str:
-        del self.lora_requests[request.lora_name]
-        return "unloaded"
-
     async def remove_lora(self, number: int) -> None:
         del self.engine[number]
 

@@ -1,4 +1,3 @@
 from types import SimpleNamespace as LoadLoRAAdapterRequest
-from types import SimpleNamespace as UnloadLoRAAdapterRequest
 
-__all__ = ["LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"]
+__all__ = ["LoadLoRAAdapterRequest"]
