@@ -22,6 +22,7 @@ Examples:
   # Add ./legal, which is below a folder of serve.adapter_folders on the server
   inferctl adapters add legal legal --url http://10.0.0.7:8080 --api-key-env ADMIN_KEY
   inferctl adapters remove legal --url http://10.0.0.7:8080 --api-key-env ADMIN_KEY
+  inferctl adapters list --api-key-env ADMIN_KEY
 """
 app = options.group("adapters", "Add, remove and list LoRA adapters of a running server of generation.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter in the API.")]
@@ -44,27 +45,26 @@ def add(
     console.result(found, f"{name}: {adapter_effect.line(found['next_tokens'])}", as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def remove(name: Name, url: Url = _LOCAL, api_key_env: ApiKeyEnv = _KEY, as_json: options.Json = False) -> None:
     """Take no more requests for an adapter, wait for those that run, and unload it."""
     console.result(_post(url, "/adapters/remove", {"name": name}, api_key_env), f"{name} removed", as_json=as_json)
 
 
-@app.command("list")
+@app.command("list", epilog=EPILOG)
 def list_(url: Url = _LOCAL, api_key_env: ApiKeyEnv = _KEY, as_json: options.Json = False) -> None:
     """Print the adapters of a server, and how many it has memory for."""
-    found = http_json.get_json(f"{url.rstrip('/')}/adapters", 60, AccessOptions(api_key_env=api_key_env).access())
-    adapters = found.get("adapters", [])
-    lines = [f"{each['name']}  rank {each['rank']}, {size(each['bytes'])}" for each in adapters]
-    console.result(found, "\n".join([*lines, f"{len(adapters)} of at most {found.get('most', 0)}"]), as_json=as_json)
+    info = http_json.get_json(f"{url.rstrip('/')}/info", 60, AccessOptions(api_key_env=api_key_env).access())
+    found = {"adapters": info.get("adapters", []), "max_adapters": info.get("limits", {}).get("max_adapters", 0)}
+    lines = [f"{each['name']}  rank {each['rank']}, {size(each['bytes'])}" for each in found["adapters"]]
+    console.result(found, "\n".join([*lines, f"{len(lines)} of at most {found['max_adapters']}"]), as_json=as_json)
 
 
 def _post(url: str, path: str, body: Mapping[str, str], api_key_env: str) -> dict[str, Any]:
     """Return the response. Raises `InferctlError` with the message of the server."""
+    access = AccessOptions(api_key_env=api_key_env).access()
     try:
-        access = AccessOptions(api_key_env=api_key_env).access()
-        found: dict[str, Any] = http_json.post(f"{url.rstrip('/')}{path}", _WITHIN_S, body, access)
-        return found
+        return dict(http_json.post(f"{url.rstrip('/')}{path}", _WITHIN_S, body, access))
     except StatusError as error:
         said = re.search(r'"message":("(?:[^"\\]|\\.)*")', error.message)
         raise InferctlError(json.loads(said[1]) if said else error.message) from None

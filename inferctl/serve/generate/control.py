@@ -2,7 +2,8 @@
 
 The edge sends `ready`, then `beat` each second. The supervisor answers `ready` with the listening socket, and sends
 `drain` and `close`. For an adapter that a client adds, the edge sends `add`, gets `load` or `refused`, and sends `added`
-when vLLM has it. It sends `removed` for one that gets no more requests. So the port is open from the start, and also while vLLM is replaced.
+when vLLM has it. It sends `removed` for one that gets no more requests. So the port is open from the start, and also
+while vLLM is replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
     `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first.
-    `most_adapters`: how many the server has memory for; 0 if none can be added. `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
+    `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
     name: str
@@ -39,7 +40,6 @@ class EdgeSettings:
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
-    most_adapters: int = 0
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

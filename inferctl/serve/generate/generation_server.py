@@ -253,7 +253,6 @@ class GenerationServer(ServerLifetime):
             | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
             time.monotonic() if self._supervisor.restarts else self._started,
-            command.most_adapters(spec) if spec.serve.spare else 0,
         )
 
     def _info(self) -> dict[str, Any]:
@@ -280,6 +279,7 @@ class GenerationServer(ServerLifetime):
                 "max_context_tokens": self._model.context,
                 "max_sequences": generation_fit.most_sequences(spec, found.device),
                 "max_queue_tokens": spec.serve.max_queue_tokens,
+                "max_adapters": command.most_adapters(spec) if spec.serve.spare else 0,  # 0: none can be added
             },
             "restarts": self._supervisor.restarts,
             "image": {"reference": image[0], "digest": image[1]} if image else None,

@@ -25,8 +25,8 @@ from inferctl.serve.generate import adapter_probe
 from inferctl.serve.generate.control import EdgeSettings
 from inferctl.serve.generate.model_names import ModelNames
 
-_LIST, _REMOVE = "/adapters", "/adapters/remove"
-PATHS = frozenset({_LIST, _REMOVE})
+_REMOVE = "/adapters/remove"
+PATHS = frozenset({"/adapters", _REMOVE})
 ANSWERS = frozenset({"load", "refused"})  # of the supervisor
 
 
@@ -62,11 +62,9 @@ class LiveAdapters:
         """Return the document of a response. Raises `ApiError`."""
         key = context_of(scope).key
         if key is None or not key.admin:
-            raise ApiError(403, "this API key may not see or change adapters: use an admin key", code="forbidden")
-        if scope["method"] == "GET" and scope["path"] == _LIST:
-            return {"adapters": self._loaded, "most": self._settings.most_adapters}
+            raise ApiError(403, "this API key may not change adapters: use an admin key", code="forbidden")
         if scope["method"] != "POST":
-            raise wrong_method(scope["method"], "POST" if scope["path"] == _REMOVE else "GET, POST")
+            raise wrong_method(scope["method"], "POST")
         try:
             asked = _Asked.model_validate_json(await read_body(receive))
         except ValidationError as error:
@@ -81,7 +79,7 @@ class LiveAdapters:
         async with self._one:
             if self._names.has(name) or any(each["name"] == name for each in self._loaded):
                 raise ApiError(409, f"the name {name!r} is in use", code="name_in_use")
-            if len(self._loaded) >= (most := self._settings.most_adapters):
+            if len(self._loaded) >= (most := self._settings.info["limits"]["max_adapters"]):
                 message = f"{most} adapters are loaded, and the server has memory for {most}: remove one, or start it "
                 raise ApiError(409, f"{message}with a larger serve.spare_adapters", code="adapters_full")
             self._answer = asyncio.get_running_loop().create_future()

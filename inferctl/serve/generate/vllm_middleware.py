@@ -118,7 +118,7 @@ class _EdgeServer:
             charges,
             metrics.offer_body,
             "--enable-lora" in settings.info["engine"]["options"],
-            self._live.answer if settings.most_adapters else None,
+            self._live.answer if limits["max_adapters"] else None,
         )
         pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS))
         self._edge = setup.edge(
