@@ -10,11 +10,9 @@ The device runs as many batches as fill it. The next model may have another one 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-# The use of the device by a model is a mean of about this many seconds.
-_MEAN_S = 2.0
 _ROUNDING = 1e-9
 
 
@@ -45,8 +43,8 @@ class SharingModel(Protocol):
     def load(self, place: int) -> Load:
         """Return the load of its batches."""
 
-    def queued_s(self) -> float:
-        """Return the predicted seconds of the device that its queue needs."""
+    def queued(self) -> bool:
+        """Return whether something is queued."""
 
 
 @dataclass
@@ -57,32 +55,19 @@ class Turn:
     model: SharingModel
     weight: float
     virtual: float = 0.0
-    _used: float = field(default=0.0, init=False)  # seconds, of which earlier ones count less
-    _used_at: float = field(default=0.0, init=False)
 
-    def charge(self, seconds: float, now: float) -> None:
+    def charge(self, seconds: float) -> None:
         """Count seconds of the device: those predicted when a batch is sent, and at its end what that was wrong by."""
-        self._used, self._used_at = self.use(now) * _MEAN_S + seconds, now
         self.virtual += seconds / self.weight
 
-    def use(self, now: float) -> float:
-        """Return which part of the device the model used lately."""
-        return max(0.0, self._used) / _MEAN_S * math.exp((self._used_at - now) / _MEAN_S)
-
-    def elapsed(self, seconds: float, now: float) -> float:
+    def elapsed(self, seconds: float) -> float:
         """Return the predicted seconds until the model got `seconds` of the device.
 
-        Another model takes from it what is queued and what will arrive, as before, but not more than its weight allows.
+        A model with a queue takes as much from it as its weight allows: more will arrive. To count only what is queued
+        would hold no SLO of a flooded model.
         """
-        others = [
-            (turn.model.queued_s(), turn.use(now), seconds * turn.weight / self.weight)
-            for turn in self.device.turns
-            if turn is not self
-        ]
-        found = seconds + sum(most for *_, most in others)
-        for _ in range(3):  # it converges from above
-            found = seconds + sum(min(most, queued + use * found) for queued, use, most in others)
-        return found
+        others = sum(turn.weight for turn in self.device.turns if turn is not self and turn.model.queued())
+        return seconds * (1 + others / self.weight)
 
 
 class DeviceShare:

@@ -51,8 +51,6 @@ def capacity(
     document = capacities.capacity(sealed, slo)
     if sealed.data["quality"].get("passes") is False:
         console.warn(f"{sealed.name} is below the quality limits of its plan: do not serve it")
-    if caution := (sealed.data.get("search") or {}).get("caution"):
-        console.warn(f"{sealed.name} at its highest rate within the SLO: {caution}")
     console.note(capacities.sentence(document))
     if output is None:
         console.document(document)

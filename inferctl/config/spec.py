@@ -367,6 +367,10 @@ class Spec(Section):
         names = [name for one in self.each() for name in one.names]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several models or adapters are named {', '.join(repeated)}")
+        # A key or a request may name a model by its source too.
+        for one in self.each():
+            if one.model.source in set(names) - {one.name, *one.serve.aliases}:
+                raise ValueError(f"{one.model.source} is the source of {one.name}, and the name of another model")
         return self
 
     @property

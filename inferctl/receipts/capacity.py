@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.receipts import rejections
 from inferctl.receipts.receipt import Receipt
 
 SCHEMA = "inferctl.capacity/1"
@@ -54,9 +53,9 @@ def served_rate(sealed: Receipt) -> ServedRate:
     if not tokens:
         raise NotEnoughEvidenceError(f"{sealed.path} has no tokens per request: its server counted none", again)
     if search := data.get("search"):
-        best = _max_goodput(search)
+        best = search.get("max_goodput_rps")
         if not best:
-            reason = search.get("caution") or search.get("reason") or search.get("verdict")
+            reason = search.get("reason") or search.get("verdict")
             raise NotEnoughEvidenceError(f"{sealed.path}: no rate was shown to meet the SLO ({reason})", again)
         return ServedRate(best, tokens, within_slo=True)
     if (sealed.load.get("mode") or "closed") != "closed":
@@ -65,13 +64,8 @@ def served_rate(sealed: Receipt) -> ServedRate:
 
 
 def _check_valid(sealed: Receipt) -> None:
-    if reasons := rejections.invalid_because(sealed):
+    if reasons := sealed.data["validity"]["reasons"]:
         raise InvalidRunError(f"{sealed.path} is from an invalid run ({reasons[0]})", "measure again")
-
-
-def _max_goodput(search: Mapping[str, Any]) -> float | None:
-    """Return the highest rate within the SLO. In older receipts, a caution says that it was not shown to meet it."""
-    return None if search.get("caution") else search.get("max_goodput_rps")
 
 
 def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
         "fixed_s": pace["fixed_s"],
         "tokens_per_s": pace["tokens_per_s"],
         "slo_p99_ms": slo,
-        "max_goodput_rps": _max_goodput(search),
+        "max_goodput_rps": search.get("max_goodput_rps"),
         "band_rps": search.get("band_rps"),
         "first_failing_rps": search.get("first_failing_rps"),
         "limited_by": search.get("limited_by"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from inferctl.receipts import shares
-from inferctl.receipts.receipt import JsonObject, Receipt
+from inferctl.receipts.receipt import JsonObject
 
 _FIX = "use fewer users, or raise `slo.p99_ms` and `serve.max_wait_seconds` in the server's spec"
 
@@ -24,10 +22,3 @@ def reason(summary: JsonObject) -> str | None:
         f"the server rejected {rejected} of {total} requests (429, {shares.percent(rejected, total)}, limit "
         f"{shares.P99_SHARE:.0%}), and rejected users wait, so this closed loop does not show its capacity: {_FIX}"
     )
-
-
-def invalid_because(sealed: Receipt) -> Sequence[str]:
-    """Return why a receipt is invalid; empty if it is valid. Those of older versions do not count rejections."""
-    reasons: Sequence[str] = sealed.data["validity"]["reasons"]
-    rejected = reason(sealed.data["summary"])
-    return reasons or ([rejected] if rejected else [])

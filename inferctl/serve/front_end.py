@@ -44,7 +44,7 @@ class FrontEnd:
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)
         self._edge = setup.edge(
-            app.create(spec.name, [Inference(*each, backend) for each in models]),
+            app.create(spec.name, [Inference(*each, backend) for each in models], limits.max_requests),
             metrics,
             page,
             endpoints=app.names(self.models),

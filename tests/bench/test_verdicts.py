@@ -16,7 +16,7 @@ import pytest
 from bench_samples import FIELDS, MACHINE, SECOND, document, harness, row, sealed, steady, table
 
 from inferctl.bench import privacy
-from inferctl.bench.judge import comparable, slo, summary, validity
+from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import closed_loop, environment, quality
 from inferctl.bench.measure.bench import Bench
@@ -27,7 +27,7 @@ from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
 from inferctl.core.errors import InferctlError, InvalidRunError
-from inferctl.receipts import capacity, receipt
+from inferctl.receipts import receipt
 
 LIMITS = sections.Quality.model_validate({})
 
@@ -154,20 +154,6 @@ def test_a_closed_loop_with_many_rejections_is_invalid(every: int, count: int, o
     (said,) = found.cautions if valid else found.reasons
     assert f"rejected {-(-count // every)} of {count} requests" in said
     assert ("users" in said) is not valid
-
-
-def test_a_receipt_with_many_rejections_of_an_older_version_is_invalid(tmp_path: Path) -> None:
-    """Older versions called it valid. No capacity, no size of a deployment and no verdict comes from it."""
-    pace = [{"repeat": 0, "pace": {"fixed_s": 0.001, "tokens_per_s": 1e4}, "records": []}]
-    made = document("bf16", 100, 10, runs=pace) | {"summary": summary.summarize([rejecting(4)])}
-    (old,) = sealed(tmp_path, made)
-    for use in (capacity.capacity, capacity.served_rate):
-        with pytest.raises(InvalidRunError, match="rejected 250 of 1000 requests"):
-            use(old)
-    (good,) = sealed(tmp_path / "good", document("bf16", 100, 10, runs=pace))
-    assert capacity.served_rate(good).requests_per_s == 100
-    (reason,) = comparable.invalid_because(comparable.ReceiptPair(good, old), ())
-    assert reason.startswith("the new receipt is invalid: the server rejected 250 of 1000")
 
 
 def test_configurations_that_all_reject_many_requests_are_not_ranked(tmp_path: Path) -> None:

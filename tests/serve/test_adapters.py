@@ -92,7 +92,7 @@ def test_a_key_sees_and_uses_its_names_only(server: tuple[ServerProcess, dict[st
             )
     # Without a name, only one model can be meant.
     assert ask(running, keys[scope], None).status_code == (200 if seen in (BASE, [POET]) else 400)
-    assert [ask(running, keys[scope], wrong).status_code for wrong in (5, [POET], {"a": 1})] == [404] * 3
+    assert [ask(running, keys[scope], wrong).status_code for wrong in (5, 0, [POET], [], {"a": 1})] == [400] * 5
     assert ask(running, keys[scope], "absent", "/tokenize").status_code == 404
 
 

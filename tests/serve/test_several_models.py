@@ -5,6 +5,7 @@ Two servers with the echo engine, of one and of three API processes, have all ca
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
+from inferctl.reading import task_config
 from inferctl.serve.api import app
+from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from inferctl.serve.work import Work
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.metering.ledger import Ledger
 from tests import tiny_models
@@ -108,7 +118,9 @@ def mix(
     folder = tmp_path_factory.mktemp("mix")
     keys = {name: add(folder / "keys.json", name, **fields) for name, fields in KEYS.items()}
     access = {"keys": "keys.json", "open": ["metrics", "docs"]}
-    write_spec(folder, sources, request.param, access=access, metering={"mode": "on"}, cache={"size": "16MiB"})
+    serve = {"api_processes": request.param, "max_input_tokens": 64}
+    more = {"access": access, "metering": {"mode": "on"}, "cache": {"size": "16MiB"}, "serve": serve}
+    write_spec(folder, sources, request.param, **more)
     return Mix(serve_module("--spec", "inferctl.yaml", "--engine", "echo", place=folder), folder, keys)
 
 
@@ -186,6 +198,8 @@ def test_bodies_at_a_path_of_several_models(mix: Mix) -> None:
         assert found == cases
         answer = client.post("/v1/embeddings", json={"input": "a"}, headers={"content-type": "text/plain"})
         assert answer.status_code == 415
+        long = client.post("/v1/embeddings", json={"model": "second", "input": "a " * 200}).json()
+        assert long["usage"]["total_tokens"] == 64  # by the setting of the whole server
 
 
 def ask(client: httpx.Client, name: str) -> httpx.Response:
@@ -239,6 +253,42 @@ def test_an_engine_that_is_killed_is_that_of_its_model(mix: Mix) -> None:
     assert after == {"minilm": 0, "second": 0, "ranker": 1, "moods": 0}
     assert {each["phase"] for each in info().values()} == {"ready"}
     assert "the engine process of ranker was killed by signal 9" in mix.server.log.read_text()
+
+
+def test_requests_for_a_model_that_hangs_leave_room_for_another(minilm: Path) -> None:
+    submitted = Counter[int]()
+
+    class Hangs:
+        """A backend whose engines do not respond."""
+
+        def submit(self, number: int, work: Work) -> asyncio.Future[None]:
+            submitted[work.model] += 1
+            return asyncio.get_running_loop().create_future()
+
+    async def main() -> list[int]:
+        config, found = task_config.read("embed", minilm, None), []
+        for number, name in enumerate("ab"):
+            spec = Spec.model_validate({"name": name, "model": {"source": str(minilm)}})
+            model = ServedModel.of(spec, config, False, number)
+            found.append(Inference(model, TokenizerPool(minilm, config), Hangs()))  # type: ignore[arg-type]
+        route = app.create("mix", found, 5)
+
+        async def ask(name: str) -> int:
+            scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "state": {}}
+            RequestContext.of(scope, "embeddings")
+            content = {"type": "http.request", "body": json.dumps({"model": name, "input": "a"}).encode()}
+            try:
+                await route(scope, partial(asyncio.sleep, 0, content), None)  # type: ignore[arg-type]
+            except ApiError as error:
+                return error.status
+            return 200
+
+        asked = [asyncio.create_task(ask(name)) for name in "aaaaaaaab"]
+        while sum(task.done() for task in asked) + submitted.total() < len(asked):
+            await asyncio.sleep(0.01)
+        return [task.result() for task in asked if task.done()]
+
+    assert asyncio.run(main()) == [429] * 4 and submitted == {0: 4, 1: 1}
 
 
 def test_the_document_names_the_models(mix: Mix) -> None:

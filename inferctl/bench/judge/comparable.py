@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from inferctl.core.errors import UsageError
-from inferctl.receipts import receipt, rejections
+from inferctl.receipts import receipt
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 ALLOWABLE = ("precision", "hardware")
@@ -36,17 +35,9 @@ class ReceiptPair:
         return runs_interleaved(self.old.runs, self.new.runs, configurations)
 
     @property
-    def stretched(self) -> bool:
-        """Return whether both alternated, but with more time within a repeat than `interleaved` allows."""
-        return self.new is not None and not self.interleaved and runs_interleaved(self.old.runs, self.new.runs, None)
-
-    @property
     def same_texts(self) -> bool:
-        """Return whether both quality checks used the same corpus, by its sha256, or by its name in older receipts."""
-        both = [side for side in (self.old, self.new) if side]
-        digests = {side.quality.get("corpus_sha256") for side in both}
-        names = {(side.data["plan"].get("quality") or {}).get("corpus") for side in both}
-        return len(names if None in digests else digests) == 1
+        """Return whether both quality checks used the same corpus, by its sha256."""
+        return len({side.quality.get("corpus_sha256") for side in (self.old, self.new) if side}) == 1
 
     @property
     def name(self) -> str:
@@ -111,7 +102,7 @@ def invalid_because(pair: ReceiptPair, allow: Sequence[str]) -> list[str]:
     reasons = [
         f"the {side} receipt is invalid: {'; '.join(found)}"
         for side, sealed in sides
-        if (found := rejections.invalid_because(sealed))
+        if (found := sealed.data["validity"]["reasons"])
     ]
     if "hardware" not in allow:
         reasons += hardware_differences(pair.old, pair.new)
@@ -150,11 +141,7 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         {**side.load, "task": side.task, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)
     ]
     for load in loads:
-        # Older receipts have these, which do not change what is sent.
-        load.pop("remote_workers", None)
-        load.pop("master_port", None)
-        load.pop("emulated_s", None)
-        # It has no effect without a share of the capacity, and older receipts do not have it.
+        # It has no effect without a share of the capacity.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)
         if requests := load.get("generation"):
@@ -181,11 +168,11 @@ def _schedules(sealed: Receipt) -> dict[int, str]:
     return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in sealed.runs}
 
 
-def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int | None = 2) -> bool:
+def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int = 2) -> bool:
     """Return whether the runs of two receipts alternate, as in one benchmark of this number of `configurations`.
 
     This takes two repeats or more. Each repeat of both ends before the next begins, and its two runs follow each other
-    within the time that the benchmark needs. None as `configurations` sets no limit on that time.
+    within the time that the benchmark needs.
     """
     if not all(run.get("started") for run in (*old, *new)):
         return False
@@ -201,13 +188,13 @@ def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], confi
     )
 
 
-def _consecutive(block: Sequence[JsonObject], configurations: int | None) -> bool:
+def _consecutive(block: Sequence[JsonObject], configurations: int) -> bool:
     """Return whether a repeat has two runs, of which one followed the other.
 
     They did not overlap, and were not on different days, as in a benchmark that was interrupted.
     """
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
-    longest = math.inf if configurations is None else _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
+    longest = _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
     return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= longest
 
 

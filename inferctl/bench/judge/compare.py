@@ -247,14 +247,10 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
         )
     runs = min(len(old.runs), len(new.runs))
     if not pair.interleaved and runs >= verdict.MIN_RUNS:
-        why, advice = "measured separately", "measure both in one benchmark"
-        if pair.stretched:
-            why = "the runs of a repeat are too far apart in time"
-            advice = (
-                "use a quality check with fewer texts (`quality.texts`), or a benchmark without an interruption, to "
-                "bring them closer"
-            )
-        notes.append(f"{why}: a change of the machine between them counts as a regression or improvement; {advice}")
+        notes.append(
+            "measured separately, or with a long time between the runs of a repeat: a change of the machine between "
+            "them counts as a regression or improvement; measure both in one benchmark without an interruption"
+        )
     if verdict.MIN_RUNS <= runs < verdict.RECOMMENDED_REPEATS:
         notes.append(f"{runs} repeats show only large changes: use `--repeats {verdict.RECOMMENDED_REPEATS}`")
     for side, sealed in (("old", old), ("new", new)):

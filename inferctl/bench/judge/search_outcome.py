@@ -65,7 +65,6 @@ class SearchOutcome:
             "reason": self.reason,
             "band_rps": self.band and list(self.band),
             "expired": self.expired,
-            "caution": None,  # set by older versions only
             "failed_below": list(self.failed_below),
             "probes": [probe.as_dict() for probe in self.probes],
         } | ({"budget": asdict(self.budget)} if self.budget else {})

@@ -1,4 +1,4 @@
-"""Describe the result of a search in sentences. Reads the `search` key of a receipt, also of older versions."""
+"""Describe the result of a search in sentences. Reads the `search` key of a receipt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sentences(name: str, search: JsonObject) -> list[str]:
     """Return what the search of configuration `name` found; the first sentence is the result."""
     found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
     if search["first_failing_rps"]:
-        times = search.get("first_failing_times")  # receipts of older versions have none
+        times = search.get("first_failing_times")
         once = " in one probe only" if times == 1 else f" in {times} probes" if times else ""
         above = "the lowest such rate above it" if search["max_goodput_rps"] else "the lowest such rate"
         found.append(f"{name} failed at {search['first_failing_rps']:g} requests/s{once}, {above}: {search['reason']}.")
@@ -62,10 +62,9 @@ def _result(search: JsonObject) -> str:
     probe = _confirmed(search) or {}
     low, high = probe["p99_interval_ms"]
     least = "at least " if search["verdict"] == "at least" else ""
-    bounded = ", which is bounded by the largest sample: the true p99 may be higher" if search.get("caution") else ""
     return (
         f" ({slo_of(search)}) up to {least}{search['max_goodput_rps']:g} requests/s{_band(search)}; "
-        f"p99 at this rate {probe['p99_ms']:.1f}{unit_of(search)}, interval {low:.1f} - {high:.1f}{bounded}"
+        f"p99 at this rate {probe['p99_ms']:.1f}{unit_of(search)}, interval {low:.1f} - {high:.1f}"
     )
 
 
@@ -84,7 +83,7 @@ def _without_rate(search: JsonObject) -> str:
 
 
 def _band(search: JsonObject) -> str:
-    """Return the band of the rate in words; older receipts have none."""
+    """Return the band of the rate in words; empty without one."""
     if not (band := search.get("band_rps")):
         return ""
     low, high = band

@@ -15,12 +15,13 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inferctl.batching.fairness import Shares
 from inferctl.serve.api import classify, cohere, embeddings, openapi, rerank, schemas, tei, tokenize
 from inferctl.serve.api.endpoint import Endpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel, unknown_model
 from inferctl.serve.edge.access import check_endpoint
-from inferctl.serve.edge.errors import ApiError, cohere_body, voyage_body, wrong_method
+from inferctl.serve.edge.errors import ApiError, at_capacity, cohere_body, voyage_body, wrong_method
 from inferctl.serve.edge.request_context import BY_MODEL, RequestContext, context_of
 
 _APIS = (tokenize, embeddings, tei, cohere, rerank, classify)
@@ -76,11 +77,12 @@ class _ByModel:
     """The application of a path of a server with several models, or of one that its model does not have.
 
     A key sees the models that it may use, as if the server had only these. Of several that have the path, the body
-    names one.
+    names one. `shares`: of the requests in flight. Those of a model whose engine hangs leave room for other models.
     """
 
     models: Sequence[ServedModel]
     targets: Sequence[_Target]
+    shares: Shares
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the endpoint of the right model respond. Raises `ApiError`, which the edge sends."""
@@ -93,10 +95,16 @@ class _ByModel:
         if len(self.targets) > 1:
             _, (raw, target) = await target.inference.receive(scope, receive, partial(_choose, targets))
             receive = partial(_received, raw)
-        context.model = target.inference.model.name
+        context.model = name = target.inference.model.name
         context.asked = context.asked._replace(endpoint=target.endpoint.name)
         check_endpoint(scope, context)
-        await target.application(scope, receive, send)
+        if not self.shares.take(name):
+            message = f"the model {name!r} has many requests in flight, and other models need room"
+            raise at_capacity(message, "too_many_requests", 1)
+        try:
+            await target.application(scope, receive, send)
+        finally:
+            self.shares.release(name)
 
 
 def visible(models: Iterable[ServedModel], context: RequestContext) -> list[ServedModel]:
@@ -129,20 +137,22 @@ def _unsupported(path: str, models: Iterable[ServedModel]) -> ApiError:
     return ApiError(404, f"this endpoint requires a model for {needs}; {has}", code="unsupported_task")
 
 
-def create(name: str, inferences: Sequence[Inference]) -> ASGIApp:
-    """Return the application of a server, by the number of its models. Starlette handles what is not
-    performance-critical.
+def create(name: str, inferences: Sequence[Inference], max_requests: int) -> ASGIApp:
+    """Return the application of a server, by the number of its models, which share `max_requests` in flight.
+
+    Starlette handles what is not performance-critical.
     """
     served = [inference.model for inference in inferences]
     at = endpoints(served)
     applications: dict[str, ASGIApp] = {}
+    shares = Shares(max_requests)
     for path in _SHAPES:
         targets = [
             _Target(inferences[model.number], endpoint, endpoint.application(inferences[model.number]))
             for model, endpoint in at.get(path, ())
         ]
         direct = len(served) == 1 and targets
-        applications[path] = targets[0].application if direct else _ByModel(served, targets)
+        applications[path] = targets[0].application if direct else _ByModel(served, targets, shares)
 
     async def models(request: Request) -> Response:
         data = [entry(model, name) for model in visible(served, context_of(request.scope)) for name in model.names]

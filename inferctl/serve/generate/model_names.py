@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inferctl.serve.api.served_model import unknown_model
+from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 
 
@@ -60,14 +61,16 @@ class ModelNames:
 
         Raises `ApiError` 400 or 404, which is the same for a name that does not exist and one of other keys.
         """
-        if not isinstance(wanted, str) or not self._is_visible(context, wanted):
+        if not isinstance(wanted, str | None):
+            raise ApiError(400, "model must be a text", code="invalid_value", param="model")
+        if wanted is None or not self._is_visible(context, wanted):
             names = self._visible(context)
             if wanted or len({self._names[name] for name in names}) != 1:
-                raise unknown_model(str(wanted)[:80] if wanted else None, names)
+                raise unknown_model(wanted or None, names)
             wanted = names[0]
         context.model = self._names[wanted]
         self._users[context.model].add(context.number)
-        return str(wanted)
+        return wanted
 
     def cards(self, context: RequestContext) -> list[dict[str, Any]]:
         """Return what `/v1/models` lists for the key of a request, in OpenAI's format."""

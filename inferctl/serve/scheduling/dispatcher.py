@@ -104,7 +104,7 @@ class Dispatcher:
             self._turn = turn = Turn(share, self, weight)
             self._slots = self._shared_slots
             share.turns.append(turn)
-            batcher.elapsed = lambda seconds: turn.elapsed(seconds, clock())
+            batcher.elapsed = turn.elapsed
         metrics.watch_queue(
             lambda: batcher.waiting_tokens, lambda: batcher.waiting_requests, lambda: len(self._requests)
         )
@@ -216,7 +216,7 @@ class Dispatcher:
         now = self._clock()
         seconds = max(seconds, result.seconds)
         if self._turn is not None:
-            self._turn.charge(seconds / queue.slots - attempt.charged, now)
+            self._turn.charge(seconds / queue.slots - attempt.charged)
         self._batcher.latency.observe(attempt.tokens, seconds)
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
         queue.raise_batch_limit(attempt.tokens)
@@ -273,8 +273,7 @@ class Dispatcher:
 
     def waits(self) -> bool:
         """Return whether something is queued that an engine accepts. Part of `SharingModel`."""
-        queued = bool(self._retries or len(self._batcher))
-        return queued and any(queue.free_slots(prefetch=True) for queue in self._engines.values())
+        return self.queued() and any(queue.free_slots(prefetch=True) for queue in self._engines.values())
 
     def send(self, *, prefetch: bool) -> bool:
         """Send as many batches as the engines accept, to the least loaded engine first. Part of `SharingModel`.
@@ -286,7 +285,7 @@ class Dispatcher:
                 queue.send(self._batch(attempt), attempt)
                 if self._turn is not None:
                     attempt.charged = self._batcher.latency.seconds(attempt.tokens) / queue.slots
-                    self._turn.charge(attempt.charged, self._clock())
+                    self._turn.charge(attempt.charged)
                     return True
         return False
 
@@ -295,11 +294,9 @@ class Dispatcher:
         queues = (queue for queue in self._engines.values() if queue.place == place)
         return next((queue.load(self._batcher.latency) for queue in queues), Load())
 
-    def queued_s(self) -> float:
-        """Return the predicted seconds of the queue. Part of `SharingModel`."""
-        batcher = self._batcher
-        seconds = batcher.latency.seconds(batcher.waiting_tokens, batcher.limits.batch_tokens)
-        return seconds / max(1, batcher.slots)
+    def queued(self) -> bool:
+        """Return whether something is queued. Part of `SharingModel`."""
+        return bool(self._retries or len(self._batcher))
 
     def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
         """Return how many more batches the engine and its device accept."""
