@@ -70,7 +70,7 @@ class ModelNames:
             wanted = names[0]
         context.model = self._names[wanted]
         self._users[context.model].add(context.number)
-        return wanted
+        return str(wanted)
 
     def cards(self, context: RequestContext) -> list[dict[str, Any]]:
         """Return what `/v1/models` lists for the key of a request, in OpenAI's format."""
