@@ -30,7 +30,7 @@ from inferctl.serve.generate.control import EdgeSettings
 
 _EXPECTED = "adapters.json"  # the output of the reference
 _POLL_S = 0.1
-_AT_ONCE, _BESIDE = 16, 3  # requests at a time beside those of clients, and texts, each token of which is a request
+_AT_ONCE, _BESIDE = 4, 3  # requests at a time beside those of clients, and texts, each token of which is a request
 HINT = "compare it with PEFT on the base; if it is right there, `inferctl merge` makes a model of both"
 
 
