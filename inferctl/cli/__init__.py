@@ -41,6 +41,7 @@ class Root(LazyGroup):
         ),
         "merge": Command("inferctl.cli.merge", "merge", "Make one model of a base and a LoRA adapter."),
         "serve": Command("inferctl.cli.serve", "serve", "Serve a model with an OpenAI-compatible API."),
+        "adapters": Command("inferctl.cli.adapters", "app", "Add and remove LoRA adapters of a running server."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),

@@ -148,7 +148,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> _Judgment:
         general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         found = UnknownSize("the model was not found", "fix the model first")
     adapters, of_adapters = generation_fit.check_adapters(spec, found)
-    size = size_of(found, adapters)
+    size = size_of(found, adapters, spec.serve)
     task, summary = _use(spec, found, general)
     general += of_adapters if task == "generate" else []
     try:

@@ -164,7 +164,7 @@ def _model_source(spec: Spec, file: str | None) -> SpecSource:
     size: fit.ModelSize | fit.UnknownSize
     try:
         found = locate(spec, model_image.facts)
-        size = size_of(found, generation_fit.check_adapters(spec, found)[0])
+        size = size_of(found, generation_fit.check_adapters(spec, found)[0], spec.serve)
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):

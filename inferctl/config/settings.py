@@ -231,6 +231,7 @@ _PATHS = (
     "model.source",
     "image.wheels",
     "image.locks",
+    "serve.adapter_folders",
     "access.keys",
     "access.data",
     "metering.data",

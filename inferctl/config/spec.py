@@ -202,6 +202,17 @@ class Serve(ModelSettings):
     gpus: int = Field(
         1, ge=1, le=64, description="Generation: number of GPUs that share the weights (tensor parallelism)."
     )
+    adapter_folders: list[OneLine] = Field(
+        default_factory=list,
+        description="Generation: folders of the server, below which `inferctl adapters add` may find adapters.",
+    )
+    spare_adapters: int = Field(
+        4,
+        ge=1,
+        le=256,
+        description="Generation: with `adapter_folders`, how many adapters can be added, in memory that is reserved.",
+    )
+    spare_rank: int = Field(16, ge=1, le=512, description="Generation: maximum rank of adapters that are added.")
     vllm_options: list[OneLine] = Field(
         default_factory=list,
         description="Generation: further words for `vllm serve`. Those that inferctl sets are rejected.",
@@ -220,6 +231,11 @@ class Serve(ModelSettings):
     def least_api_processes(self) -> int:
         """The number of API processes; with `auto`, that of a server with few cores."""
         return 1 if self.api_processes == "auto" else self.api_processes
+
+    @property
+    def spare(self) -> int:
+        """The number of adapters that can be added to a running server."""
+        return self.spare_adapters if self.adapter_folders else 0
 
     @field_validator("api_processes", mode="wrap")
     @classmethod

@@ -86,6 +86,10 @@ class Adapter:
     def bytes(self) -> int:
         return (self.path / WEIGHTS).stat().st_size
 
+    def document(self) -> dict[str, Any]:
+        """Return what `GET /info` says about it."""
+        return {"name": self.name, "sha256": self.digest, "rank": self.rank, "bytes": self.bytes}
+
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over its configuration and weights."""
@@ -124,14 +128,15 @@ class Slots:
     rank: int
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter], kind: str) -> Slots:
-        """Return those for `adapters` on a device of `kind`, cpu or cuda.
+    def of(cls, adapters: Sequence[Adapter], kind: str, spare: int = 0, spare_rank: int = 1) -> Slots:
+        """Return those for `adapters`, and `spare` ones up to a rank, on a device of `kind`, cpu or cuda.
 
         On a CPU, vLLM adds the adapter in the last slot to requests for the base in the same step (vllm #48421). So
         there is a slot for each adapter, and a last one, which stays empty.
         """
-        count = len(adapters) + 1 if kind == "cpu" else min(len(adapters), MOST_AT_ONCE)
-        largest = max(adapter.rank for adapter in adapters)
+        most = len(adapters) + spare
+        count = most + 1 if kind == "cpu" else min(most, MOST_AT_ONCE)
+        largest = max(*(adapter.rank for adapter in adapters), spare_rank if spare else 1, 1)
         return cls(count, next(rank for rank in RANKS if rank >= largest))
 
     def numbers(self, base: ModelFolder) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from inferctl.config.spec import Spec
+from inferctl.config.spec import Serve, Spec
 from inferctl.core.errors import NotReadyError
 from inferctl.models import hub, image_source
 from inferctl.models import model as model_folder
@@ -35,14 +35,19 @@ def locate(spec: Spec, image_facts: Callable[[str], HubModel]) -> ModelFolder | 
         return UnknownSize(error.message, error.hint or _UNKNOWN.hint)
 
 
-def size_of(found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adapter] = ()) -> ModelSize | UnknownSize:
-    """Return the size of the model that `locate` found, with vLLM's slots for the `adapters` on it."""
+def size_of(
+    found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adapter] = (), serve: Serve | None = None
+) -> ModelSize | UnknownSize:
+    """Return the size of the model that `locate` found, with vLLM's slots for the `adapters` and spare ones on it."""
     if isinstance(found, UnknownSize):
         return found
     if found.parameters is None:
         return _UNKNOWN
-    kinds = ("cpu", "cuda") if adapters else ()
-    numbers = {kind: Slots.of(adapters, kind).numbers(found) for kind in kinds if isinstance(found, ModelFolder)}
+    spare = (serve.spare, serve.spare_rank) if serve else (0, 1)
+    kinds = ("cpu", "cuda") if adapters or spare[0] else ()
+    numbers = {
+        kind: Slots.of(adapters, kind, *spare).numbers(found) for kind in kinds if isinstance(found, ModelFolder)
+    }
     return ModelSize(
         found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type, numbers
     )

@@ -68,6 +68,7 @@ def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied
     adapters = [read(tmp_path / "adapter", base)] * 9
     slots = Slots.of(adapters, "cuda")
     assert (slots, Slots.of(adapters, "cpu")) == (Slots(8, 8), Slots(10, 8))
+    assert (Slots.of(adapters, "cpu", 2, 16), Slots.of([], "cuda", 2, 16)) == (Slots(12, 16), Slots(2, 16))
     assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
 
 

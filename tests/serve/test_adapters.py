@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -192,11 +193,17 @@ def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_th
 def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path) -> None:
     sources = {name: write_adapter(tmp_path / name, MODEL, seed=number) for number, name in enumerate(("one", "two"))}
     adapters = [{"name": name, "source": str(source)} for name, source in sources.items()]
+    for number, name in enumerate(("three", "four"), 2):
+        write_adapter(tmp_path / "allowed" / name, MODEL, seed=number)
+    secret = add(tmp_path / "keys.json", "admin", admin=True)[1]
     spec = {**SPEC, "model": {**SPEC["model"], "adapters": adapters}}
+    spec["serve"] = {**SPEC["serve"], "adapter_folders": [str(tmp_path / "allowed")], "spare_adapters": 1}
+    spec["access"] = {"keys": str(tmp_path / "keys.json"), "open": ["info"]}
+    headers = {"authorization": f"Bearer {secret}"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         with serving(tmp_path, spec) as server:
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=300)
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret, max_retries=0, timeout=300)
 
             def answer(name: str) -> str:
                 found = client.chat.completions.create(**greedy(max_tokens=4) | {"model": name})
@@ -215,7 +222,11 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
             shown = {"prompt": [1, 2, 3], "max_tokens": 1, "prompt_logprobs": 1}
             with ThreadPoolExecutor(6) as pool:  # together they would end vLLM's engine
                 codes = pool.map(
-                    lambda name: httpx.post(f"{server.url}/v1/completions", json={"model": name, **shown}).status_code,
+                    lambda name: (
+                        httpx.post(
+                            f"{server.url}/v1/completions", json={"model": name, **shown}, headers=headers
+                        ).status_code
+                    ),
                     [*names, *names],
                 )
                 assert set(codes) == {200, 429}
@@ -224,7 +235,42 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
                 answer("three")
             for path in ("load_lora_adapter", "unload_lora_adapter"):
                 body = {"lora_name": "one", "lora_path": str(sources["one"])}
-                assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 404
+                assert httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers).status_code == 404
+            check_changes(server, headers, alone, answer)
+
+
+def check_changes(
+    server: ServerProcess, headers: dict[str, str], alone: dict[str, str], answer: Callable[[str], str]
+) -> None:
+    """Add and remove other weights under one name, while clients use the other names."""
+    ended, said = threading.Event(), []
+
+    def load(name: str) -> None:
+        while not ended.is_set():
+            said.append((name, answer(name)))
+
+    def post(path: str, **body: str) -> dict[str, Any]:
+        found = httpx.post(f"{server.url}/adapters{path}", json=body, headers=headers, timeout=280)
+        assert found.status_code == 200, found.text
+        return dict(found.json())
+
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(load, name) for name in alone]
+        try:
+            for source in ("three", "four"):
+                effect = post("", name="new", source=source)["next_tokens"]
+                assert effect["kl"] < 1e-3 < 0.1 < effect["kl_base"], effect
+                alone[source] = answer("new")
+                post("/remove", name="new")
+                with pytest.raises(openai.NotFoundError):
+                    answer("new")
+        finally:
+            ended.set()
+        for each in loads:
+            each.result()
+    assert len(set(alone.values())) == 5
+    assert {name for name, text in said if text != alone[name]} == set()
+    assert len(said) > 9
 
 
 @pytest.mark.slow

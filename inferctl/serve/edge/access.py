@@ -49,7 +49,7 @@ class EdgeAccess:
             self._table = KeyTable(Path(settings.key_file), log.warning, awaited=bool(settings.key_store))
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
-        self._names, self._open = frozenset(names), frozenset(settings.open)
+        self.names, self._open = set(names), frozenset(settings.open)
         self._default_limits = settings.requests_per_minute, settings.tokens_per_minute
         if self._table:
             self._table.follow()
@@ -73,7 +73,7 @@ class EdgeAccess:
         context.key = key
         if page and not key.admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
-        if key.models is not None and self._names.isdisjoint(key.models):
+        if key.models is not None and self.names.isdisjoint(key.models):
             raise _forbidden("use this model")
         if endpoint != BY_MODEL and scope["method"] != "GET":
             check_endpoint(scope, context)

@@ -75,12 +75,13 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
             yield Derived("--tensor-parallel-size", str(serve.gpus), "serve.gpus")
     elif not cpp_compiler:
         yield Derived("--enforce-eager", "", "no C++ compiler")
-    if model.adapters:
-        slots = Slots.of(model.adapters, device.kind)
+    if slots := slots_of(spec, model, device):
         yield Derived("--enable-lora", "", "model.adapters")
         yield Derived("--max-loras", str(slots.count), "model.adapters")
         yield Derived("--max-lora-rank", str(slots.rank), "model.adapters")
-        yield Derived("--max-cpu-loras", str(max(slots.count, len(model.adapters))), "model.adapters")
+        most = max(slots.count, len(model.adapters), most_adapters(spec))
+        yield Derived("--max-cpu-loras", str(most), "model.adapters")
+    if model.adapters:
         links = (f"{each.name}={adapter_link(socket.parent, each)}" for each in model.adapters)
         yield Derived("--lora-modules", " ".join(links), "links to the adapters")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
@@ -92,6 +93,19 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     yield Derived("--enable-force-include-usage", "", "usage of each request")
     yield Derived("--enable-prompt-tokens-details", "", "usage of each request")
     yield Derived("--disable-uvicorn-access-log", "", "the log of the edge")
+
+
+def most_adapters(spec: Spec) -> int:
+    """Return how many adapters the server has memory for. They can be others than those of the spec."""
+    return len(spec.model.adapters) + spec.serve.spare
+
+
+def slots_of(spec: Spec, model: VllmModel, device: DeviceInfo) -> Slots | None:
+    """Return what vLLM reserves for adapters: for as many while the server runs, whichever it has."""
+    spare = max(0, most_adapters(spec) - len(model.adapters))
+    if not (model.adapters or spare):
+        return None
+    return Slots.of(model.adapters, device.kind, spare, spec.serve.spare_rank if spec.serve.spare else 1)
 
 
 def adapter_link(folder: Path, adapter: Adapter) -> Path:

@@ -7,6 +7,7 @@ import functools
 import random
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +18,7 @@ from inferctl.serve.backend.charges import GenerationCharges
 from inferctl.serve.edge.edge import ClientDisconnectedError, read_body
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.generate import meter, vllm_request
+from inferctl.serve.generate import live_adapters, meter, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.meter import StreamMeter
 from inferctl.serve.generate.model_names import ModelNames
@@ -51,6 +52,7 @@ class GenerationApp:
     `sequences`: the most that run at a time. `charges`: of the edge.
 
     `offer(size)` is called for each request that asks for tokens, with the bytes of its body, also if vLLM rejects it.
+    `has_slots`: whether vLLM has slots for adapters. `adapters` answers `/adapters`; None if none can be added.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
@@ -65,17 +67,26 @@ class GenerationApp:
         sequences: int,
         charges: GenerationCharges,
         offer: Callable[[int], None] = lambda _: None,
+        has_slots: bool = False,
+        adapters: Callable[[Scope, Receive], Awaitable[Any]] | None = None,
     ) -> None:
         self._names, self.context, self._charges = names, names.context, charges
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
         self._sequences = Shares(sequences)
         self._tokenizer = Shares(_TOKENIZER_BYTES)
         self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
+        self._has_slots, self._adapters = has_slots, adapters
         self.running = self.tokenizing = self.events = 0
         self._alone: asyncio.Event | None = None  # set at the end of a request that runs alone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Raises `ApiError` for one without a begun response."""
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._names.release(context_of(scope))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
@@ -87,6 +98,8 @@ class GenerationApp:
             await self._send_models(scope, receive, send)
         elif path in ENDPOINTS or path in _PASSED:
             await self._app(scope, receive, send)
+        elif path in live_adapters.PATHS and self._adapters:
+            await _send(send, orjson.dumps(await self._adapters(scope, receive)), b"application/json")
         else:
             # The path may have a key by mistake, and clients log errors.
             raise ApiError(404, f"no such endpoint; POST to {' or '.join(ENDPOINTS)}", code="not_found")
@@ -205,7 +218,7 @@ class GenerationApp:
 
         vLLM's engine on CPUs (0.32) ends if a step has another request next to it.
         """
-        if not (call.request.prompt_logprobs and self._names.adapters):
+        if not (call.request.prompt_logprobs and self._has_slots):
             while self._alone:
                 await self._alone.wait()
             await self._run(call, scope)

@@ -16,9 +16,9 @@ from typing import Any
 
 import inferctl
 from inferctl.config.spec import Spec
-from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
 from inferctl.facts import catalog, precision
-from inferctl.models import adapter_effect, decoder, generation_fit
+from inferctl.models import adapter, adapter_effect, decoder, generation_fit
 from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
@@ -66,16 +66,20 @@ class GenerationServer(ServerLifetime):
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
         _check_key(spec, os.environ)
+        if spec.serve.adapter_folders and not spec.access.keys:
+            raise UsageError(
+                "serve.adapter_folders requires access.keys: who changes adapters needs an admin key",
+                "create one with `inferctl keys create NAME --admin`, and set access.keys",
+            )
         self._model = replace(_model(spec, folder, self._probe), adapters=adapters)
         super().__init__(spec, "generate", options, notify, progress)
         self._started = started
         self._directory = _temporary_folder()
-        for path, target in {command.adapter_link(self._directory, each): each.path for each in adapters}.items():
-            path.symlink_to(target.resolve())
+        for each in adapters:
+            self._link(each)
+        self._adding: Adapter | None = None
         self._compiler = shutil.which("g++") is not None
-        self._derived = command.options(
-            spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
-        )
+        self._derived = self._options_of_vllm()
         self._supervisor = VllmSupervisor(
             self._start_vllm,
             self._directory,
@@ -84,6 +88,7 @@ class GenerationServer(ServerLifetime):
             lambda: self._socket,
             self._vllm_ready,
             self._open_front,
+            self._change_adapters,
             notify,
         )
         metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
@@ -100,11 +105,20 @@ class GenerationServer(ServerLifetime):
     def _live(self) -> bool:
         return not self._supervisor.crash_looping
 
+    def _options_of_vllm(self) -> list[command.Derived]:
+        socket = self._directory / _VLLM_SOCKET
+        return command.options(self._spec, self._model, self._probe.device, socket, self._compiler)
+
+    def _link(self, found: Adapter) -> None:
+        """Make the path of an adapter for vLLM. Two names can have the same, and one of them may be in use."""
+        (new := self._directory / "link").symlink_to(found.path.resolve())
+        new.replace(command.adapter_link(self._directory, found))
+
     async def _serve(self) -> int:
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
         self._open_front()
-        comparing = asyncio.create_task(self._write_expected())
+        comparing = asyncio.create_task(self._write_expected(self._model.adapters))
         if self._probe.device.kind == "cpu":  # vLLM does not start if the reference has its memory
             await comparing
         self._progress.phase("starting vLLM, which takes a minute or more")
@@ -116,16 +130,61 @@ class GenerationServer(ServerLifetime):
         await self._close_front()
         return self._supervisor.unfinished
 
-    async def _write_expected(self) -> None:
+    async def _write_expected(self, adapters: tuple[Adapter, ...]) -> None:
         """Compute in fp32 what the adapters change, until the server stops."""
 
         def check(_seconds: float) -> None:
             if self._supervisor.stopping.is_set():
                 raise ReferenceFailedError("the server stops")
 
-        if count := len(self._model.adapters):
+        if count := len(adapters):
             self._progress.phase(f"computing the next tokens of {count} adapters in fp32")
-            await adapter_probe.write_expected(self._folder, self._model, self._directory, check)
+            context = self._model.context
+            await adapter_probe.write_expected(self._folder, adapters, context, self._directory, check)
+
+    async def _change_adapters(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Do what the edge says about an adapter. Return what vLLM shall load for one that a client adds, or why not.
+
+        A vLLM that is started again gets the adapters that were not removed.
+        """
+        name = message["name"]
+        kept = tuple(each for each in self._model.adapters if each.name != name)
+        if message["kind"] == "removed":
+            self._model = replace(self._model, adapters=kept)
+            self._notify(f"adapter    {name} removed")
+        elif message["kind"] == "added" and self._adding:
+            self._model = replace(self._model, adapters=(*kept, self._adding))
+            if self._access:
+                self._access.names.add(name)
+            self._notify(f"adapter    {name} added: {adapter_effect.line(message['next_tokens'])}")
+        elif message["kind"] == "add":
+            try:
+                self._adding = await asyncio.to_thread(self._read_added, name, message["source"])
+                await self._write_expected((self._adding,))
+            except (InferctlError, OSError) as error:
+                return {"kind": "refused", "message": "; ".join(filter(None, (str(error), getattr(error, "hint", ""))))}
+            path = command.adapter_link(self._directory, self._adding)
+            return {"kind": "load", "path": str(path), "adapter": self._adding.document()}
+        return None
+
+    def _read_added(self, name: str, source: str) -> Adapter:
+        """Return an adapter below the allowed folders. Raises `UsageError`, the same for all paths elsewhere."""
+        for folder in map(Path, self._spec.serve.adapter_folders):
+            try:
+                root, found = folder.expanduser().resolve(), (folder.expanduser() / source).resolve()
+            except (OSError, ValueError, RuntimeError):  # too long, with zero bytes, or links without an end
+                continue
+            if root != found and found.is_relative_to(root) and found.is_dir():
+                added = adapter.read(name, found, self._folder)
+                slots = command.slots_of(self._spec, self._model, self._probe.device)
+                if slots is None or added.rank > slots.rank:
+                    raise UsageError(
+                        f"adapter {name} has rank {added.rank}, and the server has memory for {slots and slots.rank}",
+                        "start it with a larger serve.spare_rank",
+                    )
+                self._link(added)
+                return added
+        raise UsageError(f"{shown(source)} is no folder below serve.adapter_folders", "copy the adapter there first")
 
     async def _end(self) -> None:
         self._supervisor.kill()
@@ -150,6 +209,10 @@ class GenerationServer(ServerLifetime):
         return super()._warnings(host)
 
     async def _start_vllm(self) -> VllmProcess:
+        changed = [each.name for each in self._model.adapters if not _is_unchanged(each)]
+        for name in changed if self._supervisor.restarts else ():  # one in the spec, too: vLLM would not start
+            await self._change_adapters({"kind": "removed", "name": name})
+        self._derived = self._options_of_vllm()
         self._edge_settings().write(self._directory)
         (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
         style = self._options.log
@@ -207,10 +270,7 @@ class GenerationServer(ServerLifetime):
                 "architecture": self._folder.architecture,
                 "max_tokens": self._model.context,
             },
-            "adapters": [
-                {"name": each.name, "sha256": each.digest, "rank": each.rank, "bytes": each.bytes}
-                for each in self._model.adapters
-            ],
+            "adapters": [each.document() for each in self._model.adapters],
             "precision": vars(self._model.precision),
             "device": vars(found.device),
             "versions": {"python": sys.version.split()[0], **found.versions},
@@ -219,6 +279,7 @@ class GenerationServer(ServerLifetime):
                 "max_context_tokens": self._model.context,
                 "max_sequences": generation_fit.most_sequences(spec, found.device),
                 "max_queue_tokens": spec.serve.max_queue_tokens,
+                "max_adapters": command.most_adapters(spec) if spec.serve.spare else 0,  # 0: none can be added
             },
             "restarts": self._supervisor.restarts,
             "image": {"reference": image[0], "digest": image[1]} if image else None,
@@ -255,6 +316,13 @@ class GenerationServer(ServerLifetime):
         for each in self._supervisor.adapters:
             self._notify(f"adapter    {each['name']}: {adapter_effect.line(each['next_tokens'])}")
         self._announce()
+
+
+def _is_unchanged(found: Adapter) -> bool:
+    try:
+        return adapter.AdapterFolder(found.path).digest == found.digest
+    except OSError:
+        return False
 
 
 async def _no_engine(scope: Any, receive: Any, send: Any) -> None:

@@ -25,7 +25,8 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
-from inferctl.serve.generate import adapter_probe, control, generation_app
+from inferctl.serve.generate import adapter_probe, control, generation_app, live_adapters
+from inferctl.serve.generate.live_adapters import LiveAdapters
 from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
@@ -104,14 +105,20 @@ class _EdgeServer:
         self._lifecycle.started = True
         limits = settings.info["limits"]
         sequences = limits["max_sequences"]
+        names = ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"])
+        self._live = LiveAdapters(
+            app, settings, folder, names, setup, lambda *sent, **of: self._channel.send(*sent, **of)
+        )
         self._generation = generation_app.GenerationApp(
             app,
-            ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"]),
+            names,
             self._check,
             lambda: self._edge.stopped,
             sequences,
             charges,
             metrics.offer_body,
+            "--enable-lora" in settings.info["engine"]["options"],
+            self._live.answer if limits["max_adapters"] else None,
         )
         pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS))
         self._edge = setup.edge(
@@ -159,7 +166,9 @@ class _EdgeServer:
     async def _follow(self) -> None:
         """Do what the supervisor says, and end with it."""
         while (message := await self._channel.receive()) is not None:
-            if message["kind"] == "drain":
+            if message["kind"] in live_adapters.ANSWERS:
+                self._live.receive(message)
+            elif message["kind"] == "drain":
                 self._lifecycle.draining = True
             elif message["kind"] == "close":
                 self._lifecycle.closed = True

@@ -25,7 +25,7 @@ class VllmSupervisor(Child):
 
     `start_seconds`: how long a start may take before the process is killed.
     `listener()` returns the listening socket, when the edge takes it. `on_ready` is called before the edge accepts
-    connections, `on_lost` after it stopped.
+    connections, `on_lost` after it stopped. `on_adapter(message)` returns the answer to what it sends about adapters.
     """
 
     name = "vLLM"
@@ -41,12 +41,14 @@ class VllmSupervisor(Child):
         listener: Callable[[], socket.socket],
         on_ready: Callable[[], Awaitable[None]],
         on_lost: Callable[[], None],
+        on_adapter: Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]],
         notify: Callable[[str], None],
     ) -> None:
         super().__init__(notify)
         self._start_vllm, self._listener = start, listener
         self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
-        self._on_ready, self._on_lost = on_ready, on_lost
+        self._on_ready, self._on_lost, self._on_adapter = on_ready, on_lost, on_adapter
+        self._answering: set[asyncio.Task[None]] = set()
         self._control = control.listen(folder)
         self._vllm: VllmProcess
         self._channel: Channel | None = None  # to an edge that has the listening socket
@@ -144,6 +146,10 @@ class VllmSupervisor(Child):
                 moved = time.monotonic()
             if message is None:
                 return "vLLM ended"
+            if message["kind"] in control.OF_ADAPTERS:
+                self._answering.add(task := asyncio.create_task(self._answer(channel, message)))
+                task.add_done_callback(self._answering.discard)
+                continue
             if message["kind"] == "closed":
                 self.unfinished += message["unfinished"]
                 return "stopped"
@@ -154,6 +160,10 @@ class VllmSupervisor(Child):
                 progress, moved = message["progress"], now
             elif now - moved > self._hang_seconds:
                 return f"vLLM's engine made no progress for {self._hang_seconds:g} s"
+
+    async def _answer(self, channel: Channel, message: dict[str, Any]) -> None:
+        if (answer := await self._on_adapter(message)) is not None:
+            channel.send(**answer)
 
     def _message_timeout(self) -> float:
         """Return how many seconds may pass without a message."""

@@ -64,6 +64,10 @@ class ServerMetering:
         if self._recorder is not None and event.endpoint and known:
             self._recorder.record(event)
 
+    def add(self, name: str, task: Task) -> None:
+        """Record the requests of one more name, before `ready` for it."""
+        self._origins[name] = Origin(name, task)
+
     def ready(self, device: Mapping[str, Any], model_sha256: str, model: str = "") -> None:
         """Set what is known when the model, or one of several, is loaded. `device`: as in `GET /info`."""
         known = {"hardware": device.get("hardware") or device["name"], "model_sha256": model_sha256}

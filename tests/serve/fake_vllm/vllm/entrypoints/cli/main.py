@@ -5,6 +5,8 @@ a number is the count of tokens. The file named by FAKE_VLLM_START has the text 
 FAKE_VLLM_SECONDS is how long it takes. A token takes 50 ms. With FAKE_VLLM_TOKENS_PER_S, the first token takes
 20 ms, and all streams share that rate for the others, at most 50 tokens/s each.
 
+A response has the folder of its adapter as `system_fingerprint`. One whose adapter the engine lost meanwhile is an error.
+
 Without `--uds`, it listens at `--port`, like a vLLM without inferctl.
 """
 
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -49,6 +52,29 @@ class Engine:
         if not cls.rate:
             return GAP_S
         return max(0.02, cls.streams / cls.rate) if number else 0.02
+
+
+class Models:
+    """What vLLM knows of adapters, by name: their folders. `engine`: those that the engine has, by id."""
+
+    def __init__(self, modules: list[str]) -> None:
+        self.lora_requests: dict[str, SimpleNamespace] = {}
+        self.engine: dict[int, str] = {}
+        self.engine_client = self
+        for module in modules:
+            self._add(*module.split("="))
+
+    def _add(self, name: str, path: str) -> None:
+        number = 1 + max(self.engine, default=0)
+        self.lora_requests[name] = SimpleNamespace(lora_int_id=number)
+        self.engine[number] = Path(path).name
+
+    async def load_lora_adapter(self, request: Any) -> str:
+        self._add(request.lora_name, request.lora_path)
+        return "loaded"
+
+    async def remove_lora(self, number: int) -> None:
+        del self.engine[number]
 
 
 async def words(count: int) -> AsyncIterator[str]:
@@ -131,6 +157,11 @@ async def chat(request: Request) -> Response:
         WAITING.labels("0").set(3)
     if script == "block":
         time.sleep(600)
+    models, name = request.app.state.openai_serving_models, body.get("model")
+    adapter = models.lora_requests.get(name)
+    if adapter is None and name not in request.app.state.names:
+        return JSONResponse({"error": {"message": f"no {name}", "type": "x", "param": None, "code": 404}}, 404)
+    path = models.engine[adapter.lora_int_id] if adapter else None
     if script == "invalid":
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if body.get("stream"):
@@ -145,11 +176,11 @@ async def chat(request: Request) -> Response:
     finally:
         left.cancel()
     text = generating.result()
-    if not Engine.alive:
+    if not Engine.alive or (adapter and models.engine.get(adapter.lora_int_id) != path):
         return JSONResponse(ENGINE_LOST, 500)
     usage = {"prompt_tokens": 7, "total_tokens": 7 + count, "completion_tokens": count, "prompt_tokens_details": CACHED}
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
-    head = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
+    head = {"id": "c", "object": "chat.completion", "created": 1, "model": name, "system_fingerprint": path}
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
 
 
@@ -163,6 +194,9 @@ async def completions(request: Request) -> Response:
             lists = zip(text["top_ids"], text["top_logprobs"], ids[1:], text["logprobs"], strict=True)
             rows = [dict(zip([*tops, own], [*values, value], strict=True)) for tops, values, own, value in lists]
             rows = [{token: {"logprob": value} for token, value in row.items()} for row in rows]
+    if "logprobs" in body:
+        choice = {"logprobs": {"top_logprobs": [{"token_id:1": -len(body["model"])}]}}
+        return JSONResponse({"choices": [choice]})
     return JSONResponse({"choices": [{"prompt_token_ids": ids, "prompt_logprobs": [None, *rows]}]})
 
 
@@ -197,6 +231,8 @@ def main() -> None:
     options.add_argument("--uds")
     options.add_argument("--port", type=int)
     options.add_argument("--middleware")
+    options.add_argument("--lora-modules", nargs="*", default=[])
+    options.add_argument("--served-model-name", nargs="*", default=[])
     chosen, others = options.parse_known_args()
     time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
     start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
@@ -228,6 +264,7 @@ def main() -> None:
         log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
 
     app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.openai_serving_models, app.state.names = Models(chosen.lora_modules), chosen.served_model_name
     if chosen.middleware:
         module, _, name = chosen.middleware.rpartition(".")
         app.add_middleware(getattr(importlib.import_module(module), name))

@@ -1,0 +1,3 @@
+from types import SimpleNamespace as LoadLoRAAdapterRequest
+
+__all__ = ["LoadLoRAAdapterRequest"]
