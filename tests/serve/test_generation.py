@@ -290,9 +290,11 @@ def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path)
 
     def supervisor(folder: Path) -> VllmSupervisor:
         folder.mkdir()
-        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, ready, lambda: None, told.append)
+        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, ready, lambda: None, no_adapters, told.append)
 
     async def ready() -> None: ...
+
+    async def no_adapters(_: dict[str, Any]) -> None: ...
 
     async def restarts() -> None:
         found = supervisor(tmp_path / "b")
