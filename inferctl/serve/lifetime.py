@@ -175,5 +175,8 @@ class ServerLifetime(ABC):
 
 
 def key_names(spec: Spec) -> list[str]:
-    """Return the names of models that keys of a server may have."""
-    return [name for one in spec.each() for name in (*one.names, one.model.source)]
+    """Return the names of models and adapters that keys of a server may have. Aliases are for requests only."""
+    models = [(one.name, one.model) for one in spec.each()]
+    return [
+        each for name, model in models for each in (name, model.source, *(adapter.name for adapter in model.adapters))
+    ]

@@ -16,8 +16,8 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
   but the last. It is null for chat messages without a chat template.
 
 `--max-input-tokens N` truncates like a server with that limit. For generate, an input has at most 256 tokens, and with
-`--max-tokens N` the output ends with the input that reaches N tokens in all. Each `--adapter DIR` adds the `texts` with
-that LoRA adapter to the list `adapters`.
+`--max-tokens N` the output ends with the input that reaches N tokens in all. The option for adapters, which can be
+repeated, adds the `texts` with that LoRA adapter to the list `adapters`.
 
 Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For all tasks
 but generate, it shares the tokenization and the configuration with the server, so the comparison does not detect errors
@@ -265,7 +265,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(
             f"invalid arguments: {message}",
             "run `python -m inferctl.serve.reference MODEL_DIR [--task TASK] [--max-input-tokens N] [--max-tokens N] "
-            "[--library] [--adapter DIR] < inputs.json`",
+            "[--library] < inputs.json`",
         )
 
 

@@ -12,10 +12,10 @@ def test_records_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> No
     file = tmp_path / "requests-3.bin"
     writing, tail = recorder.Recorder(file, {"worker": 3}), records.Tail(file)
     assert len(records.read(file)) == len(tail.read_new()) == 0
-    # More than one chunk of the file, which grows by 4 MiB. A record has 60 bytes.
-    count = recorder.CHUNK // 60 + 10
+    # More than one chunk of the file, which grows by 4 MiB. A record has 62 bytes.
+    count = recorder.CHUNK // 62 + 10
     for number in range(count):
-        writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0)
+        writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0, 0)
     # The file is neither closed nor flushed, as after a kill of its writer.
     assert records.read(file)["index"].tolist() == list(range(count))
     assert len(tail.read_new()) == count
