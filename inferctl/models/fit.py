@@ -95,7 +95,7 @@ class ModelSize:
     """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
 
     `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
-    model. `library_type`: as in `ModelFolder`. `adapter_numbers`: those in vLLM's slots for adapters, by kind of device.
+    model. `library_type`: as in `ModelFolder`. `adapter_numbers`: in vLLM's slots for adapters, by kind of device.
     """
 
     parameters: int
@@ -208,8 +208,8 @@ def memory_of_all(needs: Mapping[str, Memory], available_bytes: int | None, part
     needs = {name: replace(need, overhead=overhead) for name, need in needs.items()}
     total = sum(need.total for need in needs.values())
     why = "; ".join(
-        f"{name} {size(need.total, 1)}: {size(need.weights, 1)} of weights, {size(need.activations, 1)} of activations, "
-        f"{size(need.overhead, 1)} for its process"
+        f"{name} {size(need.total, 1)}: {size(need.weights, 1)} of weights, "
+        f"{size(need.activations, 1)} of activations, {size(need.overhead, 1)} for its process"
         for name, need in needs.items()
     )
     level: Verdict = "ok"

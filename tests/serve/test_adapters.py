@@ -176,7 +176,8 @@ def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_th
 ) -> None:
     if importlib.util.find_spec("vllm") is None:
         missing("vllm", "vLLM is not installed")
-    paths = generation_server._python_path(tmp_path, SimpleNamespace(versions=probe.versions()))  # type: ignore[arg-type]
+    found: Any = SimpleNamespace(versions=probe.versions())
+    paths = generation_server._python_path(tmp_path, found)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = python("-m", "tests.serve.vllm_alone", str(tmp_path), env=os.environ | environment, cwd=ROOT, timeout=500)

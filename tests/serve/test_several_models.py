@@ -1,4 +1,4 @@
-"""Several models on one server: each name at each endpoint, by key; limits, ledger and metrics by name; one that crashes.
+"""Several models on one server: each name at each endpoint, by key; limits, ledger, metrics by name; one that crashes.
 
 Two servers with the echo engine, of one and of three API processes, have all cases. Real engines have the vectors.
 """

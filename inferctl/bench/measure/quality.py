@@ -60,8 +60,8 @@ class QualityResult:
     the server returned no usable outputs, or a figure exceeds its limit. `limits` maps figures to limits.
 
     Embeddings have `cosine` (with the fp32 vectors: mean, first percentile and minimum), `recall_at_10`, and what the
-    function `compact` returns. Rerank scores have `score_difference` (absolute: mean, maximum, and the range of the fp32
-    scores), `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the same best
+    function `compact` returns. Rerank scores have `score_difference` (absolute: mean, maximum, and the range in fp32),
+    `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the same best
     document). Scores of labels have `score_difference` and `top_1` (share of the texts with the same best label).
     Generation has the figures of `generation_quality.figures` and `positions`, the number of predicted tokens.
     `texts` counts the texts or the pairs.
@@ -338,7 +338,7 @@ def broken(reason: str) -> QualityResult:
 
 
 def max_similarities(rows: Matrix, per_token: int) -> Matrix:
-    """Return the MaxSim of each row with each row, of vectors of tokens with `per_token` numbers. Zeros are no token."""
+    """Return the MaxSim of each row with each row. Vectors of tokens have `per_token` numbers; zeros are no token."""
     tokens = [row.reshape(-1, per_token) for row in rows]
     tokens = [each[each.any(axis=1)] for each in tokens]
     starts = np.cumsum([0, *map(len, tokens[:-1])])

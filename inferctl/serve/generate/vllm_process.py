@@ -42,7 +42,7 @@ _HINTS = (
     ),
     (
         r"less than (?:desired GPU memory utilization|the engine's budget)",
-        "other processes use memory of this GPU, and `nvidia-smi` lists them: end them, or lower serve.gpu_memory_share",
+        "other processes use memory of this GPU (see `nvidia-smi`): end them, or lower serve.gpu_memory_share",
     ),
     (
         r"less than (?:requested memory for kv|desired CPU memory)",

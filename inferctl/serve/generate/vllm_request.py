@@ -45,8 +45,8 @@ class VllmRequest:
     """One parsed request. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
     `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
-    a stream must have its usage at its end, and in each event. `stream`: the response is one. `prompt_logprobs`: it asks
-    for the log-probabilities of its prompt.
+    a stream must have its usage at its end, and in each event. `stream`: the response is one. `prompt_logprobs`: it
+    asks for the log-probabilities of its prompt.
     """
 
     body: bytes
@@ -78,9 +78,10 @@ def generation(
     limited: bool = False,
     most_sequences: int | None = None,
 ) -> VllmRequest:
-    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400, and what `resolve` does.
+    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400, and as `resolve`.
 
-    `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the answers must have a limit. `most_sequences`: of one request.
+    `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the
+    answers must have a limit. `most_sequences`: of one request.
     """
     request = _object(raw, context)
     request["model"] = resolve(request.get("model"))

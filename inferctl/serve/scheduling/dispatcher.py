@@ -129,8 +129,8 @@ class Dispatcher:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
         `marks`: as in `Batch`. `tenant`: as in `Batcher.submit`.
-        `on_vector` gets each row when its batch completes. `use` counts what engines compute. Raises `RejectedError`, and
-        so does the future.
+        `on_vector` gets each row when its batch completes. `use` counts what engines compute. Raises
+        `RejectedError`, and so does the future.
         """
         lengths = [len(s) for s in sequences]
         self._metrics.offer(sum(lengths))

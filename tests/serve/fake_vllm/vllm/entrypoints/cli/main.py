@@ -5,7 +5,7 @@ a number is the count of tokens. The file named by FAKE_VLLM_START has the text 
 FAKE_VLLM_SECONDS is how long it takes. A token takes 50 ms. With FAKE_VLLM_TOKENS_PER_S, the first token takes
 20 ms, and all streams share that rate for the others, at most 50 tokens/s each.
 
-A response has the folder of its adapter as `system_fingerprint`. One whose adapter the engine lost meanwhile is an error.
+A response has the folder of its adapter as `system_fingerprint`. One whose adapter the engine lost is an error.
 
 Without `--uds`, it listens at `--port`, like a vLLM without inferctl.
 """
