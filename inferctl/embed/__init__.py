@@ -1,0 +1,1 @@
+"""Embeds files of any length without a server: ranges of rows become shards, and a killed run continues."""
