@@ -143,7 +143,7 @@ def used_of(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
     """Return what counts toward a quota in the present state of `cluster`."""
     total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
     for pod in cluster.pods():
-        if pod.charged and _applies(quota, pod):
+        if _applies(quota, pod):
             total.update(usage(pod))
     return dict(total)
 

@@ -180,27 +180,14 @@ def _loss(loss: Loss) -> dict[str, Any]:
             "all_replicas": loss.full,
             "before": loss.before,
             "at_once": loss.at_once,
-            "later": loss.later,
-            "covered": loss.covered,
         },
         "share": {
             "of": "peak" if loss.demand else "all replicas",
             "before": round(loss.share(loss.before), 4),
             "at_once": round(loss.share(loss.at_once), 4),
-            "later": round(loss.share(loss.later), 4),
-            "covered": round(loss.share(loss.covered), 4),
         },
         "nodes_alike": loss.alike,
         "lost": loss.lost,
-        "moved": loss.moved,
-        "preempting": loss.preempting,
-        "evicted": loss.evicted,
-        "waiting": loss.waiting,
-        "why": dict(loss.why),
-        "later_s": loss.later_s,
-        "added": loss.added,
-        "covered_s": loss.covered_s,
-        "recovered_s": loss.recovered_s,
     }
 
 
@@ -210,10 +197,6 @@ def worst(losses: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     for loss in losses:
         where = (loss["scope"], loss["cluster"], loss["model"])
         key = where if loss["scope"] == "node" else (*where, loss["place"])
-        if key not in found or _badness(loss) > _badness(found[key]):
+        if key not in found or loss["share"]["at_once"] < found[key]["share"]["at_once"]:
             found[key] = loss
     return list(found.values())
-
-
-def _badness(loss: Mapping[str, Any]) -> tuple[float, ...]:
-    return -loss["share"]["later"], -loss["share"]["at_once"], loss["waiting"]

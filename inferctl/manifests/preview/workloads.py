@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.manifests.kubernetes import fields
-from inferctl.manifests.label_keys import COLD_START, COMPONENT, LOAD, NAME, PEAK, PREFERENCE, RATE, UTILIZATION
+from inferctl.manifests.label_keys import NAME, PEAK, PREFERENCE, RATE, UTILIZATION
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class SimulatedDeployment:
     `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
     which the first apply starts before an autoscaler acts. `rate` is in tokens per second
     and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
-    cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a
-    new node. None if it is not stated.
+    cluster; `preference` says which of them does so first. None if it is not stated.
     """
 
     namespace: str
@@ -45,9 +44,6 @@ class SimulatedDeployment:
     utilization: float = 1.0
     preference: int = 0
     peak: float | None = None
-    load_s: float | None = None
-    cold_start_s: float | None = None
-    component: str = ""
     scaled_by: str = ""
 
     @property
@@ -99,9 +95,6 @@ def _workload(
         utilization=_number(annotations.get(UTILIZATION)) or 1.0,
         preference=int(_number(annotations.get(PREFERENCE)) or 0),
         peak=scaler.peak or _number(annotations.get(PEAK)),
-        load_s=_number(annotations.get(LOAD)),
-        cold_start_s=_number(annotations.get(COLD_START)),
-        component=labels.get(COMPONENT, ""),
         scaled_by=scaler.kind,
     )
 
