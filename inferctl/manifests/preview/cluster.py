@@ -82,11 +82,8 @@ class Pod:
     priority: int = 0
     preempts: bool = True
     node: str | None = None
-    nominated: str | None = None
     started: float = math.inf
     terminating: bool = False
-    # Terminating because the scheduler preempted it.
-    preempted: bool = False
     owner: str = ""
     # Whether the simulation has tried to place it.
     tried: bool = False
@@ -208,7 +205,7 @@ class ClusterState:
     def bind(self, pod: Pod, node: str) -> None:
         """Move a waiting pod to a node."""
         self.remove(pod)
-        pod.node, pod.nominated = node, None
+        pod.node = node
         self.add(pod)
 
     def on(self, node: str) -> Sequence[Pod]:

@@ -193,7 +193,7 @@ def place(cluster: ClusterState, pod: Pod, workload: SimulatedDeployment) -> Att
         attempt.node = _choose(cluster, pod, attempt.feasible)
         cluster.bind(pod, attempt.node)
         return attempt
-    attempt.not_preempting = preemption.ineligible(cluster, pod, reasons)
+    attempt.not_preempting = None if pod.preempts else "preemptionPolicy is Never"
     attempt.candidates = preemption.best(cluster, pod, reasons)
     if attempt.candidates:
         chosen = min(attempt.candidates, key=lambda each: natural(each.node))
@@ -207,7 +207,7 @@ def _evict(cluster: ClusterState, victim: Pod) -> Pod:
     """Remove a pod from its node and return the one that its owner creates instead, which waits."""
     cluster.remove(victim)
     again = copy.copy(victim)
-    again.node, again.nominated, again.started, again.terminating = None, None, math.inf, False
+    again.node, again.started, again.terminating = None, math.inf, False
     cluster.add(again)
     return again
 

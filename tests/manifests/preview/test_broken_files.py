@@ -75,7 +75,7 @@ def cluster() -> list[dict[str, Any]]:
         )
         for n in range(4)
     ]
-    status = {"startTime": "2026-11-01T00:00:00Z", "nominatedNodeName": "n1", "namespace": "default"}
+    status = {"startTime": "2026-11-01T00:00:00Z", "namespace": "default"}
     pods = [kube.running(f"p{n}", f"n{n}", {"app": "overflow"}, pod_spec("pause"), **status) for n in range(3)]
     topology = {"matchLabelExpressions": [{"key": ZONE, "values": ["a"]}]}
     claim: dict[str, Any] = {"storageClassName": "s", "accessModes": ["ReadWriteOnce"]}
