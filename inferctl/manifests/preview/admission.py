@@ -199,16 +199,4 @@ def _in_scope(scope: Mapping[str, Any], pod: Pod) -> bool:
             name = fields.text(pod.spec, "priorityClassName")
             labels = {"PriorityClass": name} if name else {}
             return selectors.matches({"matchExpressions": [{**scope, "key": "PriorityClass"}]}, labels)
-        case "CrossNamespacePodAffinity":
-            return _crosses_namespaces(pod.spec)
-    return False
-
-
-def _crosses_namespaces(spec: Mapping[str, Any]) -> bool:
-    for kind in ("podAffinity", "podAntiAffinity"):
-        terms = fields.items(spec, "affinity", kind, "requiredDuringSchedulingIgnoredDuringExecution")
-        preferred = fields.items(spec, "affinity", kind, "preferredDuringSchedulingIgnoredDuringExecution")
-        terms = [*terms, *(fields.mapping(each, "podAffinityTerm") for each in preferred)]
-        if any(term.get("namespaces") or term.get("namespaceSelector") is not None for term in terms):
-            return True
     return False

@@ -37,7 +37,6 @@ _READ = (
     "ReplicaSet",
     "RuntimeClass",
     "StatefulSet",
-    "StorageClass",
 )
 
 

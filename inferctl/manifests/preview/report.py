@@ -146,7 +146,7 @@ def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
     pods = [attempt.pod for attempt in (*outcome.rest, *outcome.first, *outcome.spike)]
     claims = {name for pod in pods for name in volumes.unknown(cluster, pod)}
     if claims:
-        yield f"claims not in the files, so their zone is not checked: {', '.join(sorted(claims))}"
+        yield f"claims without a volume in the files, so their zone is not checked: {', '.join(sorted(claims))}"
     if any(pod.spec.get("resourceClaims") for pod in pods):
         yield "devices that pods claim with DRA (resourceClaims) are not checked"
     schedulers = {fields.text(pod.spec, "schedulerName") for pod in pods} - {"", "default-scheduler"}
