@@ -59,7 +59,7 @@ SPECS: dict[str, Content] = {
 }
 PLANS: dict[str, Content] = {
     "empty": "",
-    "keys that a URL cannot apply": "name: mine\nmatrix: {precision: [fp32], corpus: [short, mixed]}\n",
+    "keys that a URL cannot apply": "name: mine\nconfigurations: [{name: a, precision: fp32, corpus: short}]\n",
     "list": "- a\n",
     "rate of nan": PLAN + "load: {mode: open, rate: .nan}\n",
     "endless stage": PLAN + "load: {stages: [{duration_s: .inf, rate: 1}]}\n",
