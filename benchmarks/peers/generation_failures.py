@@ -35,13 +35,13 @@ TOKENS = 40
 
 
 class Server:
-    """`inferctl serve` with its log as JSON. `more`: further sections of its spec."""
+    """`inferctl serve` with its log as JSON."""
 
-    def __init__(self, model: str, folder: Path, more: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: str, folder: Path) -> None:
         self.log = folder / "server.log"
         options = {"max_context_tokens": 2048, "kv_cache": "1GiB", "port": 0, "vllm_options": ["--enforce-eager"]}
         spec = folder / "inferctl.yaml"
-        spec.write_text(json.dumps({"name": "m", "model": {"source": model}, "serve": options, **(more or {})}))
+        spec.write_text(json.dumps({"name": "m", "model": {"source": model}, "serve": options}))
         ready = folder / "ready.json"
         command = [sys.executable, "-m", "inferctl.serve", "--spec", str(spec), "--log", "json"]
         command += ["--announce", str(ready), "--hang-seconds", str(HANG_SECONDS)]
