@@ -153,12 +153,7 @@ def processes(pid: int) -> dict[str, int]:
     return found
 
 
-def engine(pid: int) -> int | None:
-    """Return the process of the first engine of a server."""
-    return processes(pid).get("engine")
-
-
-def memory(pid: int | None) -> float:
+def memory(pid: int) -> float:
     """Return the resident memory of a process in MiB; NaN if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20
