@@ -148,6 +148,11 @@ def send(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
+def cpu_s(pids: Iterable[int]) -> float:
+    """Return the CPU seconds of processes so far, also of threads that ended, as clock_getcpuclockid(3) does."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+
 def pss_mb(pid: int) -> float:
     """Return the memory of a process and all below it (PSS, MB)."""
     lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
