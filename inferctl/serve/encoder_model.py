@@ -55,7 +55,7 @@ class EncoderModel:
         self.batcher = Batcher(_queue_limits(spec), LatencyModel())
         self.dispatcher = Dispatcher(self.batcher, metrics, share=share, weight=weight)
         self.pool = EnginePool(
-            _engine_config(spec, task, options, folder),
+            engine_config(spec, task, options, folder),
             options.engines,
             self.dispatcher,
             self._batch_timeout,
@@ -133,7 +133,8 @@ def _queue_limits(spec: Spec) -> QueueLimits:
     )
 
 
-def _engine_config(spec: Spec, task: Task, options: ServerOptions, folder: ModelFolder) -> EngineConfig:
+def engine_config(spec: Spec, task: Task, options: ServerOptions, folder: ModelFolder) -> EngineConfig:
+    """Return the configuration of the engines of one model."""
     return EngineConfig(
         engine="echo" if options.engine == "echo" else "encoder",
         task=task,
