@@ -266,6 +266,7 @@ class LocalComputer:
             task.result()
         finally:
             task.cancel()
+            await asyncio.gather(task, return_exceptions=True)  # else asyncio reports that nobody read its error
 
 
 def batches(lengths: Mapping[int, int], most: int) -> list[list[int]]:
