@@ -159,6 +159,15 @@ def pss_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process and all below it so far."""
+    ticks = 0
+    for each in processes(pid):
+        with contextlib.suppress(OSError):  # the process has ended
+            ticks += sum(map(int, Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass
 class Server:
     """A running server. If `pausable`, it is stopped (SIGSTOP) while it is not measured.
@@ -186,11 +195,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of its processes so far."""
-        ticks = 0
-        for pid in processes(self.process.pid):
-            with contextlib.suppress(OSError):  # the process has ended
-                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-        return ticks / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.process.pid)
 
     def end(self) -> None:
         """Let it remove what it has in shared memory, then kill what is left."""
