@@ -169,7 +169,7 @@ class EncoderEngine:
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel, idle_parallel = self._config.max_batch_tokens, 1, 0
         if device.kind == "cpu":
-            threads = choose_threads(forward, cores)
+            threads = self._config.batch_threads or choose_threads(forward, cores)
             batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
             idle_parallel = idle_batches(cores)
         unused_gpu = devices.unused_gpu(self._config.device)
