@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from inferctl.cli import completion, console, download, embed_view, lazy, options
+from inferctl.cli.bench import ApiKeyEnv, ServedModel
+from inferctl.cli.bench_options import AccessOptions
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, needs_packages
 from inferctl.models.model import resolve_task
 
 if TYPE_CHECKING:
+    from inferctl.embed.computer import Computer
     from inferctl.embed.job import Job
+    from inferctl.reading.outputs import Output
 
 Result = TypeVar("Result")
 _HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
@@ -33,6 +37,8 @@ Examples:
   inferctl embed docs.csv --text body --id url --dtype float16 --model DIR --output vectors
   # Score pairs with a reranker
   inferctl embed pairs.parquet --text question,answer --model ./reranker --output scores
+  # Send the texts to a server, as bulk requests, which let others pass
+  inferctl embed 'docs/*.jsonl' --url http://10.0.0.7:8080 --api-key-env BATCH_KEY --output vectors
   # Be the second of four processes that share a folder
   inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --part 1/4
 """
@@ -100,6 +106,11 @@ def embed(
             f"With --dry-run: also estimate this. [default: the spec's, else {','.join(_HARDWARE)}]"
         ),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send bulk requests to this server, instead of loading a model.")
+    ] = None,
+    api_key_env: ApiKeyEnv = None,
+    served_model: ServedModel = None,
     device: options.Device = "auto",
     engine: options.Engine = "encoder",
     engines: options.Engines = None,
@@ -112,36 +123,51 @@ def embed(
     The same command continues a run that was interrupted. It does not if inputs or options changed. Rows that cannot be
     computed are listed in part-*.errors.jsonl.
     """
-    spec = options.load(spec_file, flags).spec
+    if url is None:
+        spec = options.load(spec_file, flags).spec
+    elif unused := [name for name, value in {"spec": spec_file, **flags}.items() if value is not None]:
+        raise UsageError(f"the server decides what `--url` computes, also {unused[0]}", "remove that option or `--url`")
     if output is None and (not dry_run or "-" in inputs):
         raise UsageError("`--output` is missing", "name the folder of the shards: `--output DIR`")
     if (share := re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)) is None or int(share[1]) >= int(share[2]):
         raise UsageError(f"invalid --part {part!r}", "pass I/N with I from 0 to N - 1, such as 0/4")
     index, parts = int(share[1]), int(share[2])
     with needs_packages("`inferctl embed`", "serve"), lazy.deferred_signals():
-        from inferctl.embed import job, local, manifest
+        from inferctl.bench.load.target import connect
+        from inferctl.embed import job, local, manifest, remote
         from inferctl.reading import task_config
         from inferctl.reading.embedding_config import EmbeddingConfig
+        from inferctl.reading.outputs import FORMS
     folder = output or Path()
     if output is not None:
         outputs.check_folder(output, "--output")
     if "-" in inputs:
         spooled = str(manifest.spool(sys.stdin.buffer, folder))
         inputs = [spooled if name == "-" else name for name in inputs]
-    model = download.fetch(spec.model.source, spec.model.revision)
-    task = resolve_task(spec.model.task, model, spec.model.source)
+    names: tuple[Output, ...]
+    if url is not None:
+        if dry_run:
+            raise UsageError("`--dry-run` measures this machine", "remove `--url`, and name the model with `--model`")
+        access = AccessOptions(api_key_env=api_key_env, served_model=served_model).access()
+        server = connect(url, access=access)
+        task, digest, settings = server.task, (server.info.get("model") or {}).get("sha256"), {}
+        names = tuple(options.known(name, FORMS, "--outputs") for name in (returned or server.output).split(","))
+    else:
+        model = download.fetch(spec.model.source, spec.model.revision)
+        task, digest = resolve_task(spec.model.task, model, spec.model.source), model.digest
+        settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
     if task == "generate":
-        raise UsageError(f"{spec.model.source} is a generative model", "name an encoder model with `--model`")
-    config = task_config.read(task, model.path, spec.serve.max_input_tokens)
-    possible = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
-    names = (
-        tuple(options.known(name, possible, "--outputs") for name in returned.split(",")) if returned else possible[:1]
-    )
-    if task == "rerank" and prompt is not None and not config.takes_instruction:
-        raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
-    prompt = config.prompts.select(prompt, None, input_type)
+        raise UsageError(f"{url or model.path} has a generative model", "name an encoder model")
+    if url is None:
+        config = task_config.read(task, model.path, spec.serve.max_input_tokens)
+        possible = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
+        names = possible[:1]
+        if returned:
+            names = tuple(options.known(name, possible, "--outputs") for name in returned.split(","))
+        if task == "rerank" and prompt is not None and not config.takes_instruction:
+            raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
+        prompt = config.prompts.select(prompt, None, input_type)
     asked: dict[str, Any] = {"outputs": names, "role": input_type, "prompt": prompt, "truncate": truncate}
-    settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
     run_options = manifest.RunOptions(
         inputs=tuple(inputs),
         output=folder,
@@ -149,7 +175,7 @@ def embed(
         id=id_,
         format=format_,
         dtype=dtype,
-        model={"task": task, "model_sha256": model.digest, **settings, **asked},
+        model={"task": task, "model_sha256": digest, **settings, **asked},
         most_rows=range_rows,
         # The vectors of the tokens of a text have a hundred times its bytes.
         most_bytes=range_bytes or (2**20 if "tokens" in names else 8 * 2**20),
@@ -157,8 +183,12 @@ def embed(
     )
     if len(run_options.texts) != 1 + (task == "rerank"):
         raise UsageError(f"`--text {text}` does not name {1 + (task == 'rerank')} columns", f"the task is {task}")
-    machine = local.LocalOptions(device=device, engine=engine, engines=engines, **asked)
-    computer = local.LocalComputer(spec, task, model, machine)
+    computer: Computer
+    if url is None:
+        machine = local.LocalOptions(device=device, engine=engine, engines=engines, **asked)
+        computer = local.LocalComputer(spec, task, model, machine)
+    else:
+        computer = remote.RemoteComputer(url, access.headers, access.model, **asked)
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
         found = _finish(embed_view.forecast(run_options, computer, model.path, keys))

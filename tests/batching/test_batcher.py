@@ -78,17 +78,36 @@ def test_bulk_requests_do_not_starve_under_constant_interactive_load(bulk: list[
         for item in queue.next_batch(float(turn)):
             done[item.request] -= 1
             served += not item.bulk
-        # A bulk sequence is at most one batch long and gets a quarter of every batch.
-        assert turn <= 4 * len(bulk) + 8, "bulk requests starve"
-    # The other three quarters are for interactive requests: at least one sequence per batch that bulk does not fill.
+        # There is a batch each second, so some bulk runs in each.
+        assert turn <= len(bulk) + 2, "bulk requests starve"
+    # The others are for interactive requests: at least one sequence per batch that bulk does not fill.
     assert served >= turn - len(bulk) - 1
 
 
-def test_overdue_bulk_requests_get_a_quarter_and_no_more() -> None:
+@pytest.mark.parametrize(("idle_slots", "patience_s"), [(False, 1.0), (True, 10.0)])
+def test_bulk_requests_that_get_nothing_for_long_get_a_quarter_of_a_batch(idle_slots: bool, patience_s: float) -> None:
     queue = filled(batcher(64), [(True, [16] * 40), (False, [16] * 40)])
-    batches = [queue.next_batch(2.0) for _ in range(8)]
-    assert [sum(item.tokens for item in batch if item.bulk) for batch in batches] == [16] * 8
+    queue.idle_slots = idle_slots
+    batches = [queue.next_batch(patience_s * (1 + number / 2)) for number in range(8)]
+    assert [sum(item.tokens for item in batch if item.bulk) for batch in batches] == [16, 0] * 4
     assert [sum(item.tokens for item in batch) for batch in batches] == [64] * 8
+
+
+def test_bulk_requests_run_in_the_slots_for_idle_time_if_there_are_some() -> None:
+    queue = filled(batcher(128), [(True, [64] * 4), (False, [64] * 3)])
+    queue.idle_slots = True
+    assert queue.has_full_batch()
+    assert [[item.bulk for item in queue.next_batch(0.0, idle=idle)] for idle in (False, True)] == [[0, 0], [1, 1]]
+    assert not queue.has_full_batch()
+    assert [len(batch) for batch in drain(queue)] == [1], "the interactive one only"
+    assert [len(queue.next_batch(0.0, 2, idle=True)) for _ in range(2)] == [1, 1], "divided between two slots"
+
+
+def test_without_slots_for_idle_time_bulk_batches_are_short_while_others_may_arrive() -> None:
+    limits = QueueLimits(1024, 10_000, slo_s=1.0)
+    queue = filled(Batcher(limits, learned(0.0, 1000.0)), [(True, [10] * 200), (False, [10])])
+    sizes = [sum(item.tokens for item in queue.next_batch(now)) for now in (0.0, 0.5, 0.9, 1.0)]
+    assert sizes == [10, 100, 100, 1020]
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0, 0.1)), min_size=1, max_size=60))
@@ -162,7 +181,7 @@ def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
 
 def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
     queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [40])] * 500 + [(True, [40] * 500)])
-    assert [len(batch) for batch in drain(queue)] == [409, 409, 182]
+    assert [len(batch) for batch in drain(queue)] == [409, 91, 409, 91]
 
 
 def test_a_batch_of_tiny_sequences_does_not_stop_the_event_loop() -> None:
@@ -177,11 +196,11 @@ def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
     assert [item.tokens for item in queue.next_batch(0.0)] == [10, 11, 9]
 
 
-def test_interactive_requests_run_before_bulk_and_bulk_fills_the_rest() -> None:
+def test_interactive_requests_run_before_bulk_which_makes_their_batches_no_longer() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10] * 4, now=0.0, bulk=True)
     queue.submit(2, [10, 10], now=0.0)
-    assert [item.request for item in queue.next_batch(0.0)] == [2, 2, 1]
+    assert [[item.request for item in batch] for batch in drain(queue)] == [[2, 2], [1, 1, 1], [1]]
 
 
 def test_a_batch_at_the_token_limit_is_full() -> None:

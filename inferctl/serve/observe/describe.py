@@ -75,6 +75,7 @@ def document(
             "flops_per_token": {str(n): round(info.flops.flop(n) / n) for n in _LENGTHS} if info.flops else None,
         },
         "parallel_batches": info.parallel,
+        "idle_batches": info.idle_parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
             "max_client_batch": MAX_CLIENT_BATCH,
