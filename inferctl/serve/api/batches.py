@@ -132,10 +132,14 @@ class BatchApi:
     def _store(self, folder: OwnerFolder, fields: _NewFile, file: UploadFile) -> Document:
         self._check_space(folder, file.size or 0)
         file_id = f"file-{secrets.token_hex(16)}"
-        with new_file(folder.path / file_id, 0o600) as target:
-            shutil.copyfileobj(file.file, target)
-            target.flush()
-            os.fsync(target.fileno())
+        try:
+            with new_file(folder.path / file_id, 0o600) as target:
+                shutil.copyfileobj(file.file, target)
+                target.flush()
+                os.fsync(target.fileno())
+        except OSError:  # the disk is full
+            folder.delete(file_id)
+            raise
         return folder.add_file(file_id, (file.filename or "")[:255], fields.seconds, fields.purpose)
 
     def _check_space(self, folder: OwnerFolder, size: int = 0) -> None:
@@ -177,14 +181,12 @@ def _find(folder: OwnerFolder, kind: str, object_id: str) -> Document:
 
 def _page(folder: OwnerFolder, kind: str, request: _Page) -> Document:
     limit, found = request.limit or (10_000 if kind == "files" else 20), folder.all(_KINDS[kind])
-    found = [each for each in found if request.purpose in (None, each.get("purpose"))]
     if request.order == "desc":
         found.reverse()
     if request.after is not None:
-        ids = [each["id"] for each in found]
-        if request.after not in ids:
-            raise ApiError(404, f"no such {_KINDS[kind]}: {request.after!r}", code="not_found", param="after")
-        found = found[ids.index(request.after) + 1 :]
+        _find(folder, kind, request.after)
+        found = found[[each["id"] for each in found].index(request.after) + 1 :]
+    found = [each for each in found if request.purpose in (None, each.get("purpose"))]
     page = found[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
     return {"object": "list", "data": page, "has_more": len(found) > limit, **ends}

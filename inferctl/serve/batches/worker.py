@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -36,48 +36,33 @@ log = logging.getLogger("inferctl.batches")
 
 _MOST_IN_FLIGHT = 64  # of all batches
 _TICK_S, _SWEEP_S, _RETRY_S, _PAUSE_S = 0.5, 3600.0, 1.0, 10.0
-_IDLE_S = 30.0  # after which the server may close a connection
 _TIMEOUT_S = 600.0
-_GONE = {
-    "batch_cancelled": "the batch was cancelled before this request ran",
-    "batch_expired": "the batch expired before this request ran",
-    "invalid_api_key": "the API key of the batch is not valid any more",
-}
-
-
-class Answer(NamedTuple):
-    """A response. `retry_after`: seconds; 0 if a retry does not help."""
-
-    status: int
-    request_id: str
-    body: bytes
-    retry_after: float
 
 
 class Client:
-    """Sends requests to one server. Each thread has a connection of its own."""
+    """Sends requests to one server, on threads with a connection each."""
 
     def __init__(self, url: str, secret: str) -> None:
         self._host, self._secret = urlsplit(url).netloc, secret
-        self._local = threading.local()
+        self._local, self._threads = threading.local(), ThreadPoolExecutor(_MOST_IN_FLIGHT)
 
-    def send(self, owner: str, path: str, request_id: str, raw: bytes) -> Answer:
-        """Return the response to the request of a line. Raises `TimeoutError`, and others if the server is gone."""
-        connection, used = getattr(self._local, "connection", (None, 0.0))
-        if connection is None or time.monotonic() - used > _IDLE_S:
-            connection = http.client.HTTPConnection(self._host, timeout=_TIMEOUT_S)
-        self._local.connection = None, 0.0
+    async def send(self, *request: str | bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """Return the response to the request of a line: owner, path, id, line. Raises `OSError` and `HTTPException`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, *request)
+
+    def _send(self, owner: str, path: str, request_id: str, raw: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = getattr(self._local, "connection", None) or http.client.HTTPConnection(
+            self._host, timeout=_TIMEOUT_S
+        )
+        self._local.connection = None  # after an error, it cannot be used
         headers = {"content-type": "application/json", "x-priority": "bulk", "x-request-id": request_id}
         if owner:
             headers["authorization"] = f"Bearer {self._secret}{owner}"
         connection.request("POST", path, orjson.dumps(orjson.loads(raw)["body"]), headers)
         response = connection.getresponse()
-        body, found = response.read(), response.headers
-        self._local.connection = connection, time.monotonic()
-        if not found.get("content-type", "").startswith("application/json") or b"\n" in body:
-            body = orjson.dumps(body.decode(errors="replace"))
-        seconds = float(found.get("retry-after-ms", 0)) / 1000 or float(found.get("retry-after", 0))
-        return Answer(response.status, found.get("x-request-id", ""), body, seconds)
+        body = response.read()
+        self._local.connection = connection
+        return response, body
 
 
 class BatchRun:
@@ -125,18 +110,22 @@ class BatchRun:
         return self._batch
 
     async def _send(self, number: int, raw: bytes) -> None:
-        request_id, retry, now = lines.request_id(self._batch["id"], number), 0.0, 0.0
+        request_id, retry, batch = lines.request_id(self._batch["id"], number), 0.0, self._batch
         try:
-            answer = await self._worker.send(self._batch["owner"], self._batch["endpoint"], request_id, raw)
-            if answer.status == 503 or (answer.status == 429 and answer.retry_after):
-                retry = answer.retry_after or _RETRY_S
-            elif answer.status == 401:
+            response, body = await self._worker.client.send(batch["owner"], batch["endpoint"], request_id, raw)
+            found = response.headers.get
+            retry = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
+            if response.status == 401:
                 retry, self._status, self._code = _RETRY_S, "cancelled", "invalid_api_key"
-            else:
-                self._window = min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
-                values = answer.status, orjson.dumps(answer.request_id), answer.body
-                response = b'{"status_code":%d,"request_id":%s,"body":%s}' % values
-                self._write(answer.status >= 400, lines.output(request_id, raw, response))
+            elif response.status == 503:
+                retry = retry or _RETRY_S
+            elif response.status != 429 or not retry:
+                retry, self._window = 0.0, min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
+                if not found("content-type", "").startswith("application/json") or b"\n" in body:
+                    body = orjson.dumps(body.decode(errors="replace"))
+                values = response.status, orjson.dumps(found("x-request-id", "")), body
+                text = b'{"status_code":%d,"request_id":%s,"body":%s}' % values
+                self._write(response.status >= 400, lines.output(request_id, raw, text))
         except TimeoutError:
             self._fail(number, raw, "request_timeout", f"no response within {_TIMEOUT_S:g} s")
         except (OSError, http.client.HTTPException):
@@ -169,7 +158,7 @@ class BatchRun:
     def _finish(self, left: list[tuple[int, bytes]]) -> None:
         """Write the lines that did not run, make the outputs files of the API, and end the batch."""
         for number, raw in left:
-            self._fail(number, raw, self._code, _GONE[self._code])
+            self._fail(number, raw, self._code, f"the batch is {self._status}, and this request did not run")
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -177,7 +166,7 @@ class BatchRun:
         batch = self._batch = self._batch | {"status": self._status, "finalizing_at": now, f"{self._status}_at": now}
         batch["request_counts"] = self._counts
         if self._code == "invalid_api_key":
-            batch["errors"] = _errors({"code": self._code, "message": _GONE[self._code]})
+            batch["errors"] = _errors({"code": self._code, "message": "the key of the batch is not valid any more"})
         seconds = (batch["output_expires_after"] or {}).get("seconds", KEPT_S)
         for name, path in zip(("output", "error"), self._paths, strict=True):
             if path.stat().st_size:
@@ -195,9 +184,8 @@ class BatchWorker:
     """
 
     def __init__(self, root: Path, space: int, client: Client) -> None:
-        self.stopping = asyncio.Event()
-        self._root, self._space, self._client = root, space, client
-        self._threads = ThreadPoolExecutor(_MOST_IN_FLIGHT)
+        self.stopping, self.client = asyncio.Event(), client
+        self._root, self._space = root, space
         self._turns: dict[str, str] = {}  # id of a batch -> whose turn it uses
 
     async def run(self) -> None:
@@ -218,10 +206,6 @@ class BatchWorker:
                             await asyncio.to_thread(OwnerFolder(path).sweep)
                     sweep = time.monotonic() + _SWEEP_S
                 await self._pause(_TICK_S)
-
-    async def send(self, *request: Any) -> Answer:
-        """Return the response to a request, as `Client.send` does, which runs on a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._client.send, *request)
 
     def _open(self) -> list[tuple[OwnerFolder, Document]]:
         found = []

@@ -53,19 +53,17 @@ class KeyTable:
 
     def find(self, credential: bytes, now: float) -> ApiKey | None:
         """Return the key that a client sent; None if it is unknown, revoked or expired. Raises `UnavailableError`."""
-        if not self.ready:
-            raise UnavailableError("the keys are not known yet")
         if len(credential) > _MAX_LENGTH:
             return None
         return self._valid(self._entries.get(keys.digest(credential)), now)
 
     def find_id(self, key_id: str, now: float) -> ApiKey | None:
         """Return the key with an id; None if `find` would accept no credential of it. Raises `UnavailableError`."""
-        if not self.ready:
-            raise UnavailableError("the keys are not known yet")
         return self._valid(self._ids.get(key_id), now)
 
     def _valid(self, entry: Entry | None, now: float) -> ApiKey | None:
+        if not self.ready:
+            raise UnavailableError("the keys are not known yet")
         if entry is None or now >= entry.not_after or entry.key.id in self._revoked:
             return None
         return entry.key
