@@ -86,6 +86,7 @@ class EncoderServer(ServerLifetime):
                 "spec": _for_api_processes(spec, processes),
                 "models": [(model.task, str(model.folder.path), model.objectives) for model in models],
                 "processes": processes,
+                "batch_secret": self._batch_secret,
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,
