@@ -1,0 +1,93 @@
+"""The Job of `inferctl deploy --embed`: its parts, its nodes, what ends it, and what it leaves out of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl import cli
+from inferctl.config.spec import Image, Spec
+from inferctl.core.errors import UsageError
+from inferctl.deploy import layout
+from inferctl.deploy.objects.embed import EmbedRun
+from tests.deploy import plans
+from tests.deploy.conftest import Objects, write
+from tests.deploy.test_layout import OVERLAYS, Build, named, pod_of, pods
+from tests.deploy.test_own_manifests import findings
+from tests.deploy.validation import VERSIONS, problems
+
+ARGUMENTS = ("in/*.parquet", "--output", "out")
+
+
+def files(spec: Spec | None = None, parts: int | None = None, version: str | None = None) -> dict[str, str]:
+    found = (spec or plans.embed()).model_copy(update={"image": Image(embed=True)})  # type: ignore[call-arg]
+    return layout.embed_files(plans.plan(found, kubernetes=version), EmbedRun("texts", ARGUMENTS, parts))
+
+
+def job_of(objects: Objects, name: str = "embed-embed-a100-half") -> dict[str, Any]:
+    found: dict[str, Any] = named(objects, "Job", name)["spec"]
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_object_is_valid_and_the_lint_finds_nothing(version: str, build: Build, tmp_path: Path) -> None:
+    texts = files(version=version)
+    folders = sorted({name.rpartition("/")[0] for name in texts})
+    assert folders == [f"embed/{each['name']}" for each in sorted(plans.CLUSTERS, key=lambda each: each["name"])]
+    assert [problem for each in folders for one in build(texts, each) for problem in problems(one, version)] == []
+    write(texts, tmp_path)
+    assert [findings(tmp_path / each, int(version[2:])) for each in folders] == [[]] * 3
+
+
+def test_a_pod_computes_its_part_as_the_server_of_its_flavor_would(build: Build) -> None:
+    built = build(files(parts=64), "embed/gcp-europe-west4")
+    job, server = job_of(built), pod_of(build(plans.files(), OVERLAYS[2]), "embed-a100-half")
+    (pod,) = (pod for _, pod in pods(built))
+    container = pod["containers"][0]
+    assert container["command"][1:5] == ["-m", "inferctl", "embed", "--spec"]
+    assert container["command"][6:] == [*ARGUMENTS, "--part", "$(JOB_COMPLETION_INDEX)/64"]
+    assert (job["completionMode"], job["completions"]) == ("Indexed", 64)
+    limits = server["containers"][0]["resources"]["limits"]
+    assert container["resources"]["limits"] == limits and limits["nvidia.com/gpu"] == 1
+    assert pod["affinity"]["nodeAffinity"] == server["affinity"]["nodeAffinity"]
+    assert pod["tolerations"] == server["tolerations"]
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    assert volumes["data"] == {"name": "data", "persistentVolumeClaim": {"claimName": "texts"}}
+    assert volumes.keys() == {mount["name"] for mount in container["volumeMounts"]} == {"tmp", "model", "data"}
+    env = {each["name"]: each["value"] for each in container["env"]}
+    assert env["INFERCTL_SERVE_PRECISION"] and env["INFERCTL_ACCESS_KEYS"] == "null"
+
+
+def test_a_lost_node_costs_no_retry_and_a_usage_error_ends_all_parts(build: Build) -> None:
+    job = job_of(build(files(), "embed/aws-us-east-1"))
+    most = next(each for each in plans.plan().models[0].flavors if each.label == "a100-half").placements[0].max_replicas
+    assert job["parallelism"] == job["completions"] == most.value
+    ignored, ended = job["podFailurePolicy"]["rules"]
+    assert (ignored["action"], ignored["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    assert (ended["action"], ended["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert job["backoffLimitPerIndex"] >= 1 and job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_a_job_of_several_or_of_generation_or_without_the_command_is_an_error() -> None:
+    for spec, message in ((plans.generate(), "or generates"), (plans.embed(), "cannot run")):
+        plan = plans.plan(spec)
+        with pytest.raises(UsageError, match=message):
+            layout.embed_files(plan, EmbedRun("texts", ARGUMENTS))
+    with pytest.raises(UsageError, match="there are 2"):
+        layout.embed_files(plans.plan(), EmbedRun("texts", ARGUMENTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "3", "--output", "x"], "--parts is of --embed"),
+        (["--embed", "texts", "--output", "x"], "has no input"),
+        (["--embed", "a/b", "--output", "x", "--", "in"], "'a/b' is no name"),
+        (["--embed", "texts", "--preview", "nodes.yaml", "--", "in"], "cannot be combined"),
+    ],
+)
+def test_wrong_options_are_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["deploy", *arguments]) == 2
+    assert message in capsys.readouterr().err
