@@ -44,6 +44,7 @@ class Root(LazyGroup):
         "adapters": Command("inferctl.cli.adapters", "app", "Add and remove LoRA adapters of a running server."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
+        "embed": Command("inferctl.cli.embed", "embed", "Embed files of any length, resumable, without a server."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
         "compare": Command("inferctl.cli.compare", "compare", "Compare two benchmarks and detect regressions."),
         "estimate": Command(

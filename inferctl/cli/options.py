@@ -53,6 +53,21 @@ PrecisionOption = Annotated[
         "Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]"
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        autocompletion=completion.one_of("auto", "cpu", "cuda"),
+        help="Run on auto, cpu, cuda (all GPUs) or cuda:N; auto uses the GPUs if there are any.",
+    ),
+]
+Engine = Annotated[
+    str, typer.Option(hidden=True, help="Set the engine: encoder, or echo (no model, to measure the rest).")
+]
+Engines = Annotated[
+    int | None,
+    typer.Option(hidden=True, min=1, max=64, help="Start N engine processes. [default: one per GPU, else 1]"),
+]
 Network = Annotated[
     Literal["host"] | None, typer.Option(help="Run build steps and containers on the network of the host.")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from inferctl.cli import completion, console, download, lazy, options
+from inferctl.cli import console, download, lazy, options
 from inferctl.core.errors import UsageError, needs_packages
 from inferctl.image.image_name import full_reference
 from inferctl.models.image_source import is_image
@@ -36,14 +36,7 @@ def serve(
     context: typer.Context,
     flags: options.Flags,
     spec_file: options.SpecFile = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("auto", "cpu", "cuda"),
-            help="Run on auto, cpu, cuda (all GPUs) or cuda:N; auto uses the GPUs if there are any.",
-        ),
-    ] = "auto",
+    device: options.Device = "auto",
     truncate: Annotated[
         bool,
         typer.Option(
@@ -80,13 +73,8 @@ def serve(
     published: Annotated[
         str | None, typer.Option(hidden=True, help="Set the HOST:PORT that forwards to this container.")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(hidden=True, help="Set the engine: encoder, or echo (no model, to measure the rest).")
-    ] = "encoder",
-    engines: Annotated[
-        int | None,
-        typer.Option(hidden=True, min=1, max=64, help="Start N engine processes. [default: one per GPU, else 1]"),
-    ] = None,
+    engine: options.Engine = "encoder",
+    engines: options.Engines = None,
 ) -> None:
     """Serve embeddings, scores or generation with an OpenAI-compatible API.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +18,8 @@ Input: TypeAlias = str | tuple[str, str]
 class Computed(NamedTuple):
     """What came of the inputs of a range, in their order.
 
-    `rows`: of those without an error. `errors`: the reason of the others, by their position. `tokens`: of each input,
+    `rows`: of those without an error. `errors`: a stable code and the reason of the others, as `code: reason`,
+    by their position. `tokens`: of each input,
     0 of one with an error. `flops`: without padding, 0 if unknown. `distinct`: inputs that were computed.
     """
 
@@ -28,8 +30,19 @@ class Computed(NamedTuple):
     distinct: int = 0
 
 
+@dataclass
+class Progress:
+    """What was computed since the start, over all ranges, counted as batches end. `inputs`: with equal ones."""
+
+    inputs: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
 class Computer(Protocol):
     """Computes ranges. It is ready after `start`, and several ranges may be in flight."""
+
+    progress: Progress
 
     async def start(self) -> dict[str, Any]:
         """Start, and return what identifies the vectors: model, revision, digest, precision, dimensions, device.

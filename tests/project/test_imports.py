@@ -57,6 +57,7 @@ ONLY_IN = {
     "locust": ("bench/loadgen/",),
     "gevent": ("bench/loadgen/",),
     "plotly": (),
+    "pyarrow": ("embed/",),
 }
 HEAVY = [
     "torch",

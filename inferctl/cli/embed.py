@@ -1,0 +1,211 @@
+"""`inferctl embed`: embed files of any length without a server, and continue where a run was interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from inferctl.cli import completion, console, download, embed_view, lazy, options
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError, needs_packages
+from inferctl.models.model import resolve_task
+
+if TYPE_CHECKING:
+    from inferctl.embed.job import Job
+
+Result = TypeVar("Result")
+_HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
+
+EPILOG = """\b
+Examples:
+  # Count the texts, and see what they take here and on other hardware
+  inferctl embed 'docs/*.jsonl' --model ./all-MiniLM-L6-v2 --dry-run
+  # Write Parquet shards; after an interruption, the same command continues
+  inferctl embed 'docs/*.jsonl' --model ./all-MiniLM-L6-v2 --output vectors
+  # Read other columns of a CSV file, and write float16
+  inferctl embed docs.csv --text body --id url --dtype float16 --model DIR --output vectors
+  # Score pairs with a reranker
+  inferctl embed pairs.parquet --text question,answer --model ./reranker --output scores
+  # Be the second of four processes that share a folder
+  inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --part 1/4
+"""
+_SETTINGS = ("precision", "allow_inaccurate", "max_batch_tokens", "max_input_tokens")
+
+
+@options.with_settings("model.source", *(f"serve.{name}" for name in _SETTINGS))
+def embed(
+    flags: options.Flags,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Files of .jsonl, .csv or .parquet, patterns, or - for JSON lines."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the shards into this folder.")
+    ] = None,
+    spec_file: options.SpecFile = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Read texts from this column, pairs from two. [default: text; pairs: query,document]"
+        ),
+    ] = None,
+    id_: Annotated[
+        str | None,
+        typer.Option("--id", metavar="COLUMN", help="Read ids from this column. [default: id, else row numbers]"),
+    ] = None,
+    returned: Annotated[
+        str | None,
+        typer.Option(
+            "--outputs",
+            metavar="NAMES",
+            autocompletion=completion.one_of("dense", "sparse", "tokens"),
+            help="Compute dense, sparse or tokens, or several. [default: the model's first]",
+        ),
+    ] = None,
+    input_type: Annotated[
+        Literal["query", "document"] | None, typer.Option(help="Embed the texts as queries or as documents.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Put this text before each input. [default: the model's]")
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate/--no-truncate", help="Truncate inputs that are too long, or list them as errors."),
+    ] = True,
+    format_: Annotated[
+        Literal["parquet", "npy", "jsonl"], typer.Option("--format", help="Write shards in this format.")
+    ] = "parquet",
+    dtype: Annotated[
+        Literal["float32", "float16", "bits"], typer.Option(help="Write the numbers of vectors in this type.")
+    ] = "float32",
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Compute part I (from 0) of N, in one of N processes that share DIR.")
+    ] = "0/1",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End at the first row that cannot be computed, instead of listing it.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the rows, measure a sample, and print time and cost.")
+    ] = False,
+    hardware: Annotated[
+        list[str] | None,
+        options.hardware_option(
+            f"With --dry-run: also estimate this. [default: the spec's, else {','.join(_HARDWARE)}]"
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    engine: options.Engine = "encoder",
+    engines: options.Engines = None,
+    range_rows: Annotated[int, typer.Option(hidden=True, min=1, max=2**20)] = 65_536,
+    range_bytes: Annotated[int | None, typer.Option(hidden=True, min=1, max=2**30)] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Embed, score or classify the rows of files, into shards that vector stores can import.
+
+    The same command continues a run that was interrupted. It does not if inputs or options changed. Rows that cannot be
+    computed are listed in part-*.errors.jsonl.
+    """
+    spec = options.load(spec_file, flags).spec
+    if output is None and (not dry_run or "-" in inputs):
+        raise UsageError("`--output` is missing", "name the folder of the shards: `--output DIR`")
+    if (share := re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)) is None or int(share[1]) >= int(share[2]):
+        raise UsageError(f"invalid --part {part!r}", "pass I/N with I from 0 to N - 1, such as 0/4")
+    index, parts = int(share[1]), int(share[2])
+    with needs_packages("`inferctl embed`", "serve"), lazy.deferred_signals():
+        from inferctl.embed import job, local, manifest, shards
+        from inferctl.reading import task_config
+        from inferctl.reading.embedding_config import EmbeddingConfig
+    folder = output or Path()
+    if output is not None:
+        outputs.check_folder(output, "--output")
+    if "-" in inputs:
+        spooled = str(manifest.spool(sys.stdin.buffer, folder))
+        inputs = [spooled if name == "-" else name for name in inputs]
+    model = download.fetch(spec.model.source, spec.model.revision)
+    task = resolve_task(spec.model.task, model, spec.model.source)
+    if task == "generate":
+        raise UsageError(f"{spec.model.source} is a generative model", "name an encoder model with `--model`")
+    config = task_config.read(task, model.path, spec.serve.max_input_tokens)
+    possible = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
+    names = (
+        tuple(options.known(name, possible, "--outputs") for name in returned.split(",")) if returned else possible[:1]
+    )
+    shards.check({"task": task, "outputs": names}, format_, dtype)
+    if task == "rerank" and prompt is not None and not config.takes_instruction:
+        raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
+    prompt = config.prompts.select(prompt, None, input_type)
+    asked = {"outputs": names, "role": input_type, "prompt": prompt, "truncate": truncate}
+    settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
+    run_options = manifest.RunOptions(
+        inputs=tuple(inputs),
+        output=folder,
+        texts=tuple((text or ("query,document" if task == "rerank" else "text")).split(",")),
+        id=id_,
+        format=format_,
+        dtype=dtype,
+        model={"model_sha256": model.digest, "task": task, **settings, **asked},
+        most_rows=range_rows,
+        # The vectors of the tokens of a text have a hundred times its bytes.
+        most_bytes=range_bytes or (2**20 if "tokens" in names else 8 * 2**20),
+        strict=strict,
+    )
+    if len(run_options.texts) != 1 + (task == "rerank"):
+        raise UsageError(f"`--text {text}` does not name {1 + (task == 'rerank')} columns", f"the task is {task}")
+    machine = local.LocalOptions(device=device, engine=engine, engines=engines, **asked)
+    computer = local.LocalComputer(spec, task, model, machine)
+    if dry_run:
+        keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
+        found = _interruptible(lambda: embed_view.forecast(run_options, computer, model.path, keys))
+        console.document(found) if as_json else console.report(embed_view.table(found))
+        return
+    work = job.Job(run_options, computer)
+    with console.progress("reading the inputs"):
+        plan = work.plan()
+        missing = [number for number in work.missing() if number % parts == index]
+    total = len(range(index, len(plan.ranges), parts))
+    try:
+        if missing:
+            _interruptible(lambda: _run(work, missing))
+    finally:
+        if 0 < len(missing) < total:
+            console.note(f"{total - len(missing):,} of {total:,} ranges are done: repeat the command to continue")
+    receipt = work.finish(embed_view.price)
+    summary = {"output": str(folder), "ranges": total, "complete": receipt is not None, "receipt": receipt}
+    console.result(summary, embed_view.summary(summary), as_json=as_json)
+
+
+async def _run(work: Job, missing: list[int]) -> None:
+    """Compute ranges, and remove those that are done from `missing`."""
+    try:
+        with console.progress("starting the engine"):
+            await work.start()
+        with console.progress("computing") as show:
+            rows = sum(work.plan().ranges[number].rows for number in missing)
+            following = asyncio.create_task(embed_view.follow(work, rows, show))
+            await work.run(list(missing), missing.remove)
+            following.cancel()
+    finally:
+        await work.close()
+
+
+def _interruptible(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run work until it ends. Raises `KeyboardInterrupt` if a signal cancelled it."""
+    from inferctl.serve import event_loop
+    from inferctl.serve.signals import StopSignals
+
+    async def run() -> Result:
+        task = asyncio.ensure_future(work())
+        signals.connect(lambda _: task.cancel())
+        return await task
+
+    with StopSignals() as signals, event_loop.runner() as runner:
+        try:
+            return runner.run(run())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None

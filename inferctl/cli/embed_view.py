@@ -1,0 +1,195 @@
+"""What `inferctl embed` shows: time and cost before a run, its progress, and the summary."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from inferctl.cli import console
+from inferctl.cli.bench_progress import duration
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import size
+from inferctl.estimate import calibration
+from inferctl.estimate.cost import Transformer
+from inferctl.estimate.forecast import Scenario, memory_problem, prices, read_config
+from inferctl.facts import catalog
+from inferctl.facts.catalog import Hardware
+from inferctl.facts.precision import best_precision
+
+if TYPE_CHECKING:
+    from inferctl.embed.computer import Computer
+    from inferctl.embed.job import Job
+    from inferctl.embed.manifest import RunOptions
+
+SCHEMA = "inferctl.embed-forecast/1"
+_SAMPLE, _MEASURED_S = 1024, 3.0
+_WINDOW_S, _LINE_S = 5.0, 30.0  # of the band of the time left; between two lines without a terminal
+
+
+async def forecast(options: RunOptions, computer: Computer, model: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the size of a run, and its time and cost: measured here with a sample, estimated on other hardware."""
+    from inferctl.embed import manifest
+
+    with console.progress("reading the inputs"):
+        plan, files = await asyncio.to_thread(manifest.make, options)
+        sample = await asyncio.to_thread(manifest.sample, plan, files, _SAMPLE)
+    if not sample:
+        raise UsageError("no sampled row can be computed", "check the columns with `--text` and `--id`")
+    try:
+        with console.progress("measuring a sample here"):
+            machine = await computer.start()
+            computed = await computer.compute(sample)  # also fills buffers
+            count, started = 0, time.monotonic()
+            while (seconds := time.monotonic() - started) < _MEASURED_S:
+                await asyncio.gather(*(computer.compute(sample) for _ in range(3)))
+                count += 3 * len(sample)
+    finally:
+        await computer.close()
+    lengths = [int(length) for length in computed.tokens if length]
+    here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
+    rows, absent = [_row(here, plan.rows, count / seconds, price(machine["device"]))], []
+    for key in dict.fromkeys(keys):
+        try:
+            rows.append(_estimated(key, plan.rows, lengths, read_config(model)))
+        except UsageError as error:
+            absent.append({"hardware": key, "reason": error.message, "hint": error.hint})
+    return {
+        "schema": SCHEMA,
+        "inputs": plan.inputs,
+        "rows": plan.rows,
+        "ranges": len(plan.ranges),
+        "columns": plan.columns._asdict(),
+        "sample": {
+            "rows": len(sample),
+            "errors": list(computed.errors.values())[:5],
+            "equal": len(sample) - computed.distinct - len(computed.errors),
+            "tokens_mean": statistics.fmean(lengths or [0]),
+            "tokens_p50": statistics.median(lengths or [0]),
+            "tokens_max": max(lengths, default=0),
+        },
+        "hardware": rows,
+        "absent": absent,
+    }
+
+
+def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the forecast: the most that an engine of this hardware can do."""
+    part = catalog.hardware(key)
+    found = calibration.load().of(part.key, best_precision(part.traits))
+    if problem := memory_problem(found, config, 16_384):
+        raise UsageError(f"{key}: {problem[0]}", "name other hardware")
+    model = Transformer.of(config)
+    server = Scenario(lengths, count=5000).server(found.cost(model), front=0.0)
+    rate = server.offline().per_second * found.band_for(model).throughput[1]
+    return _row({"hardware": key, "precision": found.precision, "outcome": "estimated"}, rows, rate, _lowest(part))
+
+
+def _row(named: Mapping[str, Any], rows: int, rate: float, cost: Mapping[str, Any] | None) -> dict[str, Any]:
+    hours = rows / rate / 3600
+    return {**named, "rows_per_s": rate, "hours": hours, "usd": cost and cost["usd_per_hour"] * hours, "price": cost}
+
+
+def price(device: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the lowest price that the catalog has for the GPUs of a machine; None if it has none."""
+    if not device or not device.get("hardware"):
+        return None
+    found = _lowest(catalog.hardware(device["hardware"]))
+    return found and {**found, "usd_per_hour": found["usd_per_hour"] * device["count"]}
+
+
+def _lowest(part: Hardware) -> dict[str, Any] | None:
+    return min(prices(part), key=lambda each: float(each["usd_per_hour"]), default=None)
+
+
+def table(found: Mapping[str, Any]) -> RenderableType:
+    """Return the forecast as text and one table."""
+    sample, rows = found["sample"], found["rows"]
+    lines = [
+        f"{rows:,} rows of {size(sum(each['bytes'] for each in found['inputs']))} in {found['ranges']:,} ranges",
+        f"{sample['tokens_mean']:.0f} tokens per row on average, {sample['tokens_max']} at most; "
+        f"{sample['equal'] / sample['rows']:.0%} of {sample['rows']:,} sampled rows equal others",
+        *(f"a sampled row cannot be computed: {reason}" for reason in sample["errors"]),
+    ]
+    cells = [
+        (
+            each["hardware"],
+            each["precision"],
+            f"{each['rows_per_s']:,.0f}",
+            duration(3600 * each["hours"]),
+            "-" if each["usd"] is None else f"{each['usd']:,.2f}",
+            "measured with the sample" if each["outcome"] == "measured" else "estimated: at best",
+        )
+        for each in found["hardware"]
+    ]
+    headings = ("hardware", "runs as", "rows/s", "time", "USD", "figures are")
+    absent = dict.fromkeys(f"not estimated: {each['reason']}" for each in found["absent"])
+    notes = ["`inferctl estimate` explains the estimates and their prices", *absent]
+    return Group(*map(Text, lines), Text(), console.table(headings, cells, ("hardware",)), Text(), *map(Text, notes))
+
+
+async def follow(work: Job, rows: int, show: Callable[[str], None]) -> None:
+    """Show the progress of `rows` rows until it is cancelled: each second on a terminal, else a line every 30 s."""
+    view = _Progress(work, rows)
+    while True:
+        await asyncio.sleep(1.0 if sys.stderr.isatty() else _LINE_S)
+        show(view.line()) if sys.stderr.isatty() else console.note(view.line())
+
+
+class _Progress:
+    """The rate of a run, and how long the rest takes. `rows`: of the ranges that it computes."""
+
+    def __init__(self, work: Job, rows: int) -> None:
+        self._work, self._rows = work, rows
+        self._marks = [(time.monotonic(), 0)]  # time and rows at the end of each window
+
+    def line(self) -> str:
+        """Return a line such as `31% of 9,000 rows · 1,234 rows/s · 148,000 tokens/s · ~2.1 h left`."""
+        assert self._work.computer is not None
+        done, limit = self._work.computer.progress, self._work.machine.get("matrix_rate")
+        rows, now = min(self._rows, done.inputs + self._work.unread), time.monotonic()
+        seconds = now - self._marks[0][0]
+        if now - self._marks[-1][0] >= _WINDOW_S:
+            # After days, each window is some minutes long.
+            self._marks = [*(self._marks if len(self._marks) < 1000 else self._marks[::2]), (now, rows)]
+        parts = [f"{rows / self._rows:.0%} of {self._rows:,} rows"]
+        if rows:
+            parts += [f"{rows / seconds:,.0f} rows/s", f"{done.tokens / seconds:,.0f} tokens/s"]
+            parts += [f"{done.flops / seconds / limit:.0%} of the matrix rate"] if limit and done.flops else []
+            parts.append(self._left(rows, seconds))
+        return " · ".join(parts + ([f"{self._work.errors:,} errors"] if self._work.errors else []))
+
+    def _left(self, rows: int, seconds: float) -> str:
+        """Return the time left with a band: 2 standard errors of a sum of windows that vary as those so far."""
+        rest = (self._rows - rows) * seconds / rows
+        windows = [(end - start) / max(1, more - less) for (start, less), (end, more) in pairwise(self._marks)]
+        if len(windows) < 4:
+            return f"{duration(rest)} left"
+        share = statistics.stdev(windows) / statistics.fmean(windows)
+        half = 2 * share * rest * sqrt(1 / len(windows) + seconds / len(windows) / max(rest, 1.0))
+        return f"{duration(rest)} left ({duration(max(0.0, rest - half))} to {duration(rest + half)})"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """Return the last lines of a run."""
+    receipt = found["receipt"]
+    if receipt is None:
+        return f"{found['output']}: all {found['ranges']:,} ranges of this part are done; other parts are not"
+    cost = "" if receipt["cost"] is None else f" for {receipt['cost']['usd']:,.2f} USD"
+    lines = [
+        f"{found['output']}: {receipt['rows']:,} rows, {receipt['tokens']:,} tokens, {size(receipt['bytes'])}, in "
+        f"{duration(receipt['wall_s'])} ({receipt['rows_per_s']:,.0f} rows/s){cost}",
+        f"digest of the output: {receipt['output_sha256']}",
+    ]
+    if receipt["errors"]:
+        lines.append(f"{receipt['errors']:,} rows have errors: {found['output']}/part-*.errors.jsonl has the reasons")
+    return "\n".join(lines)

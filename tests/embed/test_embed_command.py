@@ -1,0 +1,169 @@
+"""`inferctl embed` as a process: nothing is lost or changed by kills, a full disk, or another number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.receipts import receipt
+from tests.processes import inferctl, several, until
+
+ROWS, RANGES = 3000, 30
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of different lengths, some equal, and three bad rows."""
+    file = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    words = [f"word{number} " * (1 + number % 40) for number in range(ROWS // 2)] * 2
+    lines = [json.dumps({"id": number, "text": text}) for number, text in enumerate(words)]
+    lines[7], lines[1000], lines[2999] = "{", '{"id": 1000}', json.dumps({"id": 2999, "text": ""})
+    file.write_text("\n".join(lines))
+    return file
+
+
+def arguments(corpus: Path, model: Path, output: Path, *more: str) -> list[str]:
+    small = ["--range-rows", str(ROWS // RANGES), "--engine", "echo"]
+    return ["embed", str(corpus), "--model", str(model), "--output", str(output), *small, *more]
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("part-*") if file.suffix != ".json"}
+
+
+def done(folder: Path) -> int:
+    return len([*folder.glob("part-?????.json")])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    inferctl(*arguments(corpus, minilm, folder), code=0)
+    return folder
+
+
+def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Path, corpus: Path) -> None:
+    import pyarrow.parquet as pq
+
+    found = [pq.read_table(file).column("id").to_pylist() for file in sorted(undisturbed.glob("*.parquet"))]
+    assert len(found) == RANGES
+    assert [id_ for ids in found for id_ in ids] == [id_ for id_ in range(ROWS) if id_ not in (7, 1000, 2999)]
+    errors = [json.loads(line) for file in sorted(undisturbed.glob("*.errors.jsonl")) for line in file.open()]
+    assert [(each["line"], each["id"], each["code"]) for each in errors] == [
+        (8, None, "not_json"),
+        (1001, 1000, "no_text"),
+        (3000, 2999, "empty_input"),
+    ]
+    sealed = json.loads((undisturbed / "receipt.json").read_text())
+    assert sealed["seal"] == receipt.seal_of(sealed)
+    assert (sealed["rows"], sealed["errors"]) == (ROWS - 3, 3)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the run", "an engine"])
+def test_kills_change_no_byte(whole: bool, corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, tmp_path / "out")]
+    for more in (1, 4, 9):
+        before = done(tmp_path / "out")
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        until(lambda: process.poll() is not None or done(tmp_path / "out") >= before + more)  # noqa: B023
+        if process.poll() is None:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.killpg(process.pid, signal.SIGKILL) if whole else [os.kill(int(pid), signal.SIGKILL) for pid in children]
+        process.wait(120)
+    inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=0)
+    assert shards(tmp_path / "out") == shards(undisturbed)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_processes_share_a_folder(corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, tmp_path / "out")]
+    running = [subprocess.Popen([*command, "--part", f"{part}/2"]) for part in range(2)]
+    assert [process.wait(200) for process in running] == [0, 0]
+    assert shards(tmp_path / "out") == shards(undisturbed)
+    workers = {json.loads(file.read_text())["worker"] for file in (tmp_path / "out").glob("part-?????.json")}
+    assert len(workers) == 2
+    assert (tmp_path / "out" / "receipt.json").exists()
+
+
+def test_ctrl_c_ends_it_and_it_continues(corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until(lambda: done(tmp_path / "out") >= 2)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 130, log
+    assert "Traceback" not in log
+    assert "repeat the command" in log
+    inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=0)
+    assert shards(tmp_path / "out") == shards(undisturbed)
+
+
+def test_a_full_disk_ends_it_without_a_partial_shard(corpus: Path, minilm: Path, tmp_path: Path) -> None:
+    """A limit of the size of files fails as a full disk does, with another number."""
+    limited: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
+    ended = inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=3, preexec_fn=limited)
+    assert "file too large" in ended.stderr
+    assert not shards(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_another_run_in_the_folder_is_refused(corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
+    same = [*arguments(corpus, minilm, undisturbed)]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(corpus.read_text().replace("word5 ", "word6 "))
+    cases: list[tuple[list[str], str]] = [
+        ([*same, "--dtype", "float16"], "dtype was 'float32' and is 'float16'"),
+        ([*same, "--precision", "bf16"], "precision was 'auto' and is 'bf16'"),
+        ([*same, "--prompt", "query: "], "prompt was '' and is 'query: '"),
+        (["embed", str(changed), *same[2:]], str(changed)),
+        (["embed", str(changed), *same[1:]], "was 1 and is 2"),
+        ([*same[:2], "--output", str(corpus.parent), *same[2:4], "--part", "2/2"], "--part '2/2'"),
+    ]
+    before = shards(undisturbed)
+    for (_, named), ended in zip(cases, several([command for command, _ in cases]), strict=True):
+        assert ended.returncode == 2, ended.stderr
+        assert named in ended.stderr
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    assert several([["embed", str(copy), *same[2:]]])[0].returncode == 0  # the content is what counts
+    assert shards(undisturbed) == before
+
+
+def test_stdin_strict_and_a_dry_run(minilm: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", '{"text": "a"}\n{"text": "b"}\n{"id": 1}\n'
+    command = arguments(Path("-"), minilm, out, "--format", "jsonl", "--json")
+    strict = inferctl(*command, "--strict", input=lines, code=1)
+    assert "stdin.jsonl:3" in json.loads(strict.stdout)["error"]["message"]
+    for given in (lines, ""):
+        found = json.loads(inferctl(*command, input=given, code=0).stdout)
+        assert (found["receipt"]["rows"], found["receipt"]["errors"]) == (2, 1)
+    assert "stdin" in inferctl(*command, input=lines * 2, code=2).stderr
+    dry: list[Any] = [
+        "embed",
+        out / "stdin.jsonl",
+        "--model",
+        minilm,
+        "--engine",
+        "echo",
+        "--dry-run",
+        "--hardware",
+        "t4",
+    ]
+    forecast = json.loads(inferctl(*dry, "--json", code=0).stdout)
+    assert (forecast["rows"], forecast["sample"]["rows"], forecast["sample"]["tokens_mean"]) == (3, 2, 3)
+    assert [(row["hardware"], row["outcome"]) for row in forecast["hardware"]] == [
+        ("this machine", "measured"),
+        ("t4", "estimated"),
+    ]
+    assert "estimated" in inferctl(*dry, code=0).stdout

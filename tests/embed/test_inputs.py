@@ -1,0 +1,188 @@
+"""Reading files in ranges: the rows do not depend on how a file is divided, and hostile files take little memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from inferctl.core.errors import UsageError
+from inferctl.embed import inputs
+from inferctl.embed.inputs import Columns, Rows
+
+TEXT = ("text",)
+
+
+def rows_of(
+    file: Path, texts: tuple[str, ...] = TEXT, id_: str | None = None, most: int = 1000
+) -> tuple[Columns, Rows]:
+    """Return all rows of a file that is divided into ranges of at most `most` rows."""
+    opened = inputs.open_file(file, (*texts, id_ or "id"))
+    columns = inputs.columns_of([opened], texts, id_)
+    rows = Rows([], [], [], [])
+    for range_ in opened.divide(0, 0, most, 2**23):
+        assert range_.rows <= most
+        for all_, own in zip(rows, inputs.read(opened, range_, columns), strict=True):
+            all_ += own  # type: ignore[operator]
+    return columns, rows
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream, **options)
+    return stream.getvalue()
+
+
+# Name -> file, content, options of `rows_of`, type of the ids; rows; lines and codes of the problems.
+FILES: dict[str, tuple[str, Any, dict[str, Any], str, list[tuple[Any, int, Any]], list[tuple[int, str]]]] = {
+    "json lines": (
+        "a.jsonl",
+        b'\xef\xbb\xbf{"id":1,"text":"a"}\n\n{"id":2,"text":"\xff"}\n{"id":3}\n{"id":4,"text":7}\nno\n[1]\n'
+        b'{"text":"b"}\n{"id":"x","text":"c"}\n{"id":5,"text":"\\ud800"}\r\n{"id":6,"text":"d\\n"}',
+        {},
+        "string",
+        [("1", 1, "a"), ("x", 9, "c"), ("6", 11, "d\n")],
+        [
+            (3, "not_utf8"),
+            (4, "no_text"),
+            (5, "no_text"),
+            (6, "not_json"),
+            (7, "not_json"),
+            (8, "bad_id"),
+            (10, "not_json"),
+        ],
+    ),
+    "json lines without ids": (
+        "a.json",
+        b'{"text":"a"}\n\n{"text":"b"}\n',
+        {},
+        "int64",
+        [(0, 1, "a"), (2, 3, "b")],
+        [],
+    ),
+    "ids that are texts": (
+        "a.ndjson",
+        b'{"id":"1","text":"a"}\n{"id":2,"text":"b"}',
+        {},
+        "string",
+        [("1", 1, "a"), ("2", 2, "b")],
+        [],
+    ),
+    "pairs": (
+        "a.jsonl",
+        b'{"q":"a","d":"b"}\n{"q":"a"}\n',
+        {"texts": ("q", "d")},
+        "int64",
+        [(0, 1, ("a", "b"))],
+        [(2, "no_text")],
+    ),
+    "csv": (
+        "a.csv",
+        '\ufeffid,text\r\n1,"a,\r\n""b"""\r\n\r\n2,ä\r\n3\r\n4,"open\r\n5,c\r\n'.encode() + b"6,\xe4\r\n",
+        {},
+        "int64",
+        [(1, 2, 'a,\r\n"b"'), (2, 5, "ä"), (5, 8, "c")],
+        [(6, "no_text"), (7, "not_csv"), (9, "not_utf8")],
+    ),
+    "csv with another delimiter": (
+        "a.csv",
+        b"nr;body\n007;a\n",
+        {"texts": ("body",), "id_": "nr"},
+        "string",
+        [("007", 2, "a")],
+        [],
+    ),
+    "parquet": (
+        "a.parquet",
+        lambda: parquet(
+            {"id": [1, 2, None, 4, 5], "text": ["a", "b", "c", None, "e"], "x": [b"\xff"] * 5}, row_group_size=2
+        ),
+        {},
+        "int64",
+        [(1, 1, "a"), (2, 2, "b"), (5, 5, "e")],
+        [(3, "bad_id"), (4, "no_text")],
+    ),
+}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+@pytest.mark.parametrize("case", FILES.values(), ids=FILES)
+def test_rows_do_not_depend_on_the_ranges(case: tuple[Any, ...], most: int, tmp_path: Path) -> None:
+    name, content, options, id_type, expected, problems = case
+    (tmp_path / name).write_bytes(content() if callable(content) else content)
+    columns, rows = rows_of(tmp_path / name, most=most, **options)
+    assert columns.whole == (id_type == "int64")
+    assert list(zip(rows.ids, rows.lines, rows.inputs, strict=True)) == expected
+    assert [(problem.line, problem.code) for problem in rows.problems] == problems
+
+
+@hypothesis.given(
+    strategies.lists(strategies.text(strategies.sampled_from('ab",;\n\r\t ä'), max_size=6), min_size=1, max_size=12),
+    strategies.integers(1, 4),
+)
+def test_any_csv_is_read_as_the_library_reads_it(tmp_path_factory: Any, texts: Sequence[str], most: int) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["text", "x"], *([text, "x"] for text in texts)])
+    assert rows_of(file, most=most)[1].inputs == list(texts)
+
+
+def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    values, offsets = pa.py_buffer(b"a\xffc"), pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(4)))
+    texts = pa.StringArray.from_buffers(3, offsets, values)
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": texts}))
+    rows = rows_of(tmp_path / "a.parquet")[1]
+    assert rows.inputs == ["a", "c"]
+    assert [(problem.line, problem.code) for problem in rows.problems] == [(2, "not_utf8")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize("start", [b"", b'{"text": "', b'text\n"a'])
+def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_path: Path) -> None:
+    file = tmp_path / name
+    good = b'{"text": "b"}\n' if name == "a.jsonl" else b"text\nb\n"
+    with file.open("wb") as stream:
+        stream.write(good + start)
+        stream.seek(2**28, os.SEEK_CUR)
+        stream.write(b"\n" + good)
+    tracemalloc.start()
+    rows = rows_of(file)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.inputs[0] == rows.inputs[-1] == "b"
+    assert "record_too_large" in {problem.code for problem in rows.problems}
+    assert peak < 2**27
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.jsonl", b'{"txt":"a"}', "`--text`"),
+        ("a.csv", b"id,body\n1,a\n", "`--text`"),
+        ("a.jsonl", json.dumps([{"text": "a"}]).encode(), "its name says"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "zcat"),
+        ("a.txt", b"a", ".jsonl"),
+        ("a.parquet", b"PAR1 and no more", "write the file again"),
+        ("a.parquet", lambda: parquet({"text": [[1]]}), "strings"),
+    ],
+)
+def test_a_file_without_the_text_is_refused_at_the_start(name: str, content: Any, named: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content() if callable(content) else content)
+    with pytest.raises(UsageError) as caught:
+        rows_of(tmp_path / name)
+    assert named in str(caught.value.hint)
