@@ -59,7 +59,7 @@ class EncoderModel:
         self.batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
         self.dispatcher = Dispatcher(self.batcher, metrics, share=share, weight=weight)
         self.pool = EnginePool(
-            _engine_config(spec, task, options, folder),
+            engine_config(spec, task, options, folder),
             options.engines,
             self.dispatcher,
             self._batch_timeout,
@@ -144,7 +144,8 @@ def _queue_limits(spec: Spec, slo_ms: float | None) -> QueueLimits:
     )
 
 
-def _engine_config(spec: Spec, task: Task, options: ServerOptions, folder: ModelFolder) -> EngineConfig:
+def engine_config(spec: Spec, task: Task, options: ServerOptions, folder: ModelFolder) -> EngineConfig:
+    """Return the configuration of the engines of one model."""
     return EngineConfig(
         engine="echo" if options.engine == "echo" else "encoder",
         task=task,

@@ -27,7 +27,8 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
+    of a CPU. `batch_threads`: of a batch on a CPU; None if they are chosen by what a text takes, as measured at the start.
+    `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
     decides what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one
     logit for each pair of texts, `classify` one for each label.
     """
@@ -40,6 +41,7 @@ class EngineConfig:
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
     engines: int = 1
+    batch_threads: int | None = None
     log: str = "text"
     allow_inaccurate: bool = False
     previous_info: dict[str, Any] | None = None

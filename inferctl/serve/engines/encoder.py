@@ -167,7 +167,7 @@ class EncoderEngine:
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
-            threads = choose_threads(forward, cores)
+            threads = self._config.batch_threads or choose_threads(forward, cores)
             batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
         unused_gpu = devices.unused_gpu(self._config.device)
         if isinstance(results, np.ndarray) and not dimensions:
