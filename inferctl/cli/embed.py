@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -17,7 +18,9 @@ from inferctl.core.errors import UsageError, needs_packages
 from inferctl.models.model import resolve_task
 
 if TYPE_CHECKING:
+    from inferctl.embed.computer import Computer
     from inferctl.embed.job import Job
+    from inferctl.embed.manifest import RunOptions
 
 Result = TypeVar("Result")
 _HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
@@ -34,6 +37,8 @@ Examples:
   inferctl embed pairs.parquet --text question,answer --model ./reranker --output scores
   # Be the second of four processes that share a folder
   inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --part 1/4
+  # Use a Ray cluster whose nodes share the folders
+  inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --ray 10.0.0.5:6379
 """
 _SETTINGS = ("precision", "allow_inaccurate", "max_batch_tokens", "max_input_tokens")
 
@@ -87,6 +92,9 @@ def embed(
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Compute part I (from 0) of N, in one of N processes that share DIR.")
     ] = "0/1",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Compute on this Ray cluster, whose nodes share the folders.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="End at the first row that cannot be computed, instead of listing it.")
     ] = False,
@@ -158,19 +166,21 @@ def embed(
     if len(run_options.texts) != 1 + (task == "rerank"):
         raise UsageError(f"`--text {text}` does not name {1 + (task == 'rerank')} columns", f"the task is {task}")
     machine = local.LocalOptions(device=device, engine=engine, engines=engines, **asked)
-    computer = local.LocalComputer(spec, task, model, machine)
+    make = partial(local.LocalComputer, spec, task, model, machine)
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
-        found = _interruptible(lambda: embed_view.forecast(run_options, computer, model.path, keys))
+        found = _interruptible(lambda: embed_view.forecast(run_options, make(), model.path, keys))
         console.document(found) if as_json else console.report(embed_view.table(found))
         return
-    work = job.Job(run_options, computer)
+    work = job.Job(run_options, None if ray else make())
     with console.progress("reading the inputs"):
         plan = work.plan()
         missing = [number for number in work.missing() if number % parts == index]
     total = len(range(index, len(plan.ranges), parts))
     try:
-        if missing:
+        if missing and ray:
+            _run_on_ray(ray, run_options, make, missing)
+        elif missing:
             _interruptible(lambda: _run(work, missing))
     finally:
         if 0 < len(missing) < total:
@@ -192,6 +202,16 @@ async def _run(work: Job, missing: list[int]) -> None:
             following.cancel()
     finally:
         await work.close()
+
+
+def _run_on_ray(address: str, run_options: RunOptions, make: Callable[[], Computer], missing: list[int]) -> None:
+    """Compute ranges on a Ray cluster, and remove as many from `missing` as are done."""
+    with needs_packages("`--ray`", "ray"):
+        from inferctl.embed import ray_pipeline
+    with console.progress("computing on the Ray cluster") as show:
+        for count in ray_pipeline.run(address, run_options, make, list(missing)):
+            missing.pop()
+            show(f"{count:,} ranges are done on the Ray cluster, {len(missing):,} are not")
 
 
 def _interruptible(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:

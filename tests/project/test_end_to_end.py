@@ -21,6 +21,9 @@ from inferctl.image import locks
 from inferctl.image.output_checks import SCORE_TOLERANCE
 from inferctl.serve.engines import cpu
 from tests import processes
+from tests.deploy.conftest import objects
+from tests.deploy.containers import Network, docker, folders
+from tests.deploy.containers import start as start_container
 from tests.processes import execute, free_port, is_ready, start, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -238,6 +241,54 @@ def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
     verified = json.loads(inferctl(*command).stdout)["verified"]
     assert verified["cosine_min"] > 0.99
     assert verified["library"]["cosine_min"] > 0.99
+
+
+def test_two_pods_of_an_embed_job_write_what_one_run_writes(
+    base_image: str, spec_file: Path, minilm: Path, tmp_path: Path
+) -> None:
+    spec = yaml.safe_load(spec_file.read_text())
+    spec["image"] |= {"embed": True, "tag": "embed"}
+    spec["deploy"] = {
+        "weights": {"pvc": "weights"},
+        "flavors": [{"hardware": "cpu", "min_replicas": 1, "max_replicas": 2, "tokens_per_second": 1}],
+    }
+    file = tmp_path / "inferctl.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    inferctl("build", "--spec", file, "--network", "host", "--no-verify")
+    run = ("--embed", "texts", "--output", tmp_path / "job", "--", "in.jsonl", "--output", "out", "--range-rows", "7")
+    inferctl("deploy", "--spec", file, *run)
+    (job,) = (each for each in objects(tmp_path / "job/embed/default") if each["kind"] == "Job")
+    pod = job["spec"]["template"]["spec"]
+    container, network = pod["containers"][0], Network(base_image)
+    lines = "".join(json.dumps({"id": n, "text": text * n}) + "\n" for n in range(9) for text in TEXTS)
+    outputs = []
+    try:
+        for parts in (["0/2", "1/2"], ["0/1"]):
+            volumes = {
+                **folders(pod, tmp_path / f"{len(parts)}"),
+                "model": minilm,
+                "data": tmp_path / f"data{len(parts)}",
+            }
+            volumes["data"].mkdir(mode=0o777)
+            volumes["data"].chmod(0o777)
+            (volumes["data"] / "in.jsonl").write_text(lines)
+            for part in parts:
+                # As a kubelet expands it.
+                own = container["command"][-1].replace("$(JOB_COMPLETION_INDEX)", part[0]).replace("/2", part[1:])
+                command = {**container, "command": [*container["command"][:-1], own]}
+                pod_of_part = start_container(
+                    network, pod, command, volumes, extra=("--workdir", container["workingDir"])
+                )
+                code = docker("wait", pod_of_part.name).strip()
+                assert code == "0", pod_of_part.logs()
+                pod_of_part.remove()
+                sealed = (volumes["data"] / "out/receipt.json").exists()
+                assert sealed == (part == parts[-1])
+            outputs.append({each.name: each.read_bytes() for each in (volumes["data"] / "out").glob("part-*[lt]")})
+    finally:
+        network.remove()
+        subprocess.run(["docker", "image", "rm", "--force", f"{REPOSITORY}:embed"], capture_output=True, check=False)
+    assert len(outputs[0]) >= 7 and outputs[0] == outputs[1]
 
 
 def test_a_rendered_folder_has_identical_layers_at_another_commit(
