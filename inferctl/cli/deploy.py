@@ -99,7 +99,7 @@ def deploy(
             raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
         deploy_lint.run([Path(each) for each in manifests], version=kubernetes_version, as_json=as_json)
         return
-    run = _embed_run(embed, parts, manifests or [], nodes)
+    run = _embed_run(embed, parts, manifests or [])
     if nodes or (manifests and not run):
         files = [Path(each) for each in manifests or ()]
         _preview(nodes, files, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
@@ -127,16 +127,14 @@ def deploy(
         console.note(f"wrote {len(written)} files to {output}; apply a cluster with `{command}`{of}")
 
 
-def _embed_run(claim: str | None, parts: int | None, arguments: list[str], nodes: object) -> EmbedRun | None:
-    if claim is None:
-        if parts is not None:
-            raise UsageError("--parts is of --embed", "remove it, or pass `--embed CLAIM`")
+def _embed_run(claim: str | None, parts: int | None, arguments: list[str]) -> EmbedRun | None:
+    if claim is None and parts is None:
         return None
-    if nodes:
-        raise UsageError("--preview cannot be combined with --embed", "preview the folder that --embed wrote")
-    if not arguments or not re.fullmatch(DNS_NAME, claim):
-        missing = f"{claim!r} is no name of a PersistentVolumeClaim" if arguments else "--embed has no input"
-        raise UsageError(missing, "as in `inferctl deploy --embed texts --output job -- 'in/*.parquet' --output out`")
+    if claim is None or not arguments or not re.fullmatch(DNS_NAME, claim):
+        raise UsageError(
+            "--embed needs the name of a claim, and arguments of `inferctl embed` after `--`",
+            "as in `inferctl deploy --embed texts --output job -- 'in/*.parquet' --output out`",
+        )
     return EmbedRun(claim, tuple(arguments), parts)
 
 

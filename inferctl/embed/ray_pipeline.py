@@ -39,13 +39,12 @@ class RangeActor:
         self._run(self._job.start())
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        """Compute the ranges of a block. What another attempt would not change is returned, not raised."""
+        """Compute the range of a block. An error that another attempt would repeat is returned, not raised."""
         try:
-            for number in block["item"].tolist():
-                self._run(self._job.run_range(number))
+            self._run(self._job.run_range(int(block["item"][0])))
         except (InferctlError, OSError) as error:
-            return {"error": [getattr(error, "message", str(error))], "hint": [getattr(error, "hint", None) or ""]}
-        return {"error": [""], "hint": [""]}
+            return {"error": [str(error)]}
+        return {"error": [""]}
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -57,33 +56,32 @@ def run(address: str, options: RunOptions, make: Callable[[], Computer], numbers
     There is one actor for each GPU of the cluster, without GPUs for each node. Raises `InferctlError`.
     """
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise NotReadyError(f"no Ray cluster at {address}: {error}", "start one, or correct `--ray`") from None
     context = DataContext.get_current()
-    context.max_consecutive_actor_init_deaths = _FAILED_STARTS
-    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths, context.enable_progress_bars = _FAILED_STARTS, False
     # Ray starts as many tasks as the object store has room for, and expects a full block of each (128 MiB).
     context.target_max_block_size = 2**20
-    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
-    gpus = sum(int(each.get("GPU", 0)) for each in nodes)
-    cores = [each["CPU"] for each in nodes if each.get("CPU")]
-    resources = {"num_gpus": 1} if gpus else {"num_cpus": min(cores, default=1)}
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cores = [each["Resources"]["CPU"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")]
     pool = ActorPoolStrategy(
-        min_size=1,
-        max_size=len(numbers),
-        initial_size=min(gpus or len(cores) or 1, len(numbers)),
-        max_tasks_in_flight_per_actor=2 * IN_FLIGHT,  # with fewer, Ray starts no more actors
+        size=min(gpus or len(cores) or 1, len(numbers)),
+        max_tasks_in_flight_per_actor=IN_FLIGHT,
         max_concurrent_calls_per_actor=IN_FLIGHT,
         enable_true_multi_threading=True,
     )
-    ranges = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
-    arguments = (Path.cwd(), options, make)
-    done = ranges.map_batches(RangeActor, batch_size=1, compute=pool, fn_constructor_args=arguments, **resources)
+    done = ray.data.from_items(list(numbers), override_num_blocks=len(numbers)).map_batches(
+        RangeActor,
+        batch_size=1,
+        compute=pool,
+        fn_constructor_args=(Path.cwd(), options, make),
+        **({"num_gpus": 1} if gpus else {"num_cpus": min(cores, default=1)}),
+    )
     try:
         for count, each in enumerate(done.iter_batches(batch_size=1), start=1):
             if message := str(each["error"][0]):
-                raise InferctlError(message, str(each["hint"][0]) or None)
+                raise InferctlError(message, "correct it, and repeat the command to continue")
             yield count
     finally:
         ray.shutdown()

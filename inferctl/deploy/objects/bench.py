@@ -24,11 +24,8 @@ _RESULTS = "/results"
 _LONGEST_S = 7200
 # With an assumed server, both fit 4 vCPUs.
 _CORES = 1
-# What the sidecar has of the server: readiness and liveness are for clients of the Service.
-_SIDECAR = (
-    *("name", "image", "imagePullPolicy", "env", "ports", "resources", "securityContext", "startupProbe"),
-    "volumeMounts",
-)
+# What a sidecar for one client does not need.
+_OF_A_SERVICE = ("livenessProbe", "readinessProbe", "lifecycle")
 
 
 def check(spec: Spec) -> None:
@@ -59,12 +56,12 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
         "securityContext": container_security(),
         "volumeMounts": [tmp_mount, results_mount],
     }
-    server = job.container(model, flavor)
+    server = {key: value for key, value in job.container(model, flavor).items() if key not in _OF_A_SERVICE}
     pod = {
         # Otherwise, the bench cannot see the memory and the cores that the server uses.
         "shareProcessNamespace": True,
         # A sidecar: the bench starts when its startup probe succeeds, and it ends after the bench.
-        "initContainers": [{"restartPolicy": "Always", **{key: server[key] for key in _SIDECAR}}],
+        "initContainers": [{**server, "restartPolicy": "Always"}],
         "containers": [container],
     }
     settings = {"backoffLimit": 0, "activeDeadlineSeconds": _LONGEST_S}

@@ -1,13 +1,12 @@
 """An Indexed Job that runs `inferctl embed` on the files of a PersistentVolumeClaim, one pod for each part.
 
-Nothing coordinates the pods: each makes the same ranges of the input, and computes those of its part that are not done.
-So a pod that replaces another one continues, also on a spot node.
+Nothing coordinates the pods. One that replaces another computes the ranges of its part that are not done, also when
+a spot node is taken away.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from inferctl.core.errors import UsageError
 from inferctl.deploy.figure import Noted
@@ -33,47 +32,35 @@ class EmbedRun:
 
 def check(model: ModelPlan) -> None:
     """Raise `UsageError` if the image of `model` cannot run `inferctl embed`."""
-    if len(model.spec.models) or "generate" in model.tasks:
+    if model.spec.models or "generate" in model.tasks or not model.spec.image.embed:
         raise UsageError(
-            f"{model.name} has several models, or generates: `--embed` is of one encoder", "pass the spec of one model"
-        )
-    if not model.spec.image.embed:
-        raise UsageError(
-            f"the image of {model.name} cannot run `inferctl embed`: it has the server only",
-            "set `image.embed: true` in the spec, build the image again, and name it in the spec",
+            f"the image of {model.name} cannot run `inferctl embed`",
+            "set `image.embed: true` in the spec of one encoder model, and build its image again",
         )
 
 
 def objects(model: ModelPlan, flavor: FlavorPlan, most: int, run: EmbedRun, namespace: str) -> list[Object]:
     """Return the Job on the nodes of `flavor`, of which a cluster has `most` replicas, and its network policy."""
-    parts = run.parts or most
-    python = catalog.base(model.spec.image.base).python.executable
-    server = job.container(model, flavor)
+    parts, server = run.parts or most, job.container(model, flavor)
+    command = [catalog.base(model.spec.image.base).python.executable, "-m", "inferctl", "embed", "--spec", CONFIG_PATH]
     container = {
         "name": EMBED,
         **{key: server[key] for key in ("image", "imagePullPolicy", "env", "resources", "securityContext")},
-        "command": [python, "-m", "inferctl", "embed", "--spec", CONFIG_PATH, *run.arguments],
+        "command": [*command, *run.arguments, "--part", f"$(JOB_COMPLETION_INDEX)/{parts}"],
         "workingDir": _DATA,
         "volumeMounts": [*server["volumeMounts"], {"name": "data", "mountPath": _DATA}],
     }
-    container["command"] += ["--part", f"$(JOB_COMPLETION_INDEX)/{parts}"]
-    settings: dict[str, Any] = {
+    # Of a lost or reclaimed node, an eviction, a preemption.
+    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    # Such as for other options than those of the output: no retry helps.
+    usage = {"containerName": EMBED, "operator": "In", "values": [UsageError.exit_code]}
+    settings = {
         "completionMode": "Indexed",
         "completions": parts,
         "parallelism": Noted(min(parts, most), f"min(parts {parts}, most replicas of the flavor {most})"),
         "backoffLimitPerIndex": _RETRIES,
-        "podFailurePolicy": {
-            "rules": [
-                # A lost or reclaimed node, an eviction, a preemption: the pod did not fail.
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                # Other options than those of the output, or another input: no retry helps.
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": EMBED, "operator": "In", "values": [UsageError.exit_code]},
-                },
-            ]
-        },
+        "podFailurePolicy": {"rules": [disrupted, {"action": "FailJob", "onExitCodes": usage}]},
     }
     claim = {"name": "data", "persistentVolumeClaim": {"claimName": run.claim}}
-    pod = {"containers": [container]}
-    return [*job.shared(model, EMBED, namespace), job.job(model, flavor, EMBED, namespace, settings, pod, [claim])]
+    found = job.job(model, flavor, EMBED, namespace, settings, {"containers": [container]}, [claim])
+    return [*job.shared(model, EMBED, namespace), found]

@@ -33,18 +33,8 @@ def job(
     pod: Mapping[str, Any],
     volumes: Sequence[Object],
 ) -> Object:
-    """Return a Job with the `settings` of its spec.
-
-    `pod`: what its pod spec has of its own, with its containers. `volumes`: in addition to those of the model.
-    """
-    labels = labels_of(model.name, component, flavor.label)
-    server = workload.pod(model, flavor)
-    mounted = {
-        mount["name"]
-        for key in ("initContainers", "containers")
-        for each in pod.get(key, ())
-        for mount in each["volumeMounts"]
-    }
+    """Return a Job. `settings`, `pod`: what its spec and its pod spec have of their own. `volumes`: its additional ones."""
+    labels, server = labels_of(model.name, component, flavor.label), workload.pod(model, flavor)
     affinity = {key: value for key, value in server["affinity"].items() if key == "nodeAffinity"}
     spec = {
         "restartPolicy": "Never",
@@ -52,17 +42,14 @@ def job(
         **({"affinity": affinity} if affinity else {}),
         **({"tolerations": server["tolerations"]} if "tolerations" in server else {}),
         **pod,
-        "volumes": [*(each for each in server["volumes"] if each["name"] in mounted), *volumes],
+        "volumes": [*(each for each in server["volumes"] if each["name"] not in _left_out(model)), *volumes],
     }
+    template = {"metadata": {"labels": labels}, "spec": reserve_disk(spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata(f"{component}-{flavor.name}", namespace, labels),
-        "spec": {
-            **settings,
-            "ttlSecondsAfterFinished": _KEPT_S,
-            "template": {"metadata": {"labels": labels}, "spec": reserve_disk(spec)},
-        },
+        "spec": {**settings, "ttlSecondsAfterFinished": _KEPT_S, "template": template},
     }
 
 
@@ -71,9 +58,10 @@ def container(model: ModelPlan, flavor: FlavorPlan) -> Object:
     found = workload.container(model, flavor)
     open_access = {**OPEN_ACCESS, **({"INFERCTL_METERING_MODE": "off"} if metering.volumes(model.spec) else {})}
     env = [each for each in found["env"] if not each["name"].startswith(("INFERCTL_ACCESS_", "INFERCTL_METERING_"))]
-    left_out = {volume["name"] for volume, _ in (*access.volumes(model.spec), *metering.volumes(model.spec))}
-    return {
-        **found,
-        "env": [*env, *({"name": name, "value": value} for name, value in sorted(open_access.items()))],
-        "volumeMounts": [mount for mount in found["volumeMounts"] if mount["name"] not in left_out],
-    }
+    env += [{"name": name, "value": value} for name, value in sorted(open_access.items())]
+    mounts = [mount for mount in found["volumeMounts"] if mount["name"] not in _left_out(model)]
+    return {**found, "env": env, "volumeMounts": mounts}
+
+
+def _left_out(model: ModelPlan) -> set[str]:
+    return {volume["name"] for volume, _ in (*access.volumes(model.spec), *metering.volumes(model.spec))}
