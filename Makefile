@@ -90,7 +90,7 @@ site: $(VENV)/.dev-all  ## build the documentation as a web site in .cache/site;
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
 	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0; do \
 	  stack=$$($(BIN)/python -c "from inferctl.facts import catalog; print(catalog.base('$$base').stack)") || exit 1; \
-	  $(BIN)/inferctl lock --base $$base --embed --output base-images/locks/$$stack || exit 1; \
+	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
 
 # The newest versions, for the Pythons and systems that inferctl supports. It reads no folder of wheels, because a build

@@ -82,12 +82,10 @@ def deploy(
         bool, typer.Option("--lint", help="Check manifests: exit code 1 if a finding is an error.")
     ] = False,
     embed: Annotated[
-        str | None,
-        typer.Option(metavar="CLAIM", help="Write a Job that embeds files of this PersistentVolumeClaim."),
+        str | None, typer.Option(metavar="CLAIM", help="Write a Job that embeds files of this PersistentVolumeClaim.")
     ] = None,
     parts: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, max=99_999, help="Divide --embed into N parts. [default: the most replicas]"),
+        int | None, typer.Option(metavar="N", min=1, max=99_999, help="Divide --embed. [default: the most replicas]")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -18,9 +18,7 @@ from inferctl.core.errors import UsageError, needs_packages
 from inferctl.models.model import resolve_task
 
 if TYPE_CHECKING:
-    from inferctl.embed.computer import Computer
     from inferctl.embed.job import Job
-    from inferctl.embed.manifest import RunOptions
 
 Result = TypeVar("Result")
 _HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
@@ -179,7 +177,12 @@ def embed(
     total = len(range(index, len(plan.ranges), parts))
     try:
         if missing and ray:
-            _run_on_ray(ray, run_options, make, missing)
+            with needs_packages("`--ray`", "ray"):
+                from inferctl.embed import ray_pipeline
+            with console.progress("computing on the Ray cluster") as show:
+                for _ in ray_pipeline.run(ray, run_options, make, list(missing)):
+                    missing.pop()
+                    show(f"{len(missing):,} ranges are left for the Ray cluster")
         elif missing:
             _interruptible(lambda: _run(work, missing))
     finally:
@@ -202,16 +205,6 @@ async def _run(work: Job, missing: list[int]) -> None:
             following.cancel()
     finally:
         await work.close()
-
-
-def _run_on_ray(address: str, run_options: RunOptions, make: Callable[[], Computer], missing: list[int]) -> None:
-    """Compute ranges on a Ray cluster, and remove as many from `missing` as are done."""
-    with needs_packages("`--ray`", "ray"):
-        from inferctl.embed import ray_pipeline
-    with console.progress("computing on the Ray cluster") as show:
-        for count in ray_pipeline.run(address, run_options, make, list(missing)):
-            missing.pop()
-            show(f"{count:,} ranges are done on the Ray cluster, {len(missing):,} are not")
 
 
 def _interruptible(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:

@@ -40,12 +40,9 @@ def lock(
         str | None,
         typer.Option(metavar="URL", help="Search this index too. [default: the torch index of the stack]"),
     ] = None,
-    embed: Annotated[
-        bool, typer.Option("--embed", help="Resolve embed.txt too, for images with `image.embed`.")
-    ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Write the locks, such as server.txt, into DIR.")
-    ] = Path("locks"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Write the locks into DIR.")] = Path(
+        "locks"
+    ),
 ) -> None:
     """Resolve the package locks of an image with uv and print their paths.
 
@@ -62,7 +59,7 @@ def lock(
     stack = catalog.stack(base_entry.stack)
     with console.progress(f"resolving {stack.key} for Python {base_entry.python.version} on {platform}"):
         target = locks.LockTarget(stack, base_entry.python.version, platform, wheels, index)
-        resolved = locks.resolve(target, base_entry.provides, embed=embed)
+        resolved = locks.resolve(target, base_entry.provides)
     files = {Path(name).name: content for name, content in resolved.files().items()}
     outputs.write_all(output, files, "--output")
     for name in files:

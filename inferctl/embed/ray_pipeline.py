@@ -22,9 +22,6 @@ from inferctl.embed.computer import Computer
 from inferctl.embed.job import IN_FLIGHT, Job
 from inferctl.embed.manifest import RunOptions
 
-# In a row, of actors: a node can die while its actor starts.
-_FAILED_STARTS = 5
-
 
 class RangeActor:
     """Computes ranges with engines of its own, several at a time, as a local run does."""
@@ -50,17 +47,18 @@ class RangeActor:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def run(address: str, options: RunOptions, make: Callable[[], Computer], numbers: Sequence[int]) -> Iterator[int]:
-    """Compute the ranges `numbers` on the cluster at `address`, and yield how many are done.
+def run(address: str, options: RunOptions, make: Callable[[], Computer], numbers: Sequence[int]) -> Iterator[None]:
+    """Compute the ranges `numbers`, and yield as each is done. There is one actor for each GPU, else for each node.
 
-    There is one actor for each GPU of the cluster, without GPUs for each node. Raises `InferctlError`.
+    Raises `InferctlError`.
     """
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise NotReadyError(f"no Ray cluster at {address}: {error}", "start one, or correct `--ray`") from None
     context = DataContext.get_current()
-    context.max_consecutive_actor_init_deaths, context.enable_progress_bars = _FAILED_STARTS, False
+    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = 5  # a node can die while its actor starts
     # Ray starts as many tasks as the object store has room for, and expects a full block of each (128 MiB).
     context.target_max_block_size = 2**20
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -79,9 +77,9 @@ def run(address: str, options: RunOptions, make: Callable[[], Computer], numbers
         **({"num_gpus": 1} if gpus else {"num_cpus": min(cores, default=1)}),
     )
     try:
-        for count, each in enumerate(done.iter_batches(batch_size=1), start=1):
+        for each in done.iter_batches(batch_size=1):
             if message := str(each["error"][0]):
                 raise InferctlError(message, "correct it, and repeat the command to continue")
-            yield count
+            yield
     finally:
         ray.shutdown()

@@ -146,10 +146,10 @@ class LockTarget:
     index: str | None = None
 
 
-def resolve(target: LockTarget, provided: tuple[str, ...], *, embed: bool = False) -> Locks:
+def resolve(target: LockTarget, provided: tuple[str, ...]) -> Locks:
     """Resolve the locks of `target` with uv.
 
-    `provided`: packages in the base image, which the locks must not contain. `embed`: with that lock. Raises `NotReadyError` without uv,
+    `provided`: packages in the base image, which the locks must not contain. Raises `NotReadyError` without uv,
     `InferctlError` with the output of uv if there is no solution.
     """
     if util.find_spec("uv") is None:
@@ -162,7 +162,7 @@ def resolve(target: LockTarget, provided: tuple[str, ...], *, embed: bool = Fals
         torch_pin += "+cpu"
     requirements = server_requirements(target.stack)
     vllm, int8 = [target.stack.vllm] if target.stack.vllm else [], _int8(target.stack)
-    embedding = [line for line in declared_requirements("embed") if embed and name_of(line) in _EMBED]
+    embedding = [line for line in declared_requirements("embed") if name_of(line) in _EMBED and not target.stack.vllm]
     everything = _compile([torch_pin, *requirements, *vllm, *int8, *embedding], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     absent = set(_NOT_ON_CPU) if target.stack.cuda is None else set()
