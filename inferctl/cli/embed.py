@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -124,7 +125,7 @@ def embed(
         raise UsageError(f"invalid --part {part!r}", "pass I/N with I from 0 to N - 1, such as 0/4")
     index, parts = int(share[1]), int(share[2])
     with needs_packages("`inferctl embed`", "serve"), lazy.deferred_signals():
-        from inferctl.embed import job, local, manifest, shards
+        from inferctl.embed import job, local, manifest
         from inferctl.reading import task_config
         from inferctl.reading.embedding_config import EmbeddingConfig
     folder = output or Path()
@@ -142,11 +143,10 @@ def embed(
     names = (
         tuple(options.known(name, possible, "--outputs") for name in returned.split(",")) if returned else possible[:1]
     )
-    shards.check({"task": task, "outputs": names}, format_, dtype)
     if task == "rerank" and prompt is not None and not config.takes_instruction:
         raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
     prompt = config.prompts.select(prompt, None, input_type)
-    asked = {"outputs": names, "role": input_type, "prompt": prompt, "truncate": truncate}
+    asked: dict[str, Any] = {"outputs": names, "role": input_type, "prompt": prompt, "truncate": truncate}
     settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
     run_options = manifest.RunOptions(
         inputs=tuple(inputs),
@@ -155,7 +155,7 @@ def embed(
         id=id_,
         format=format_,
         dtype=dtype,
-        model={"model_sha256": model.digest, "task": task, **settings, **asked},
+        model={"task": task, "model_sha256": model.digest, **settings, **asked},
         most_rows=range_rows,
         # The vectors of the tokens of a text have a hundred times its bytes.
         most_bytes=range_bytes or (2**20 if "tokens" in names else 8 * 2**20),
@@ -167,7 +167,7 @@ def embed(
     make = partial(local.LocalComputer, spec, task, model, machine)
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
-        found = _interruptible(lambda: embed_view.forecast(run_options, make(), model.path, keys))
+        found = _finish(embed_view.forecast(run_options, make(), model.path, keys))
         console.document(found) if as_json else console.report(embed_view.table(found))
         return
     work = job.Job(run_options, None if ray else make())
@@ -184,7 +184,7 @@ def embed(
                     missing.pop()
                     show(f"{len(missing):,} ranges are left for the Ray cluster")
         elif missing:
-            _interruptible(lambda: _run(work, missing))
+            _finish(_run(work, missing))
     finally:
         if 0 < len(missing) < total:
             console.note(f"{total - len(missing):,} of {total:,} ranges are done: repeat the command to continue")
@@ -207,18 +207,11 @@ async def _run(work: Job, missing: list[int]) -> None:
         await work.close()
 
 
-def _interruptible(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run work until it ends. Raises `KeyboardInterrupt` if a signal cancelled it."""
+def _finish(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run work to its end. A signal cancels it, and `KeyboardInterrupt` follows."""
     from inferctl.serve import event_loop
-    from inferctl.serve.signals import StopSignals
 
-    async def run() -> Result:
-        task = asyncio.ensure_future(work())
-        signals.connect(lambda _: task.cancel())
-        return await task
-
-    with StopSignals() as signals, event_loop.runner() as runner:
-        try:
-            return runner.run(run())
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+    with event_loop.runner() as runner:
+        # The runner cancels at SIGINT. The handler of the command line raises at SIGTERM, maybe while a thread starts.
+        runner.get_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+        return runner.run(work)

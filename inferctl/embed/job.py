@@ -39,6 +39,7 @@ class Job:
         self.options, self.computer, self.errors, self.unread = options, computer, 0, 0
         self._identity: dict[str, Any] = {}
         self.machine: dict[str, Any] = {}
+        shards.check(options.decisive)
         self._worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
 
     @cached_property
@@ -63,10 +64,9 @@ class Job:
         Raises `UsageError` if it does not compute what the finished ranges have.
         """
         assert self.computer is not None
-        found = json.loads(json.dumps(await self.computer.start()))
+        found: dict[str, Any] = json.loads(json.dumps(await self.computer.start()))
         self.machine = {name: found.get(name) for name in _OF_THE_MACHINE}
         identity = {name: value for name, value in found.items() if name not in _OF_THE_MACHINE}
-        shards.check(identity, self.options.format, self.options.dtype)
         self._remove_partials()
         file = self.options.output / "model.json"
         write_new(file, identity)

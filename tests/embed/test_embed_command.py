@@ -141,7 +141,7 @@ def test_another_run_in_the_folder_is_refused(corpus: Path, minilm: Path, undist
 
 
 def test_stdin_strict_and_a_dry_run(minilm: Path, tmp_path: Path) -> None:
-    out, lines = tmp_path / "out", '{"text": "a"}\n{"text": "b"}\n{"id": 1}\n'
+    out, lines = tmp_path / "out", '{"text": "a"}\n{"text": "b"}\n{"x": 1}\n'
     command = arguments(Path("-"), minilm, out, "--format", "jsonl", "--json")
     strict = inferctl(*command, "--strict", input=lines, code=1)
     assert "stdin.jsonl:3" in json.loads(strict.stdout)["error"]["message"]
