@@ -246,48 +246,36 @@ def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
 def test_two_pods_of_an_embed_job_write_what_one_run_writes(
     base_image: str, spec_file: Path, minilm: Path, tmp_path: Path
 ) -> None:
-    spec = yaml.safe_load(spec_file.read_text())
+    spec, file, name = yaml.safe_load(spec_file.read_text()), tmp_path / "inferctl.yaml", f"{REPOSITORY}:embed"
     spec["image"] |= {"embed": True, "tag": "embed"}
-    spec["deploy"] = {
-        "weights": {"pvc": "weights"},
-        "flavors": [{"hardware": "cpu", "min_replicas": 1, "max_replicas": 2, "tokens_per_second": 1}],
-    }
-    file = tmp_path / "inferctl.yaml"
+    flavor = {"hardware": "cpu", "min_replicas": 1, "max_replicas": 2, "tokens_per_second": 1}
+    spec["deploy"] = {"weights": {"pvc": "weights"}, "flavors": [flavor]}
     file.write_text(yaml.safe_dump(spec))
     inferctl("build", "--spec", file, "--network", "host", "--no-verify")
     run = ("--embed", "texts", "--output", tmp_path / "job", "--", "in.jsonl", "--output", "out", "--range-rows", "7")
     inferctl("deploy", "--spec", file, *run)
     (job,) = (each for each in objects(tmp_path / "job/embed/default") if each["kind"] == "Job")
-    pod = job["spec"]["template"]["spec"]
-    container, network = pod["containers"][0], Network(base_image)
-    lines = "".join(json.dumps({"id": n, "text": text * n}) + "\n" for n in range(9) for text in TEXTS)
-    outputs = []
+    pod, network, outputs = job["spec"]["template"]["spec"], Network(base_image), []
+    (container,) = pod["containers"]
     try:
         for parts in (["0/2", "1/2"], ["0/1"]):
-            volumes = {
-                **folders(pod, tmp_path / f"{len(parts)}"),
-                "model": minilm,
-                "data": tmp_path / f"data{len(parts)}",
-            }
-            volumes["data"].mkdir(mode=0o777)
-            volumes["data"].chmod(0o777)
-            (volumes["data"] / "in.jsonl").write_text(lines)
+            data = tmp_path / f"data{len(parts)}"
+            data.mkdir()
+            data.chmod(0o777)
+            rows = ({"id": number, "text": text * number} for number in range(9) for text in TEXTS)
+            (data / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             for part in parts:
-                # As a kubelet expands it.
-                own = container["command"][-1].replace("$(JOB_COMPLETION_INDEX)", part[0]).replace("/2", part[1:])
-                command = {**container, "command": [*container["command"][:-1], own]}
-                pod_of_part = start_container(
-                    network, pod, command, volumes, extra=("--workdir", container["workingDir"])
-                )
-                code = docker("wait", pod_of_part.name).strip()
-                assert code == "0", pod_of_part.logs()
-                pod_of_part.remove()
-                sealed = (volumes["data"] / "out/receipt.json").exists()
-                assert sealed == (part == parts[-1])
-            outputs.append({each.name: each.read_bytes() for each in (volumes["data"] / "out").glob("part-*[lt]")})
+                # A kubelet expands the last argument.
+                expanded = {**container, "command": [*container["command"][:-1], part]}
+                volumes = {**folders(pod, tmp_path / part), "model": minilm, "data": data}
+                started = start_container(network, pod, expanded, volumes, extra=("--workdir", container["workingDir"]))
+                assert docker("wait", started.name).strip() == "0", started.logs()
+                started.remove()
+                assert (data / "out/receipt.json").exists() == (part == parts[-1])
+            outputs.append({each.name: each.read_bytes() for each in (data / "out").glob("part-*[lt]")})
     finally:
         network.remove()
-        subprocess.run(["docker", "image", "rm", "--force", f"{REPOSITORY}:embed"], capture_output=True, check=False)
+        subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=False)
     assert len(outputs[0]) >= 7 and outputs[0] == outputs[1]
 
 
