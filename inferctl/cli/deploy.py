@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from inferctl.cli import console, deploy_explain, deploy_files, deploy_lint, deploy_preview, options
-from inferctl.config.deploy_spec import DNS_NAME
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
@@ -128,7 +126,7 @@ def deploy(
 def _embed_run(claim: str | None, parts: int | None, arguments: list[str]) -> EmbedRun | None:
     if claim is None and parts is None:
         return None
-    if claim is None or not arguments or not re.fullmatch(DNS_NAME, claim):
+    if not claim or not arguments:
         raise UsageError(
             "--embed needs the name of a claim, and arguments of `inferctl embed` after `--`",
             "as in `inferctl deploy --embed texts --output job -- 'in/*.parquet' --output out`",

@@ -139,11 +139,13 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
 
 def embed_files(plan: DeploymentPlan, run: embed.EmbedRun) -> dict[str, str]:
     """Return the files of `--embed`, as `files` does."""
-    if len(plan.models) > 1:
-        raise UsageError(f"--embed is of one model, and there are {len(plan.models)}", "pass one `--spec`")
-    (model,), found = plan.models, {}
+    (model, *others), found = plan.models, {}
+    if others or model.spec.models or not model.spec.image.embed:
+        raise UsageError(
+            "--embed needs one model, with an image that can run `inferctl embed`",
+            "pass one spec with `image.embed: true` and an encoder model, and build its image again",
+        )
     check(model, plan.clusters)
-    embed.check(model)
     omitted = set(model.spec.deploy.omit)
     for cluster in plan.clusters:
         able = (each for each in model.flavors if each.at(cluster).max_replicas.value)

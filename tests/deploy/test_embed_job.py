@@ -59,19 +59,13 @@ def test_a_pod_computes_its_part_as_the_server_of_its_flavor_would(build: Build)
     assert (ended["action"], ended["onExitCodes"]["values"]) == ("FailJob", [2])
 
 
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [((plans.generate(),), "cannot run"), ((plans.embed(),), "cannot run"), ((), "there are 2")],
-    ids=["generates", "no command line", "two models"],
-)
-def test_an_image_that_cannot_run_the_command_is_an_error(specs: tuple[Spec, ...], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("specs", [(plans.embed(),), ()], ids=["no command line", "two models"])
+def test_an_image_that_cannot_run_the_command_is_an_error(specs: tuple[Spec, ...]) -> None:
+    with pytest.raises(UsageError, match="needs one model"):
         layout.embed_files(plans.plan(*specs), EmbedRun("texts", ARGUMENTS))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--parts", "3"], ["--embed", "texts"], ["--embed", "a/b", "--", "in"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [["--parts", "3"], ["--embed", "texts"]], ids=" ".join)
 def test_a_job_needs_a_claim_and_an_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["deploy", "--output", "x", *arguments]) == 2
     assert "--embed needs" in capsys.readouterr().err

@@ -30,15 +30,6 @@ class EmbedRun:
     parts: int | None = None
 
 
-def check(model: ModelPlan) -> None:
-    """Raise `UsageError` if the image of `model` cannot run `inferctl embed`."""
-    if model.spec.models or "generate" in model.tasks or not model.spec.image.embed:
-        raise UsageError(
-            f"the image of {model.name} cannot run `inferctl embed`",
-            "set `image.embed: true` in the spec of one encoder model, and build its image again",
-        )
-
-
 def objects(model: ModelPlan, flavor: FlavorPlan, most: int, run: EmbedRun, namespace: str) -> list[Object]:
     """Return the Job on the nodes of `flavor`, of which a cluster has `most` replicas, and its network policy."""
     parts, server = run.parts or most, job.container(model, flavor)
