@@ -31,7 +31,7 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
     """
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
-        raise UsageError("the manifests have no Deployment", "name files or folders with Deployments")
+        raise UsageError("the manifests have no Deployment and no Job", "name files or folders with some")
     result = report.document(outcomes, drills.run(outcomes))
     if as_json:
         console.document(result)

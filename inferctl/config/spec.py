@@ -297,6 +297,9 @@ class Image(Section):
         None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
     )
     locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
+    embed: bool = Field(
+        False, description="Install the command line and pyarrow too, so that the image can run `inferctl embed`."
+    )
 
 
 class Slo(Section):

@@ -26,7 +26,6 @@ _READ = (
     "CapacityBuffer",
     "CronJob",
     "DaemonSet",
-    "Job",
     "LeaderWorkerSet",
     "Namespace",
     "PersistentVolume",

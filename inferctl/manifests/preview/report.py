@@ -12,7 +12,7 @@ from inferctl.manifests.preview.preemption import Candidate
 from inferctl.manifests.preview.simulation import Attempt, ClusterAtPeak
 from inferctl.manifests.preview.workloads import SimulatedDeployment
 
-_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "LeaderWorkerSet")
+_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "CronJob", "LeaderWorkerSet")
 # From so many nodes on, the scheduler looks at a part of the candidates for preemption only.
 _ALL_CANDIDATES = 100
 
@@ -154,7 +154,7 @@ def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
         yield f"pods of the scheduler {', '.join(sorted(schedulers))} are placed by the rules of the default one"
     for kind in _NOT_PLACED:
         if count := len(cluster.of_kind(kind)):
-            yield f"{count} {kind} in the manifests: only Deployments are placed"
+            yield f"{count} {kind} in the manifests: only Deployments and Jobs are placed"
     for each in cluster.of_kind("CapacityBuffer"):
         name = fields.text(each, "metadata", "name")
         yield f"CapacityBuffer {name}: its nodes count only if the nodes file lists them"

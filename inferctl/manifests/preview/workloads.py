@@ -1,4 +1,4 @@
-"""The Deployments of manifests: their pods, replicas, and what their annotations say about capacity."""
+"""The Deployments and Jobs of manifests: their pods, replicas, and what their annotations say about capacity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Scaler:
 
 @dataclass(frozen=True)
 class SimulatedDeployment:
-    """A Deployment.
+    """A Deployment, or a Job, which has no selector, runs `parallelism` pods, and serves nothing.
 
     `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
     which the first apply starts before an autoscaler acts. `rate` is in tokens per second
@@ -59,7 +59,7 @@ class SimulatedDeployment:
 
 
 def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[SimulatedDeployment]:
-    """Return the Deployments among `objects` in their order. `namespace`: for objects that name none."""
+    """Return the Deployments and Jobs among `objects` in their order. `namespace`: for objects that name none."""
     objects = list(objects)
     scalers: dict[tuple[str, str], Scaler] = {}
     for each in objects:
@@ -68,7 +68,7 @@ def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> li
     return [
         _workload(each, fields.namespace_of(each, namespace), scalers)
         for each in objects
-        if each.get("kind") == "Deployment" and fields.text(each, "metadata", "name")
+        if each.get("kind") in ("Deployment", "Job") and fields.text(each, "metadata", "name")
     ]
 
 
@@ -79,7 +79,8 @@ def _workload(
     template = fields.mapping(item, "spec", "template")
     labels = fields.text_map(fields.mapping(template, "metadata", "labels"))
     annotations = fields.text_map(fields.mapping(item, "metadata", "annotations"))
-    replicas = fields.integer(item, "spec", "replicas", default=1)
+    key = "parallelism" if item.get("kind") == "Job" else "replicas"
+    replicas = fields.integer(item, "spec", key, default=1)
     scaler = scalers.get((namespace, name), Scaler("", replicas, replicas))
     return SimulatedDeployment(
         namespace,
@@ -123,6 +124,6 @@ def serving(workloads: Sequence[SimulatedDeployment]) -> dict[str, list[Simulate
     rated = [each for each in workloads if each.rate is not None]
     found: dict[str, list[SimulatedDeployment]] = {}
     for each in sorted(rated or workloads, key=lambda each: each.preference):
-        if not each.placeholder:
+        if each.selector and not each.placeholder:
             found.setdefault(each.model, []).append(each)
     return found

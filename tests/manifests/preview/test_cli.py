@@ -116,6 +116,18 @@ def test_pods_that_do_not_fit_at_rest_fail_the_command(tmp_path: Path, capsys: p
     assert "1 pod at rest does not fit on the nodes" in printed.err
 
 
+def test_the_pods_of_a_job_are_placed_and_serve_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = files(tmp_path)
+    job = MANIFESTS.split("---")[1].replace("apps/v1", "batch/v1").replace("kind: Deployment", "kind: Job")
+    Path(arguments[-1]).write_text(job.replace("selector: {matchLabels: {app: embed}}", "parallelism: 5"))
+    assert cli.run([*arguments, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    (found,) = result["clusters"][0]["deployments"]
+    placed = [(name, len(each["nodes"])) for each in found["pods"] for name in each["names"][-1:]]
+    assert placed[-1] == ("embed-5", 0) and sum(len(each["nodes"]) for each in found["pods"]) == 4
+    assert result["drills"] == []
+
+
 def test_manifests_without_a_deployment_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = files(tmp_path)
     Path(arguments[-1]).write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: x}\n")
