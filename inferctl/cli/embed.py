@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import typer
 
@@ -217,7 +217,7 @@ class _Source(NamedTuple):
     folder: Path = Path()
 
 
-def _local(spec: Spec, asked: _Asked, device: str, engine: Literal["encoder", "echo"], engines: int | None) -> _Source:
+def _local(spec: Spec, asked: _Asked, device: str, engine: str, engines: int | None) -> _Source:
     from inferctl.embed import local
     from inferctl.reading import task_config
     from inferctl.reading.embedding_config import EmbeddingConfig
@@ -246,7 +246,7 @@ def _remote(url: str, access: ServerAccess, asked: _Asked) -> _Source:
     server = connect(url, access=access)
     if server.task == "generate":
         raise UsageError(f"{url} has a generative model", "name a server of an encoder model")
-    inputs = _of_inputs(asked, (server.output,), tuple(FORMS))
+    inputs = _of_inputs(asked, (cast("Output", server.output),), tuple(FORMS))
     digest = (server.info.get("model") or {}).get("sha256")
     make = partial(RemoteComputer, url, access.headers, access.model, **inputs)
     return _Source(server.task, {"task": server.task, "model_sha256": digest, **inputs}, make)
