@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -131,17 +130,16 @@ def _open_for_others(folder: Path) -> None:
 
 
 class Nats(Part):
-    """A NATS server with JetStream that forgets nothing by itself."""
+    """A NATS server."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         folder.mkdir()
-        self.store, self.url = folder / "js", f"nats://127.0.0.1:{port}"
+        self.url = f"nats://127.0.0.1:{port}"
         config = folder / "n.conf"
-        store = f'jetstream {{ store_dir: "{self.store}", sync_interval: always, max_file_store: 512MB }}'
-        config.write_text(f"listen: 127.0.0.1:{port}\n{store}\n")
+        config.write_text(f"listen: 127.0.0.1:{port}\n")
         super().__init__(["nats-server", "-c", str(config)])
         self._port = port
 
@@ -153,6 +151,3 @@ class Nats(Part):
                     return
             time.sleep(0.1)
         raise AssertionError("NATS does not start")
-
-    def wipe(self) -> None:
-        shutil.rmtree(self.store, ignore_errors=True)
