@@ -50,7 +50,8 @@ def exit_error(container: Container) -> InferctlError | None:
             with_log("the container ran out of memory (OOM-killed)", log),
             "give the engine more memory, or use a smaller model",
         )
-    if re.search(f"Permission denied: '({IMAGE_FOLDER}|/adapters/)", log):
+    place = f"({IMAGE_FOLDER}|/adapters/)"
+    if re.search(rf"Permission denied: '{place}|error: {place}\S* cannot be read: permission denied", log):
         return NotReadyError(
             with_log("the container cannot read its weights: it runs as another user (10001)", log),
             "make the mounted folder readable: `chmod -R a+rX DIR`",
