@@ -117,6 +117,7 @@ class Fleet:
         self.collector = Collector(folder / "collected")
         self._addresses = {
             "INFERCTL_METERING_MODE": "on",
+            "INFERCTL_METERING_BROKER": self.stores.nats_url,
             "INFERCTL_METERING_LEDGER": self.stores.ledger,
             "INFERCTL_ACCESS_BROKER": self.stores.nats_url.removeprefix("nats://"),
             "INFERCTL_ACCESS_REPLICAS": "2",
@@ -129,6 +130,8 @@ class Fleet:
     def start(self, engine: str | None, vllm: Path | None) -> None:
         """Create keys, and start all processes."""
         self.create_keys()
+        self.consumer = launch(self.folder, "consumer.log", "relay", "--consume", **self._addresses)
+        self.running.append(self.consumer)
         keys = self.marks.keys
         self.embed = Client(self._embeddings(engine), keys["key"], self.marks)
         self.generate = Client(self._generation(vllm), keys["key of generation"], self.marks)
@@ -303,6 +306,11 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         events = stores.events()
         fleet.cli("usage")
         fleet.read_pages()
+        fleet.consumer.kill()  # what is published from now on stays in NATS
+        statuses["without a consumer"] = generate.send("/v1/chat/completions", {"messages": [{"content": "3"}]})
+        embed.send(path, body)
+        waiting = {"": fleet.key_ids["SQLite"].encode()}
+        peers.wait_until(lambda: any(search(file, waiting) for file in folder.glob("nats/js/**/*.blk")), _EVENTS_S)
         stores.checkpoint()
         stores.kill()
         statuses["without stores"] = embed.send(path, body)
@@ -329,9 +337,11 @@ def unseen(fleet: Fleet) -> list[str]:
         "keys.sqlite*": other,
         "access/keys-*.json": key,
         "metering/*/events.sqlite*": b"minilm",
+        "nats/js/**/*.blk": other,
         "collected/v1-traces-*": b"minilm",
         "embed.log": key,
         "generate.log": other,
+        "consumer.log": b"storing the usage events",
         "cli.log": key,
         "commands.txt": b"inferctl.tenancy.relay",
         "metrics-embed.txt": b"inferctl_requests",

@@ -172,7 +172,8 @@ class Deploy(Section):
     )
     broker_secret: ObjectName | None = Field(
         None,
-        description="Secret with the URL of `access.broker`, with its credentials, under `url`. Default: NATS asks for none.",
+        description="Secret with the URL of `access.broker` and `metering.broker`, with its credentials, under `url`. "
+        "Default: NATS asks for none.",
     )
     ledger_secret: ObjectName | None = Field(
         None, description="Secret with the URL of the ledger, under `url`, for the relay of usage events."

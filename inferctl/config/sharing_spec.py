@@ -133,6 +133,10 @@ class Metering(Section):
         None,
         description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
     )
+    broker: NatsAddress | None = Field(
+        None,
+        description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
+    )
 
     @field_validator("mode", mode="before")
     @classmethod

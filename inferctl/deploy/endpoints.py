@@ -1,4 +1,4 @@
-"""Where the pods of a deployment connect to: the endpoints of URLs, and the broker of limits."""
+"""Where the pods of a deployment connect to: the endpoints of URLs, and the brokers of limits and events."""
 
 from __future__ import annotations
 
@@ -70,3 +70,8 @@ def _namespace(host: str, default: str) -> str | None:
 def limits_broker(spec: Spec) -> str | None:
     """Return the URL of the broker of limits and revoked keys, without credentials; None if there is none."""
     return spec.access.broker.public if spec.access.required and spec.access.broker else None
+
+
+def events_broker(spec: Spec) -> str | None:
+    """Return the URL of the broker of usage events, without credentials; None if there is none."""
+    return spec.metering.broker.public if spec.metering.mode != "off" and spec.metering.broker else None

@@ -1,7 +1,7 @@
 """The files of a deployment, for kustomize: `base/`, one component for each capability, one overlay for each cluster.
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
-    components/NAME/       a capability that an overlay includes: monitoring
+    components/NAME/       a capability that an overlay includes: monitoring, metering
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, overflow
     bench/CLUSTER/         bench Jobs, which run before the rest is deployed: each flavor once, in its first cluster
 
@@ -16,7 +16,16 @@ from dataclasses import dataclass, field, replace
 from inferctl.core.errors import UsageError
 from inferctl.deploy import cluster_limits, endpoints, manifest
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.objects import access, bench, metering, policy, scaling, service, workload
+from inferctl.deploy.objects import (
+    access,
+    bench,
+    broker,
+    metering,
+    policy,
+    scaling,
+    service,
+    workload,
+)
 from inferctl.deploy.objects.metadata import BENCH, PART_OF, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
@@ -181,13 +190,14 @@ def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
 
 def _namespace(name: str, omitted: Container[str]) -> list[Object]:
     denied = policy.deny_all(name)
-    components = (SERVER, BENCH) if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
+    own = (SERVER, metering.CONSUMER, BENCH)
+    components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
     return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 
 
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
-    egress = [*metering.egress(spec), *access.egress(spec, namespace)]
+    egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if downloads(spec):
         egress.append(endpoints.Endpoint(443, None))
     return [
@@ -202,8 +212,14 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
 
 def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Folder]:
     """Return the components that the plan uses, by name."""
-    sources = _prometheus_namespaces(plan)
-    return {"monitoring": _monitoring(plan, sources, omitted)} if sources else {}
+    namespace = plan.namespace
+    found: dict[str, Folder] = {}
+    if consumers := metering.consumers(plan.models, namespace):
+        accounts = [policy.service_account(metering.CONSUMER, namespace)]
+        found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
+    if sources := _prometheus_namespaces(plan):
+        found["monitoring"] = _monitoring(plan, sources, omitted)
+    return found
 
 
 def _monitoring(plan: DeploymentPlan, sources: Sequence[str], omitted: Container[str]) -> Folder:

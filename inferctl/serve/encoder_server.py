@@ -273,7 +273,7 @@ def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
     outbox_size = str(parse_size(spec.metering.outbox_size) // count)
     changes: dict[str, dict[str, Any]] = {
         "access": {"keys": spec.access.public_key_store or spec.access.keys, "broker": None},
-        "metering": {"ledger": None, "outbox_size": outbox_size},
+        "metering": {"ledger": None, "broker": None, "outbox_size": outbox_size},
     }
     document = spec.model_dump(mode="json", exclude_unset=True)  # what a model does not set is as for the whole server
     return document | {name: document.get(name, {}) | values for name, values in changes.items()}

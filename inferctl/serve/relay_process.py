@@ -36,7 +36,7 @@ def start(spec: Spec, notify: Callable[[str], None]) -> RelayProcess | None:
     if not metering and not access:
         return None
     packages = {"sqlalchemy": "ledger", "alembic": "ledger"}
-    if access and spec.access.broker:
+    if (metering and spec.metering.broker) or (access and spec.access.broker):
         packages["nats"] = "broker"
     missing = [name for name in ("inferctl.tenancy.relay", *packages) if importlib.util.find_spec(name) is None]
     if missing:

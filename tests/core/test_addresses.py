@@ -136,6 +136,7 @@ _SETTINGS = {
     "access.keys": "postgresql://u:geh/eim@h/d",
     "access.broker": "geheim@a,geheim@b",
     "metering.ledger": "postgresql://u:x@geheim@h/d",
+    "metering.broker": "nats://u:x@geheim@h",
 }
 
 
@@ -170,7 +171,7 @@ def _put(section: str, name: str, value: Any) -> dict[str, Any]:
 def test_a_spec_has_passwords_only_for_its_relay() -> None:
     values = {
         "access": {"keys": "postgresql://u:geheim@h/d", "broker": "geheim@h"},
-        "metering": {"ledger": "postgresql://h/d?password=geheim"},
+        "metering": {"ledger": "postgresql://h/d?password=geheim", "broker": "geheim@h"},
     }
     spec = Spec.model_validate({"name": "x", "model": {"source": "."}, **values})
     shown = f"{spec!r} {spec} {spec.model_dump()} {spec.model_dump_json()} {spec.access.key_file}"
@@ -193,7 +194,7 @@ def test_a_spec_has_passwords_only_for_its_relay() -> None:
         "usage postgresql://u:geheim@h/d",
         "keys list --keys u:geheim@h/d",
         "keys list --keys //u:geheim@h/d",
-        "relay --ledger geheim@a,geheim@b",
+        "relay --broker geheim@a,geheim@b",
     ],
 )
 def test_no_command_quotes_a_password(

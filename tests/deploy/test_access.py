@@ -17,6 +17,7 @@ import pytest
 
 from inferctl.config import settings
 from inferctl.config.spec import Spec
+from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.tenancy.access import channel
@@ -46,8 +47,8 @@ def variables(container: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def egress(built: Objects) -> list[tuple[str | None, int]]:
-    rules = named(built, "NetworkPolicy", "embed-server")["spec"].get("egress", [])
+def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None, int]]:
+    rules = named(built, "NetworkPolicy", name)["spec"].get("egress", [])
     label = "kubernetes.io/metadata.name"
     return [
         (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, rule["ports"][0]["port"])
@@ -76,6 +77,22 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
     assert egress(built) == [(None, 5432), ("databases", 6432), ("messaging", 4222)]
+
+
+def test_events_through_a_broker_have_a_relay_that_stores_them(build: Build) -> None:
+    made = spec({"broker": NATS}, broker_secret="nats")
+    both = made.model_copy(update={"metering": made.metering.model_copy(update={"broker": NatsAddress(NATS)})})
+    built = build(layout.files(plans.plan(both)), OVERLAYS[0])
+    assert [problem for each in built for problem in problems(each, "1.36")] == []
+    url, ledger = {"name": "nats", "key": "url"}, {"name": "inferctl-ledger", "key": "url"}
+    sidecar = variables(pod_of(built)["initContainers"][0])
+    assert sidecar["INFERCTL_METERING_BROKER"] == sidecar["INFERCTL_ACCESS_BROKER"] == url
+    assert "INFERCTL_METERING_LEDGER" not in sidecar
+    (consumer,) = pod_of(built, "usage-relay")["containers"]
+    assert consumer["command"] == ["inferctl", "relay", "--consume"]
+    assert variables(consumer) == {"INFERCTL_METERING_BROKER": url, "INFERCTL_METERING_LEDGER": ledger}
+    assert egress(built) == [("messaging", 4222)]
+    assert egress(built, "usage-relay") == [(None, 5432), ("messaging", 4222)]
 
 
 def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
@@ -107,6 +124,17 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
 def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         layout.files(plans.plan(spec(access, **deploy)))
+
+
+@pytest.mark.parametrize(
+    ("broker", "secret", "message"),
+    [("nats://user:pw@nats", None, r"metering\.broker has credentials"), ("nats://other", "nats", "differ")],
+)
+def test_a_broker_of_events_that_pods_cannot_use_is_refused(broker: str, secret: str | None, message: str) -> None:
+    made = spec({"broker": NATS}, broker_secret=secret)
+    metering = made.metering.model_copy(update={"broker": NatsAddress(broker)})
+    with pytest.raises(UsageError, match=message):
+        layout.files(plans.plan(made.model_copy(update={"metering": metering})))
 
 
 def test_a_relay_needs_an_image() -> None:

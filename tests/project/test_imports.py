@@ -51,7 +51,7 @@ ONLY_IN = {
     ),
     "alembic": ("tenancy/database.py", "tenancy/metering/migrations/", "tenancy/fleet/migrations/"),
     "psycopg": (),
-    "nats": ("tenancy/fleet/broker.py",),
+    "nats": ("tenancy/broker.py", "tenancy/metering/broker.py"),
     "nanotoken": ("serve/text/word_piece.py",),
     "moka_py": ("serve/cache/store.py",),
     "locust": ("bench/loadgen/",),

@@ -50,7 +50,7 @@ def test_settings_become_options_of_vllm() -> None:
 
 def test_vllm_gets_the_edge_and_no_address_of_a_store(tmp_path: Path) -> None:
     spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}})
-    names = ("METERING_LEDGER", "ACCESS_KEYS", "ACCESS_BROKER")
+    names = ("METERING_LEDGER", "METERING_BROKER", "ACCESS_KEYS", "ACCESS_BROKER")
     base = {
         "PGPASSWORD": "geheim",
         "PATH": "/bin",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,16 +131,17 @@ def _open_for_others(folder: Path) -> None:
 
 
 class Nats(Part):
-    """A NATS server."""
+    """A NATS server with JetStream that forgets nothing by itself."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         folder.mkdir()
-        self.url = f"nats://127.0.0.1:{port}"
+        self.store, self.url = folder / "js", f"nats://127.0.0.1:{port}"
         config = folder / "n.conf"
-        config.write_text(f"listen: 127.0.0.1:{port}\n")
+        store = f'jetstream {{ store_dir: "{self.store}", sync_interval: always, max_file_store: 512MB }}'
+        config.write_text(f"listen: 127.0.0.1:{port}\n{store}\n")
         super().__init__(["nats-server", "-c", str(config)])
         self._port = port
 
@@ -151,3 +153,6 @@ class Nats(Part):
                     return
             time.sleep(0.1)
         raise AssertionError("NATS does not start")
+
+    def wipe(self) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)

@@ -11,13 +11,14 @@ import urllib.parse
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy.endpoints import Endpoint, endpoints, limits_broker
+from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import empty
 from inferctl.deploy.objects.metadata import Object, from_secret
 from inferctl.image.render import KEYS_PATH
 
 DATA = "/access"
 KEYS_FILE = "keys.json"
-# Key of the Secrets with the URLs of the database and of the broker.
+# Key of the Secret with the URL of the database.
 URL_KEY = "url"
 _KEYS_VOLUME, _DATA_VOLUME = "keys", "access"
 # A server only needs to know that there is a broker.
@@ -28,16 +29,8 @@ _STARTED_S = 600
 
 
 def check(spec: Spec) -> None:
-    """Raise `UsageError` if the pods could not reach the database or the broker, or if they have no relay."""
-    if limits_broker(spec) and spec.access.broker and spec.access.broker.hidden:
-        raise UsageError(
-            f"{spec.name}: access.broker has credentials, which everyone who reads the manifests would see",
-            "write it without them, and set deploy.broker_secret to a Secret with the whole URL",
-        )
-    if spec.deploy.broker_secret and not limits_broker(spec):
-        raise UsageError(
-            f"{spec.name}: deploy.broker_secret is set, but nothing uses a broker", "set access.broker with keys"
-        )
+    """Raise `UsageError` if the pods could not reach the database with the keys, or if they have no relay."""
+    broker.check(spec)
     if store := spec.access.key_store:
         if store.is_file:
             raise UsageError(
@@ -90,7 +83,7 @@ def data_volumes(spec: Spec) -> list[tuple[Object, Object]]:
 
 
 def relay_environment(spec: Spec) -> list[Object]:
-    """Return the settings of the relay. The URL of the broker is in a Secret if NATS asks for credentials."""
+    """Return the settings of the relay, without those of the broker."""
     if not spec.access.has_relay:
         return []
     found: list[Object] = [{"name": "INFERCTL_ACCESS_DATA", "value": DATA}]
@@ -99,9 +92,6 @@ def relay_environment(spec: Spec) -> list[Object]:
     else:
         # The relay reads no key file, but has nothing to do for servers that ask for no keys.
         found.append({"name": "INFERCTL_ACCESS_KEYS", "value": f"{KEYS_PATH}/{KEYS_FILE}"})
-    if url := limits_broker(spec):
-        secret, name = spec.deploy.broker_secret, "INFERCTL_ACCESS_BROKER"
-        found.append(from_secret(name, secret, URL_KEY) if secret else {"name": name, "value": url})
     return found
 
 
@@ -125,9 +115,8 @@ def relay_probe(spec: Spec) -> Object:
 
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
-    """Return what the relay connects to for keys and limits."""
-    urls = spec.access.public_key_store, limits_broker(spec)
-    return [each for url in urls if url for each in endpoints(url, namespace)]
+    """Return what the relay connects to for keys. `broker.egress` has the broker."""
+    return endpoints(spec.access.public_key_store, namespace) if spec.access.public_key_store else []
 
 
 def _is_socket(url: str) -> bool:

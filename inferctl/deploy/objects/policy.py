@@ -128,6 +128,11 @@ def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Obje
     return _policy(f"{model}-{BENCH}", namespace, labels_of(model, BENCH), [], egress_rules(egress))
 
 
+def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:
+    """Return the policy of pods that only connect to others."""
+    return _policy(name, namespace, selector, [], egress_rules(egress))
+
+
 def egress_rules(endpoints: Iterable[Endpoint]) -> list[Object]:
     """Return one rule for each endpoint, without duplicates."""
     rules = []

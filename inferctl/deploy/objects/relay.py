@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inferctl.config.spec import Spec
-from inferctl.deploy.objects import access, metering
+from inferctl.deploy.objects import access, broker, metering
 from inferctl.deploy.objects.containers import container_security, resources
 from inferctl.deploy.objects.metadata import Object
 from inferctl.deploy.sizing import relay_cores
@@ -24,7 +24,11 @@ def sidecars(spec: Spec) -> list[Object]:
             "imagePullPolicy": "IfNotPresent",
             "restartPolicy": "Always",
             "command": ["inferctl", "relay", *metering.relay_options(spec)],
-            "env": [*metering.relay_environment(spec), *access.relay_environment(spec)],
+            "env": [
+                *metering.relay_environment(spec),
+                *access.relay_environment(spec),
+                *broker.variables(spec, broker.EVENTS, broker.LIMITS),
+            ],
             "resources": resources(f"{cores * 1000:g}m", _MEMORY),
             "securityContext": container_security(),
             **access.relay_probe(spec),

@@ -249,7 +249,8 @@ class GenerationServer(ServerLifetime):
             self._options.traces,
             spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
             command.base_names(spec),
-            spec.metering.model_dump() | {"ledger": None, "data": str(Path(spec.metering.data).absolute())},
+            spec.metering.model_dump()
+            | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
             time.monotonic() if self._supervisor.restarts else self._started,
         )

@@ -99,5 +99,6 @@ class ServerMetering:
 
 def warnings(settings: Settings) -> Iterator[str]:
     """Yield what the operator should know at the start."""
-    if settings.mode == "off" and settings.ledger:
-        yield "no usage is recorded: metering.ledger has no effect without `metering.mode: on`"
+    if settings.mode == "off" and (settings.ledger or settings.broker):
+        found = "metering.ledger" if settings.ledger else "metering.broker"
+        yield f"no usage is recorded: {found} has no effect without `metering.mode: on`"

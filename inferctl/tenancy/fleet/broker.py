@@ -5,23 +5,17 @@ Nothing that it has needs to last: counters are sent again, and keys are read ag
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import nats
-import nats.errors
-
 from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import NotReadyError
+from inferctl.tenancy import broker as brokers
 
 # Of the counters of servers with one name; and of changed keys.
 LIMITS, KEYS = "inferctl.limits", "inferctl.keys"
-_TIMEOUT_S = 5.0
-_PING_S = 2  # a broker that misses two of these is gone
-_ERRORS = (nats.errors.Error, OSError, asyncio.TimeoutError)
 
 
 class FleetBrokerError(NotReadyError):
@@ -38,25 +32,21 @@ class FleetBroker:
     async def connect(
         cls,
         address: NatsAddress | str,
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float = brokers.TIMEOUT_S,
         *,
         lost: Callable[[], Awaitable[None]] | None = None,
         reconnected: Callable[[], Awaitable[None]] | None = None,
         closed: Callable[[], None] | None = None,
         rejected: Callable[[str], None] | None = None,
     ) -> FleetBroker:
-        """Connect to NATS within `timeout_s`, also if the client would try for ever.
-
-        `lost`, `reconnected`: called when the connection breaks, and when it is made again.
+        """Connect to NATS. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
 
         `closed`: called when it ended for ever, as after some errors of the broker. `rejected`: gets the reason if the
         broker does not let this client publish or subscribe. Raises `FleetBrokerError`.
         """
         url = NatsAddress(address)
-        reasons: list[Exception] = []
 
         async def failed(error: Exception) -> None:
-            reasons[:] = [error]
             # Other errors are about the connection, of which `lost` and `closed` tell.
             if rejected and "permissions violation" in str(error).lower():
                 rejected(str(error))
@@ -65,38 +55,31 @@ class FleetBroker:
             if closed:
                 closed()
 
-        connecting = nats.connect(
-            url.public,
-            **url.credentials(),
-            connect_timeout=timeout_s,
-            reconnect_time_wait=0.25,
-            ping_interval=_PING_S,
-            max_outstanding_pings=2,
-            error_cb=failed,
-            max_reconnect_attempts=-1,
-            no_echo=True,
-            disconnected_cb=lost,
-            reconnected_cb=reconnected,
-            closed_cb=ended,
-        )
         try:
-            return cls(await asyncio.wait_for(connecting, timeout_s))
-        except _ERRORS as error:
-            # The time that it may take says less than what failed meanwhile.
-            why = reasons[-1] if reasons and isinstance(error, TimeoutError) else error
-            reason = str(why).strip().partition("\n")[0] or type(why).__name__
-            message = f"the broker of limits and keys {url} is not available: {reason}"
+            connection = await brokers.connect(
+                url,
+                timeout_s,
+                failed,
+                max_reconnect_attempts=-1,
+                no_echo=True,
+                disconnected_cb=lost,
+                reconnected_cb=reconnected,
+                closed_cb=ended,
+            )
+            return cls(connection)
+        except brokers.ERRORS as error:
+            message = f"the broker of limits and keys {url} is not available: {brokers.reason(error)}"
             raise FleetBrokerError(message, "check access.broker") from None
 
     async def close(self) -> None:
         """Close the connection."""
-        with contextlib.suppress(*_ERRORS):
+        with contextlib.suppress(*brokers.ERRORS):
             await self._nats.close()
 
     async def publish(self, subject: str, message: bytes) -> None:
         """Send a message to all others that subscribe. Without a connection, it is lost: it would be outdated."""
         if self._nats.is_connected:
-            with contextlib.suppress(*_ERRORS):
+            with contextlib.suppress(*brokers.ERRORS):
                 await self._nats.publish(subject, message)
 
     async def subscribe(self, subject: str, receive: Callable[[bytes], None]) -> None:
@@ -107,14 +90,14 @@ class FleetBroker:
 
         try:
             await self._nats.subscribe(subject, cb=received)
-        except _ERRORS as error:
+        except brokers.ERRORS as error:
             raise FleetBrokerError(f"the broker rejects {subject}: {error}", "check access.broker") from None
 
     async def flush(self, timeout_s: float) -> None:
         """Return when the broker has all messages. Raises `FleetBrokerError`."""
         try:
             await self._nats.flush(timeout_s)
-        except _ERRORS as error:
+        except brokers.ERRORS as error:
             raise FleetBrokerError(f"the broker does not respond: {error}", "check access.broker") from None
 
 

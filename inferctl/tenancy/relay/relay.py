@@ -1,4 +1,4 @@
-"""Brings usage events from the outboxes of this machine to the ledger. Runs `AccessRelay` too.
+"""Brings usage events to the ledger: from the outboxes of this machine, or from a broker. Runs `AccessRelay` too.
 
 Nothing that a server needs depends on it. It may be killed at any point: what the ledger has is written in one
 transaction with how far it got, and the outboxes keep the rest.
@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import NotReadyError, UsageError
@@ -19,6 +20,9 @@ from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.outboxes import Outboxes
+
+if TYPE_CHECKING:
+    from inferctl.tenancy.metering.broker import EventBroker, PublishProgress
 
 log = logging.getLogger("inferctl.relay")
 
@@ -31,14 +35,16 @@ _ONLY_RELAY_S = 0.5
 
 
 class Relay:
-    """One relay. `metering`: None without usage events."""
+    """One relay. `metering`: None without usage events. `consume`: store those of the broker, and read no outboxes."""
 
-    def __init__(self, metering: Metering | None, access: Access) -> None:
-        self._metering, self._access = metering is not None, access
+    def __init__(self, metering: Metering | None, access: Access, *, consume: bool = False) -> None:
+        self._metering, self._access, self._consume = metering is not None, access, consume
         self._settings = metering or Metering.model_construct()
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
+        self._broker: EventBroker | None = None
         self._watermarks: dict[str, int] = {}
+        self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
 
     def end(self) -> None:
@@ -75,26 +81,37 @@ class Relay:
 
     async def _bring_events(self) -> None:
         try:
+            if self._consume:
+                await self._repeat(self._store_messages)
+                return
             data = Path(self._settings.data)
             while not self._ending.is_set():
                 with outbox.exclusive(data) as alone:
                     if alone:
-                        with contextlib.closing(Outboxes(data)) as outboxes:
-                            await self._empty(outboxes)
+                        await self._empty_outboxes(data)
                         return
                 # The relay of another server in this folder also reads the outbox of this one.
                 await self._wait(_ONLY_RELAY_S)
         finally:
+            if self._broker:
+                await self._broker.close()
             if self._ledger:
                 self._ledger.close()
-            self._ledger = None
+            self._broker = self._ledger = None
 
-    async def _empty(self, outboxes: Outboxes) -> None:
-        """Store what the outboxes have, until `end` and nothing is waiting."""
+    async def _empty_outboxes(self, data: Path) -> None:
+        with contextlib.closing(Outboxes(data)) as outboxes:
+            if self._settings.broker:
+                await self._repeat(lambda: self._publish(outboxes))
+            else:
+                await self._repeat(lambda: asyncio.to_thread(self._store, outboxes))
+
+    async def _repeat(self, step: Callable[[], Awaitable[bool]]) -> None:
+        """Call `step`, which returns whether more is waiting, until `end` and nothing is."""
         while True:
             ending = self._ending.is_set()
             try:
-                more, pause = await asyncio.to_thread(self._store, outboxes), _INTERVAL_S
+                more, pause = await step(), _INTERVAL_S
             except (NotReadyError, OSError) as error:
                 self._report(error)
                 # Without what is not available, the rest stays in the outboxes.
@@ -125,6 +142,51 @@ class Relay:
         for source in outboxes.sources:
             outboxes.confirm(source, self._watermarks[source])
         return more
+
+    async def _publish(self, outboxes: Outboxes) -> bool:
+        """Publish the next batches of all outboxes, and return whether there are more."""
+        from inferctl.tenancy.metering.broker import PublishProgress
+
+        await asyncio.to_thread(outboxes.refresh)
+        broker, _ = await self._connected()
+        more = False
+        for source in outboxes.sources:
+            if source not in self._progress:
+                self._progress[source] = PublishProgress(outboxes.confirmed(source))
+            progress = self._progress[source]
+            batches = await asyncio.to_thread(outboxes.read, source, progress.published, _ROWS)
+            for batch in batches:
+                await broker.publish(batch)
+                progress.published = batch.last
+            more |= len(batches) == _ROWS
+        if not more and (sources := outboxes.sources):
+            watermarks = await broker.watermarks(sources)
+            for source in sources:
+                self._progress[source].update(watermarks.get(source, 0))
+                await asyncio.to_thread(outboxes.confirm, source, self._progress[source].watermark)
+        return more
+
+    async def _store_messages(self) -> bool:
+        """Store the next messages of the broker, and return whether there may be more."""
+        if self._ledger is None:
+            self._ledger = await asyncio.to_thread(Ledger.open, self._settings.ledger_url)
+        broker, new = await self._connected()
+        if new:  # it answers until its connection breaks
+            await broker.answer_watermarks(self._ledger)
+        return await broker.store(self._ledger) > 0
+
+    async def _connected(self) -> tuple[EventBroker, bool]:
+        """Return the broker, and whether the connection is new."""
+        from inferctl.tenancy.metering import broker
+
+        if self._broker and not self._broker.broken:
+            return self._broker, False
+        if self._broker:
+            await self._broker.close()
+            self._broker = None
+        assert self._settings.broker
+        self._broker = await broker.connect(self._settings.broker)
+        return self._broker, True
 
     async def _wait(self, seconds: float) -> None:
         """Wait, but not if the relay is ending."""

@@ -79,6 +79,7 @@ def test_a_relay_steps_back_for_its_server_and_no_longer_after_its_end(tmp_path:
         ({}, False),
         ({"ledger": "sqlite:///l", "mode": "on"}, False),
         ({"ledger": "sqlite:///l"}, True),
+        ({"broker": "nats://b"}, True),
     ],
 )
 def test_an_address_without_effect_is_a_warning(settings: dict[str, str], warned: bool) -> None:
