@@ -191,6 +191,7 @@ def test_bodies_at_a_path_of_several_models(mix: Mix) -> None:
         '["minilm"]': 400,
         '{"model": 5, "input": "a"}': 400,
         '{"model": "second", "input": 5}': 400,
+        '{"model": "", "input": "a"}': 400,
         json.dumps({"model": "second", "input": "a", "user": "b" * 100_000}): 200,
     }
     with mix.client("admin") as client:
@@ -213,6 +214,7 @@ def test_a_limit_is_of_the_key_and_the_ledger_has_the_names(mix: Mix) -> None:
     good = [(name, answer.json()) for name, answer in answers if answer.status_code == 200]
     assert len(good) == 30
     until(lambda: mix.recorded("limited").total() == 60)
+    assert {model for model, _, status in mix.recorded("limited") if status == 429} == {"mix"}
     for model in TASKS:
         mine = [answer["usage"]["total_tokens"] for name, answer in good if name == model]
         event = model, SERVED[PATHS[TASKS[model]]][TASKS[model]], 200

@@ -25,7 +25,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_m
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext
-from inferctl.serve.work import EdgeBackend, RejectedError
+from inferctl.serve.work import LIMIT_EXCEEDED, EdgeBackend, RejectedError
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 log = logging.getLogger("inferctl.edge")
@@ -364,6 +364,8 @@ class _EdgeRequest:
 
     def rejection(self, error: RejectedError) -> ApiError:
         """Return the response to a request that the backend rejected."""
+        if error.reason == LIMIT_EXCEEDED:  # of a key, before or after the body says which model it is for
+            self.context.model = None
         if error.used is not None:
             self.context.admitted = False
             self.context.count(error.used)
