@@ -3,7 +3,7 @@
     python contender.py NAME MODEL TEXTS.json
 
 TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints an
-empty line when the model is loaded, and the vectors or scores as one line of JSON. Then, for each line on stdin, it
+empty line when the model is loaded, and the vectors or scores as one line of JSON, of all or of the texts `compared`. Then, for each line on stdin, it
 computes them again and prints the wall-clock and the CPU seconds, tokenization included. CONTENDER_DEVICE is `cpu`
 [default] or `cuda`.
 """
@@ -34,6 +34,26 @@ def inferctl(precision: str, model: str) -> Embed:
     run = run_batches(precision, model, "embed")
     tokenizer = TokenizerPool(Path(model), embedding_config.read(Path(model), None))
     return lambda texts: run(tokenizer.encode_now(texts, truncate=True), None)
+
+
+def inferctl_embed(precision: str, model: str) -> Embed:
+    """Return what `inferctl embed` computes with, for ranges of as many texts as it has."""
+    import asyncio
+
+    from inferctl.config.spec import Spec
+    from inferctl.embed.local import LocalComputer, LocalOptions
+    from inferctl.models.model import ModelFolder
+
+    spec = Spec.model_validate({"name": "m", "model": {"source": model}, "serve": {"precision": precision}})
+    computer = LocalComputer(spec, "embed", ModelFolder(Path(model)), LocalOptions(truncate=True, device=DEVICE))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(computer.start())
+
+    async def compute(texts: list[str]) -> Any:
+        ranges = [computer.compute(texts[start : start + 65_536]) for start in range(0, len(texts), 65_536)]
+        return np.concatenate([found.rows for found in await asyncio.gather(*ranges)])
+
+    return lambda texts: loop.run_until_complete(compute(texts))
 
 
 def inferctl_rerank(precision: str, model: str) -> Score:
@@ -210,9 +230,12 @@ def main() -> None:
 
         def compute() -> Any:
             return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])
+
+        show: Callable[[], Any] = compute
     else:
         makers = {
             "inferctl": inferctl,
+            "inferctl embed": inferctl_embed,
             "infinity torch": partial(infinity, "torch"),
             "infinity onnx": partial(infinity, "optimum"),
             "fastembed": fastembed,
@@ -226,8 +249,10 @@ def main() -> None:
         def compute() -> Any:
             return embed(inputs["texts"])
 
+        show = partial(embed, inputs.get("compared", inputs["texts"]))
+
     print(file=output, flush=True)
-    print(json.dumps(np.asarray(compute(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
+    print(json.dumps(np.asarray(show(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         compute()

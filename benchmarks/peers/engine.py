@@ -92,7 +92,8 @@ class Contender:
 
 def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
     library = name.rpartition(" ")[0]
-    interpreter = sys.executable if library in ("inferctl", "transformers") else str(peers.python(library))
+    own = library.startswith("inferctl") or library == "transformers"
+    interpreter = sys.executable if own else str(peers.python(library))
     environment = peers.environment()
     log = peers.LOGS / f"{name.replace(' ', '-')}-alone.log"
     started = time.monotonic()

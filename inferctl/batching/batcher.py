@@ -1,9 +1,10 @@
 """The request queue: admission control and the choice of the next batch. It has no clock: the time is an argument.
 
 The queue is counted in tokens. A request is accepted or rejected as a whole; its sequences may run in several batches.
-Interactive requests run before bulk requests. A batch starts with the oldest interactive sequence, then adds sequences
-of similar length from a bounded window. Overdue bulk sequences get a reserved share, so nothing starves. The batcher
-never delays a batch to fill it: a batch holds what is queued when the engine is free.
+Interactive requests run before bulk requests, which never make their batches longer. A batch starts with the oldest
+sequence, then adds sequences of similar length from a bounded window. If no bulk sequence ran for a while, some run
+with interactive ones, so nothing starves. The batcher never delays a batch to fill it: a batch holds what is queued
+when the engine is free.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ _MAX_SAFETY_FACTOR = 4.0
 _MAX_SEQUENCES = 512
 # A batch smaller than this (tokens) is not worth a slot of its own while it could share one.
 _MIN_SPLIT_TOKENS = 64
+# With idle slots, bulk starves only if it gets nothing for this many times as long: a batch may take seconds there.
+_IDLE_PATIENCE = 10.0
+# Without idle slots, interactive requests wait for bulk batches. So these take this part of the SLO at most, if there
+# were interactive requests within these seconds.
+_BULK_SHARE_OF_SLO, _RECENT_S = 0.1, 1.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class QueueLimits:
 
     `batch_tokens`: the largest batch. `queue_tokens`: the most of interactive requests in the queue. Bulk requests can
     have half as many, which reduce that limit. `window`: how many queued sequences are considered for a batch; more if
-    these do not fill it. Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get
-    `bulk_share` of the tokens. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a
+    these do not fill it. Sequences that have waited for `overdue_s` run in arrival order. If no bulk sequence ran for so
+    long, they get `bulk_share` of one batch. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a
     longer predicted latency than `slo_s`, are rejected; None turns a check off.
     """
 
@@ -85,18 +91,21 @@ class Batcher:
     """The queue in front of the ready engines, which run `slots` batches at a time in total.
 
     `elapsed`: of several models on a device, returns the predicted seconds until it spent some on this one.
+    `idle_slots`: whether bulk requests run in slots of their own, in idle time.
     """
 
     limits: QueueLimits
     latency: LatencyModel = field(default_factory=LatencyModel)
     slots: int = 1
     elapsed: Callable[[float], float] | None = None
+    idle_slots: bool = False
     _interactive: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     _bulk: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     # The queued sequences by request and position. A sequence whose request is missing here was cancelled.
     _requests: dict[int, dict[int, QueuedSequence]] = field(default_factory=dict, init=False)
     _safety_factor: float = field(default=1.0, init=False)
-    _bulk_credit: float = field(default=0.0, init=False)  # tokens that bulk can take before interactive requests
+    _bulk_at: float = field(default=-math.inf, init=False)  # when bulk sequences were last taken
+    _interactive_at: float = field(default=-math.inf, init=False)  # and interactive ones
 
     def __len__(self) -> int:
         return self._interactive.count + self._bulk.count
@@ -200,23 +209,39 @@ class Batcher:
             if len(queue.sequences) > 2 * queue.count + self.limits.window:
                 queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
 
-    def next_batch(self, now: float, free_slots: int = 1, most_tokens: float = math.inf) -> list[QueuedSequence]:
-        """Remove the next batch from the queue and return it; empty if nothing is queued.
+    def next_queue(self, *, idle: bool = False) -> PriorityQueue:
+        """Return the queue that the next batch is taken from. `idle`: the batch for a slot that uses idle time."""
+        return self._queue(idle or not (self.idle_slots or self._interactive.count))
+
+    def next_batch(
+        self, now: float, free_slots: int = 1, most_tokens: float = math.inf, *, idle: bool = False
+    ) -> list[QueuedSequence]:
+        """Remove the next batch from its queue and return it; empty if nothing is queued there.
 
         `free_slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
         limit, and `most_tokens` if that is not too small, except that a single sequence may exceed both.
         """
-        part = min(math.ceil(self.waiting_tokens / free_slots), most_tokens)
+        queue, slo_s = self.next_queue(idle=idle), self.limits.slo_s
+        if queue is self._bulk and not idle and slo_s is not None and now - self._interactive_at < _RECENT_S:
+            most_tokens = min(most_tokens, self.latency.tokens(_BULK_SHARE_OF_SLO * slo_s))
+        part = min(math.ceil(queue.tokens / free_slots), most_tokens)
         budget = min(self.limits.batch_tokens, max(_MIN_SPLIT_TOKENS, int(part)))
-        batch = self._take_overdue_bulk(now, budget)
-        for queue in (self._interactive, self._bulk):
-            remaining = budget - sum(item.tokens for item in batch)
-            batch += self._take(queue, now, remaining, allow_oversized=not batch)
+        batch: list[QueuedSequence] = []
+        if queue is self._interactive and queue.count:
+            self._interactive_at = now
+            patience_s = self.limits.overdue_s * (_IDLE_PATIENCE if self.idle_slots else 1)
+            oldest = self._oldest(self._bulk)
+            if oldest is not None and now - max(oldest.arrived, self._bulk_at) >= patience_s:
+                batch = self._take(self._bulk, now, math.ceil(self.limits.bulk_share * budget), allow_oversized=True)
+        batch += self._take(queue, now, budget - sum(item.tokens for item in batch), allow_oversized=not batch)
+        if batch and batch[0].bulk:
+            self._bulk_at = now
         return batch
 
     def has_full_batch(self) -> bool:
         """Return whether more requests could not make the next batch larger."""
-        return self.waiting_tokens >= self.limits.batch_tokens or len(self) >= _MAX_SEQUENCES
+        queue = self.next_queue()
+        return queue.tokens >= self.limits.batch_tokens or queue.count >= _MAX_SEQUENCES
 
     def requeue(self, batch: Sequence[QueuedSequence]) -> None:
         """Put sequences that no engine started back at the front, in order. The queue limit does not apply."""
@@ -226,28 +251,6 @@ class Batcher:
 
     def _queue(self, bulk: bool) -> PriorityQueue:
         return self._bulk if bulk else self._interactive
-
-    def _take_overdue_bulk(self, now: float, budget: int) -> list[QueuedSequence]:
-        """Remove the bulk sequences that run before interactive ones, and return them.
-
-        While the oldest bulk sequence is overdue, each batch adds `bulk_share` of its tokens to a credit. A sequence
-        runs once the credit pays for its tokens.
-        """
-        oldest = self._oldest(self._bulk)
-        if oldest is None or not self._interactive.count or now - oldest.arrived < self.limits.overdue_s:
-            self._bulk_credit = 0.0
-            return []
-        self._bulk_credit += self.limits.bulk_share * budget
-        batch: list[QueuedSequence] = []
-        while (item := self._oldest(self._bulk)) and (not batch or item.tokens <= budget):
-            price = min(item.tokens, self.limits.batch_tokens)
-            if price > self._bulk_credit:
-                break
-            batch.append(self._bulk.sequences.popleft())
-            self._remove(item)
-            self._bulk_credit -= price
-            budget -= price
-        return batch
 
     def _take(self, queue: PriorityQueue, now: float, budget: int, *, allow_oversized: bool) -> list[QueuedSequence]:
         """Remove sequences that fit into `budget` tokens from the window of a queue, and return them.

@@ -16,7 +16,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from inferctl.cli import console
-from inferctl.cli.bench_progress import duration
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.estimate import calibration
@@ -127,7 +126,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
             each["hardware"],
             each["precision"],
             f"{each['rows_per_s']:,.0f}",
-            duration(3600 * each["hours"]),
+            console.duration(3600 * each["hours"]),
             "-" if each["usd"] is None else f"{each['usd']:,.2f}",
             "measured with the sample" if each["outcome"] == "measured" else "estimated: at best",
         )
@@ -175,10 +174,10 @@ class _Progress:
         rest = (self._rows - rows) * seconds / rows
         windows = [(end - start) / max(1, more - less) for (start, less), (end, more) in pairwise(self._marks)]
         if len(windows) < 4:
-            return f"{duration(rest)} left"
+            return f"{console.duration(rest)} left"
         share = statistics.stdev(windows) / statistics.fmean(windows)
         half = 2 * share * rest * sqrt(1 / len(windows) + seconds / len(windows) / max(rest, 1.0))
-        return f"{duration(rest)} left ({duration(max(0.0, rest - half))} to {duration(rest + half)})"
+        return f"{console.duration(rest)} left ({console.duration(max(0.0, rest - half))} to {console.duration(rest + half)})"
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -189,7 +188,7 @@ def summary(found: Mapping[str, Any]) -> str:
     cost = "" if receipt["cost"] is None else f" for {receipt['cost']['usd']:,.2f} USD"
     lines = [
         f"{found['output']}: {receipt['rows']:,} rows, {receipt['tokens']:,} tokens, {size(receipt['bytes'])}, in "
-        f"{duration(receipt['wall_s'])} ({receipt['rows_per_s']:,.0f} rows/s){cost}",
+        f"{console.duration(receipt['wall_s'])} ({receipt['rows_per_s']:,.0f} rows/s){cost}",
         f"digest of the output: {receipt['output_sha256']}",
     ]
     if receipt["errors"]:

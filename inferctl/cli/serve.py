@@ -47,10 +47,6 @@ def serve(
     announce: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write {url, pid} as JSON to FILE when the server is ready.")
     ] = None,
-    capacity: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Start admission control from the file of `inferctl capacity`."),
-    ] = None,
     hang_seconds: Annotated[
         float,
         typer.Option(
@@ -99,7 +95,6 @@ def serve(
         published=published,
         engines=engines,
         hang_seconds=hang_seconds,
-        capacity=capacity,
         log=log,
         traces=tracing.enabled(os.environ),
     )
@@ -120,10 +115,9 @@ def _serve_image(
 
     # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)
-    for name in {"image_reference", "published", "capacity"} & command_line.keys():
+    for name in {"image_reference", "published"} & command_line.keys():
         option = f"--{name.replace('_', '-')}"
-        instead = ", or serve without `--image`" if name == "capacity" else ": `--image` sets it"
-        raise UsageError(f"`{option}` is not allowed with `--image`", f"remove `{option}`{instead}")
+        raise UsageError(f"`{option}` is not allowed with `--image`", f"remove `{option}`: `--image` sets it")
     has_model = options.names_model(spec_file, flags)
     # A spec requires a model, but an image needs none. The image name serves as a placeholder, which is not read.
     spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}, several=True).spec

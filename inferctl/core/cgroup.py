@@ -28,10 +28,14 @@ class MemoryKills:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use: its affinity, limited by the CPU quotas (version 2)."""
+    """Return the number of cores that this process may use: its affinity, limited by the CPU quotas."""
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota())))
+
+
+def quota() -> float:
+    """Return how many cores the smallest CPU quota (version 2) is worth; infinity without one."""
     quotas = [text.split() for text in _read("cpu", "cpu.max") if text[0].isdigit()]
-    limits = (math.ceil(int(quota) / int(period)) for quota, period in quotas)
-    return max(1, min([len(os.sched_getaffinity(0)), *limits]))
+    return min((int(quota) / int(period) for quota, period in quotas), default=math.inf)
 
 
 def memory_limit() -> int | None:

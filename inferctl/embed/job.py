@@ -24,7 +24,7 @@ from inferctl.embed.manifest import SCHEMA, Manifest, RunOptions, open_plan, wri
 from inferctl.receipts import receipt
 
 # While one range is computed, the next one is read and tokenized, and the one before it is written.
-_IN_FLIGHT = 3
+IN_FLIGHT = 3
 # What `Computer.start` says of this machine, not of the vectors.
 _OF_THE_MACHINE = ("device", "matrix_rate", "versions")
 
@@ -106,7 +106,7 @@ class Job:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(_IN_FLIGHT):
+                for _ in range(IN_FLIGHT):
                     group.create_task(work())
         except BaseExceptionGroup as found:
             raise found.exceptions[0] from None

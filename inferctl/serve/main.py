@@ -64,7 +64,6 @@ def parser() -> argparse.ArgumentParser:
     for flag in ("--allow-inaccurate", "--truncate"):
         options.add_argument(flag, action=argparse.BooleanOptionalAction)
     options.add_argument("--announce", metavar="FILE", type=Path)
-    options.add_argument("--capacity", metavar="FILE", type=Path)
     options.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
     options.add_argument("--log", metavar="STYLE")
     options.add_argument("--image-reference", help=argparse.SUPPRESS)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.batching.latency_model import LatencyModel
+from tests.latency_models import learned
 
 # (bulk, lengths of the sequences)
 REQUESTS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=12)), max_size=20)
@@ -77,17 +78,36 @@ def test_bulk_requests_do_not_starve_under_constant_interactive_load(bulk: list[
         for item in queue.next_batch(float(turn)):
             done[item.request] -= 1
             served += not item.bulk
-        # A bulk sequence is at most one batch long and gets a quarter of every batch.
-        assert turn <= 4 * len(bulk) + 8, "bulk requests starve"
-    # The other three quarters are for interactive requests: at least one sequence per batch that bulk does not fill.
+        # There is a batch each second, so some bulk runs in each.
+        assert turn <= len(bulk) + 2, "bulk requests starve"
+    # The others are for interactive requests: at least one sequence per batch that bulk does not fill.
     assert served >= turn - len(bulk) - 1
 
 
-def test_overdue_bulk_requests_get_a_quarter_and_no_more() -> None:
+@pytest.mark.parametrize(("idle_slots", "patience_s"), [(False, 1.0), (True, 10.0)])
+def test_bulk_requests_that_get_nothing_for_long_get_a_quarter_of_a_batch(idle_slots: bool, patience_s: float) -> None:
     queue = filled(batcher(64), [(True, [16] * 40), (False, [16] * 40)])
-    batches = [queue.next_batch(2.0) for _ in range(8)]
-    assert [sum(item.tokens for item in batch if item.bulk) for batch in batches] == [16] * 8
+    queue.idle_slots = idle_slots
+    batches = [queue.next_batch(patience_s * (1 + number / 2)) for number in range(8)]
+    assert [sum(item.tokens for item in batch if item.bulk) for batch in batches] == [16, 0] * 4
     assert [sum(item.tokens for item in batch) for batch in batches] == [64] * 8
+
+
+def test_bulk_requests_run_in_the_slots_for_idle_time_if_there_are_some() -> None:
+    queue = filled(batcher(128), [(True, [64] * 4), (False, [64] * 3)])
+    queue.idle_slots = True
+    assert queue.has_full_batch()
+    assert [[item.bulk for item in queue.next_batch(0.0, idle=idle)] for idle in (False, True)] == [[0, 0], [1, 1]]
+    assert not queue.has_full_batch()
+    assert [len(batch) for batch in drain(queue)] == [1], "the interactive one only"
+    assert [len(queue.next_batch(0.0, 2, idle=True)) for _ in range(2)] == [1, 1], "divided between two slots"
+
+
+def test_without_slots_for_idle_time_bulk_batches_are_short_while_others_may_arrive() -> None:
+    limits = QueueLimits(1024, 10_000, slo_s=1.0)
+    queue = filled(Batcher(limits, learned(0.0, 1000.0)), [(True, [10] * 200), (False, [10])])
+    sizes = [sum(item.tokens for item in queue.next_batch(now)) for now in (0.0, 0.5, 0.9, 1.0)]
+    assert sizes == [10, 100, 100, 1020]
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0, 0.1)), min_size=1, max_size=60))
@@ -161,7 +181,7 @@ def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
 
 def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
     queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [40])] * 500 + [(True, [40] * 500)])
-    assert [len(batch) for batch in drain(queue)] == [409, 409, 182]
+    assert [len(batch) for batch in drain(queue)] == [409, 91, 409, 91]
 
 
 def test_a_batch_of_tiny_sequences_does_not_stop_the_event_loop() -> None:
@@ -176,11 +196,11 @@ def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
     assert [item.tokens for item in queue.next_batch(0.0)] == [10, 11, 9]
 
 
-def test_interactive_requests_run_before_bulk_and_bulk_fills_the_rest() -> None:
+def test_interactive_requests_run_before_bulk_which_makes_their_batches_no_longer() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10] * 4, now=0.0, bulk=True)
     queue.submit(2, [10, 10], now=0.0)
-    assert [item.request for item in queue.next_batch(0.0)] == [2, 2, 1]
+    assert [[item.request for item in batch] for batch in drain(queue)] == [[2, 2], [1, 1, 1], [1]]
 
 
 def test_a_batch_at_the_token_limit_is_full() -> None:
@@ -192,7 +212,7 @@ def test_a_batch_at_the_token_limit_is_full() -> None:
 
 
 def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
-    queue = Batcher(QueueLimits(1000, 100), LatencyModel(Capacity(0.0, 100.0)))
+    queue = Batcher(QueueLimits(1000, 100), learned(0.0, 100.0))
     queue.submit(1, [50], now=0.0)
     assert queue.expected_wait() == pytest.approx(0.5)
     with pytest.raises(AdmissionError) as rejected:
@@ -201,7 +221,7 @@ def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
 
 
 def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> None:
-    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), learned(0.1, 1000.0))
     queue.submit(1, [100] * 4, now=0.0)  # 4 batches of 0.2 s
     queue.predict_latency(50, busy_s=0.0)  # 0.8 s + 0.15 s
     with pytest.raises(AdmissionError) as rejected:
@@ -215,7 +235,7 @@ def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> No
 
 @pytest.mark.parametrize("bulk", [False, True])
 def test_a_request_that_would_wait_too_long_is_rejected_with_a_retry_time(bulk: bool) -> None:
-    queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), learned(0.1, 1000.0))
     queue.submit(1, [100] * 5, now=0.0, bulk=bulk)  # 5 batches of 0.2 s
     queue.predict_latency(5000 - 500, bulk=bulk)  # the request's own time does not count
     with pytest.raises(AdmissionError) as rejected:
@@ -267,20 +287,20 @@ def test_accepted_requests_wait_at_most_about_the_limit_at_three_times_the_load(
 
 def test_a_request_that_takes_longer_than_the_longest_wait_does_not_delay_others() -> None:
     limits = QueueLimits(64, 1_000_000, max_wait_s=10.0)
-    queue = Batcher(limits, LatencyModel(Capacity(fixed_s=0.0, tokens_per_s=100)))
+    queue = Batcher(limits, learned(0.0, 100))
     queue.submit(1, [10] * 200, now=0.0)  # 20 s
     queue.submit(2, [10], now=0.1)
     assert 2 in {item.request for item in queue.next_batch(0.2)}
 
 
 def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:
-    queue = Batcher(QueueLimits(100, 200, slo_s=0.1), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 200, slo_s=0.1), learned(0.1, 1000.0))
     queue.submit(1, [100] * 9, now=0.0)
     assert queue.waiting_tokens == 900
 
 
 def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> None:
-    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.0, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), learned(0.0, 1000.0))
     queue.submit(1, [100] * 6, now=0.0)
     queue.predict_latency(50)
     for _ in range(100):
@@ -293,7 +313,7 @@ def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> No
 
 
 def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
-    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), LatencyModel(Capacity(0.0, 1_000.0)), slots=8)
+    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), learned(0.0, 1_000.0), slots=8)
     assert queue.predict_latency(512, longest=64) == pytest.approx(0.064)
     with pytest.raises(AdmissionError):
         queue.predict_latency(512, longest=512, busy_s=0.01)
@@ -301,7 +321,7 @@ def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
 
 def _flooded(limits: QueueLimits, tenants: bool) -> dict[str, float]:
     """Return the share of accepted requests of a client at ten times the capacity, and of one at a tenth of it."""
-    queue = Batcher(limits, LatencyModel(Capacity(0.001, 64_000)))
+    queue = Batcher(limits, learned(0.001, 64_000))
     sent, accepted = {"flood": 0, "other": 0}, {"flood": 0, "other": 0}
     busy, number = 0.0, 0
     for tick in range(4_000):

@@ -28,7 +28,6 @@ FILES = {
     "serve-image": "serve --image nobody/absent:1 --announce {}",
     "bench-report": "bench --url a=http://127.0.0.1:9 --report {}",
     "compare": "compare A B --output {}",
-    "capacity": "capacity absent.json --output {}",
 }
 FOLDERS = {"lock": "lock --output {}", "render": "render --output {}", "init": "init {} --force"}
 
@@ -98,7 +97,7 @@ def test_a_pipe_is_refused_and_stays(command: str, tmp_path: Path, capsys: Captu
 @pytest.mark.parametrize(
     ("command", "place"),
     [
-        ("capacity old.json --output {}", "old.json"),
+        ("compare old.json new.json --output {}", "old.json"),
         ("compare old.json new.json --output {}", "new.json"),
         ("compare old.json new.json -o fresh.md --output {}", "link"),
         ("compare run run --output {}", "run/receipts/a.json"),

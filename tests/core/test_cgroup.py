@@ -12,6 +12,7 @@ from inferctl.core import cgroup
 from inferctl.core.errors import NotReadyError
 from inferctl.models.model import ModelFolder
 from inferctl.serve.engine_process import memory
+from inferctl.serve.engines.cpu import idle_batches
 
 ALL = len(os.sched_getaffinity(0))
 V1 = "4:memory:/docker/id\n1:cpu:/docker/id\n0::/docker/id\n"
@@ -51,6 +52,7 @@ def test_limits(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     groups, files, cores, limit, used = CASES[case]
     write(tmp_path, groups, files, monkeypatch)
     assert (cgroup.cores(), cgroup.memory_limit(), cgroup.memory_in_use()) == (cores, limit, used)
+    assert idle_batches(3) == (0 if "quota" in case else 3)
 
 
 @pytest.mark.parametrize(

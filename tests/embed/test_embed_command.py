@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from inferctl.receipts import receipt
-from tests.processes import inferctl, several, until
+from tests.processes import ServerProcess, free_port, inferctl, several, until
 
 ROWS, RANGES = 3000, 30
 
@@ -160,3 +161,22 @@ def test_stdin_strict_and_a_dry_run(minilm: Path, tmp_path: Path) -> None:
         ("t4", "estimated"),
     ]
     assert "estimated" in inferctl(*dry, code=0).stdout
+
+
+def test_a_server_gives_the_same_rows_also_if_it_is_away_for_a_while(
+    corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+) -> None:
+    port = free_port()
+    first = serve("--model", str(minilm), "--engine", "echo", "--port", str(port))
+    command = ["embed", str(corpus), "--url", first.url, "--output", str(tmp_path / "out")]
+    running = subprocess.Popen([sys.executable, "-m", "inferctl", *command, "--range-rows", str(ROWS // RANGES)])
+    until(lambda: list(tmp_path.glob("out/part-*.json")))
+    first.kill()
+    serve("--model", str(minilm), "--engine", "echo", "--port", str(port))
+    assert running.wait(100) == 0
+    assert _vectors(tmp_path / "out") == _vectors(undisturbed)
+
+
+def _vectors(folder: Path) -> list[list[object]]:
+    tables = [parquet.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
+    return [row for table in tables for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]

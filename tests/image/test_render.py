@@ -287,7 +287,7 @@ def test_the_tag_depends_on_the_server_code(monkeypatch: pytest.MonkeyPatch, tmp
     changed = tmp_path / "batcher.py"
     changed.write_text("# another batcher\n")
     name = next(name for name in files if name.endswith("batching/batcher.py"))
-    monkeypatch.setattr(render, "server_files", lambda: {**files, name: changed})
+    monkeypatch.setattr(render, "server_files", lambda embed: {**files, name: changed})
     assert tag() != before
 
 

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.batching.batcher import Batcher, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.reading.rows import Tokens
 from inferctl.serve.cache.store import VectorStore
 from inferctl.serve.cache.vector_cache import VectorCache
@@ -23,6 +22,7 @@ from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.work import Caller, RejectedError, Work
+from tests.latency_models import learned
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
@@ -45,10 +45,10 @@ class VirtualEngine:
 class World:
     """A dispatcher with engines that run ten tokens per second."""
 
-    def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1) -> None:
+    def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1, idle: int = 0) -> None:
         self.now, self.crashes, self.computed = 0.0, 0, 0
-        self.info = replace(INFO, parallel=parallel)
-        self.batcher = Batcher(QueueLimits(8, 1_000, slo_s=slo), LatencyModel(Capacity(0.0, 10.0)))
+        self.info = replace(INFO, parallel=parallel, idle_parallel=idle)
+        self.batcher = Batcher(QueueLimits(8, 1_000, slo_s=slo), learned(0.0, 10.0))
         self.dispatcher = Dispatcher(self.batcher, Metrics(), lambda: self.now)
         self.engines = [VirtualEngine() for _ in range(engines)]
         for engine in self.engines:
@@ -85,14 +85,17 @@ class World:
             if not busy:
                 self.start(next(engine for engine in self.engines if not engine.up))
             for engine in busy:
-                assert len(engine.batches) <= self.info.parallel + 1
-                # The newest running batch completes first, so results arrive in another order than batches.
-                self.step(engine, min(len(engine.batches), self.info.parallel) - 1)
+                for idle, slots in enumerate((self.info.parallel, self.info.idle_parallel)):
+                    running = [at for at, batch in enumerate(engine.batches) if batch.idle == idle]
+                    assert len(running) <= slots + bool(slots)
+                    if running and engine.up:
+                        # The newest running batch completes first, so results arrive in another order than batches.
+                        self.step(engine, running[min(len(running), slots) - 1])
             await run_callbacks()
 
-    def request(self, *rows: list[int]) -> asyncio.Task[Any]:
+    def request(self, *rows: list[int], bulk: bool = False) -> asyncio.Task[Any]:
         async def result() -> Any:
-            return await self.dispatcher.submit([tokens(row) for row in rows])
+            return await self.dispatcher.submit([tokens(row) for row in rows], bulk=bulk)
 
         return asyncio.ensure_future(result())
 
@@ -142,13 +145,13 @@ def test_only_faulty_requests_fail(
 
 
 @hypothesis.settings(max_examples=300)
-@given(st.lists(ROWS, min_size=1, max_size=8), st.integers(1, 3), st.integers(1, 3), st.data())
+@given(st.lists(ROWS, min_size=1, max_size=8), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.data())
 def test_every_request_completes_once_when_engines_are_killed_at_any_moment(
-    requests: list[list[list[int]]], engines: int, parallel: int, data: st.DataObject
+    requests: list[list[list[int]]], engines: int, parallel: int, idle: int, data: st.DataObject
 ) -> None:
     async def scenario() -> None:
-        world = World(engines, parallel=parallel)
-        tasks = [world.request(*rows) for rows in requests]
+        world = World(engines, parallel=parallel, idle=idle)
+        tasks = [world.request(*rows, bulk=number % 2 == 1) for number, rows in enumerate(requests)]
         await run_callbacks()
         for index in data.draw(st.lists(st.integers(0, 2 * engines - 1), max_size=8)):
             engine = world.engines[index % engines]
@@ -183,7 +186,7 @@ ACTION = st.sampled_from(["ask", "ask", "ask", "bulk", "leave", "leave", "step",
 )
 def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str, int]], parallel: int) -> None:
     async def scenario() -> None:
-        world = World(2, parallel=parallel)
+        world = World(2, parallel=parallel, idle=parallel - 1)
         cache = VectorCache(VectorStore(100_000), Metrics())
         asked: list[asyncio.Task[Any]] = []
         left: set[asyncio.Task[Any]] = set()
@@ -256,6 +259,28 @@ async def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
     assert sizes[2:] == [[2, 2], [2], [1], []]
     results = await asyncio.gather(first, *tasks, return_exceptions=True)
     assert [isinstance(result, RejectedError) for result in results] == [False, True, *[False] * 6]
+
+
+async def test_interactive_requests_do_not_wait_for_bulk_batches() -> None:
+    world = World(slo=1.0, idle=2)
+    engine = world.engines[0]
+    tasks = [world.request([20] * 4, bulk=True) for _ in range(8)]
+    await run_callbacks()
+    assert [batch.idle for batch in engine.batches] == [True] * 3, "one is prefetched"
+    tasks.append(world.request([21] * 6))  # 0.6 s
+    await run_callbacks()
+    assert not engine.batches[-1].idle
+    world.step(engine, 3)
+    await run_callbacks()
+    assert tasks[-1].done()
+    failing = [world.request([FAILING]), world.request([22] * 2)]
+    await run_callbacks()
+    world.step(engine, 3)
+    await run_callbacks()
+    assert all(batch.idle for batch in engine.batches), "what failed runs in isolation, so it waits"
+    await world.drain()
+    results = await asyncio.gather(*tasks, *failing, return_exceptions=True)
+    assert [isinstance(result, RejectedError) for result in results] == [False] * 9 + [True, False]
 
 
 async def test_the_least_loaded_engine_gets_the_next_batch() -> None:

@@ -24,9 +24,9 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 def test_a_batch_is_unchanged_by_packing(lengths: list[int], number: int, segments: bool) -> None:
     tokens, sizes = np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32)
     marks = sizes // 2 if segments else None
-    arrived = engine_frames.unpack_batch(engine_frames.pack_batch(Batch(number, tokens, sizes, marks))[5:])
+    arrived = engine_frames.unpack_batch(engine_frames.pack_batch(Batch(number, tokens, sizes, marks, segments))[5:])
     assert (None if arrived.marks is None else arrived.marks.tolist()) == (None if marks is None else marks.tolist())
-    assert arrived.id == number
+    assert (arrived.id, arrived.idle) == (number, segments)
     assert arrived.lengths.tolist() == lengths
     assert arrived.tokens.tolist() == tokens.tolist()
 

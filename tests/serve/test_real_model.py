@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.processes import ServerProcess, python
+from tests.processes import CLIENT, ServerProcess, python
 
 pytestmark = pytest.mark.xdist_group("minilm")
 
@@ -34,6 +35,15 @@ def test_a_large_request_runs_in_several_batches(minilm_server: ServerProcess) -
     alone = minilm_server.embed(input=words[599], encoding_format="base64").json()["data"][0]["embedding"]
     a, b = (np.frombuffer(base64.b64decode(text), "<f4") for text in (answer.json()["data"][599]["embedding"], alone))
     np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_bulk_requests_run_on_threads_that_use_idle_time_with_equal_results(minilm_server: ServerProcess) -> None:
+    url, body = f"{minilm_server.url}/v1/embeddings", {"input": [f"text number {i} about rivers" for i in range(200)]}
+    rows = [CLIENT.post(url, json=body, headers={"x-priority": p}).json()["data"] for p in ("bulk", "interactive")]
+    np.testing.assert_allclose(*([row["embedding"] for row in each] for each in rows), atol=2e-6)
+    threads = Path(f"/proc/{minilm_server.engine_pid()}/task").iterdir()
+    policies = [os.sched_getscheduler(int(thread.name)) for thread in threads]
+    assert 0 < policies.count(os.SCHED_IDLE) <= os.cpu_count() < len(policies)
 
 
 @pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]", '[["a"]]', '["a", ["b", "c"]]', '[["a", "b"]]'])

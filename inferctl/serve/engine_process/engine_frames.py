@@ -21,7 +21,7 @@ from inferctl.reading.rows import pack_rows, unpack_rows
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
-_BATCH = struct.Struct("<QII")  # id, number of sequences, whether `marks` follow `lengths`
+_BATCH = struct.Struct("<QIBB")  # id, number of sequences, whether `marks` follow `lengths`, `idle`
 _RESULT = struct.Struct("<QIidd")  # id, rows, width (see `pack_rows`), seconds, FLOP
 _MAX_FRAME = 1 << 29  # below "GET " as a number
 
@@ -47,17 +47,18 @@ def pack_json(kind: Kind, value: Any) -> bytes:
 def pack_batch(batch: Batch) -> bytes:
     """Return a BATCH frame."""
     arrays = [batch.lengths, *([] if batch.marks is None else [batch.marks]), batch.tokens]
-    head = _BATCH.pack(batch.id, len(batch.lengths), batch.marks is not None)
+    head = _BATCH.pack(batch.id, len(batch.lengths), batch.marks is not None, batch.idle)
     body = b"".join([head, *(array.astype("<i4", copy=False).tobytes() for array in arrays)])
     return _HEAD.pack(len(body) + 1, Kind.BATCH) + body
 
 
 def unpack_batch(body: bytes) -> Batch:
     """Return the batch in the body of a BATCH frame."""
-    number, count, has_marks = _BATCH.unpack_from(body)
+    number, count, has_marks, idle = _BATCH.unpack_from(body)
     values = np.frombuffer(body, dtype="<i4", offset=_BATCH.size)
     lengths, rest = values[:count], values[count:]
-    return Batch(number, rest[count:], lengths, rest[:count]) if has_marks else Batch(number, rest, lengths)
+    marks, tokens = (rest[:count], rest[count:]) if has_marks else (None, rest)
+    return Batch(number, tokens, lengths, marks, bool(idle))
 
 
 def pack_result(result: BatchResult) -> bytes:

@@ -27,8 +27,9 @@ from inferctl.core.errors import InferctlError
 from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import engine_frames, failures
 from inferctl.serve.engine_process.engine_frames import Kind
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig, Prepare
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig, EngineInfo, Prepare
 from inferctl.serve.engines import hide_unused_libraries
+from inferctl.serve.engines.cpu import use_idle_time
 from inferctl.serve.observe import logs
 
 log = logging.getLogger("inferctl.engine")
@@ -72,7 +73,7 @@ def serve(stream: BufferedIOBase) -> int:
     gc.collect()
     gc.freeze()
     _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
-    return _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info.parallel)
+    return _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info)
 
 
 def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
@@ -116,18 +117,21 @@ def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
         return receiving.result()
 
 
-def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
-    """Run batches on this thread, or on `parallel` threads."""
-    with ThreadPoolExecutor(parallel, "batch") as pool:
+def _loop(stream: BufferedIOBase, engine: Engine, info: EngineInfo) -> int:
+    """Run batches on this thread, or on several; those for idle cores on others."""
+    idle_threads = ThreadPoolExecutor(info.idle_parallel or 1, "idle batch", use_idle_time)
+    with ThreadPoolExecutor(info.parallel, "batch") as pool, idle_threads as idle_pool:
         while (frame := engine_frames.receive(stream)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
-            if parallel == 1:
-                _run_batch(stream, engine, engine_frames.unpack_batch(body))
+            batch = engine_frames.unpack_batch(body)
+            if info.parallel == 1 and not batch.idle:
+                _run_batch(stream, engine, batch)
             else:
-                pool.submit(_run_batch, stream, engine, engine_frames.unpack_batch(body))
-        pool.shutdown(cancel_futures=True)
+                (idle_pool if batch.idle else pool).submit(_run_batch, stream, engine, batch)
+        for each in (pool, idle_pool):
+            each.shutdown(cancel_futures=True)
     return 0
 
 

@@ -27,7 +27,8 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
+    of a CPU. `batch_threads`: of a batch on a CPU; None if they are chosen by what a text takes, as measured at the start.
+    `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
     decides what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one
     logit for each pair of texts, `classify` one for each label.
     """
@@ -40,6 +41,7 @@ class EngineConfig:
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
     engines: int = 1
+    batch_threads: int | None = None
     log: str = "text"
     allow_inaccurate: bool = False
     previous_info: dict[str, Any] | None = None
@@ -89,7 +91,8 @@ class MatrixRate:
 class EngineInfo:
     """The properties of an engine that is loaded, warmed up and checked.
 
-    `batch_tokens`: the largest useful batch (tokens). `parallel`: how many batches run at a time.
+    `batch_tokens`: the largest useful batch (tokens). `parallel`: how many batches run at a time. `idle_parallel`: how
+    many more run while cores are idle, each on one core.
     `vocabulary_size`: rows of the model's input embeddings, so token ids are below it; 0 if unknown.
     `causal`: whether tokens attend only to those before them, else to all of their sequence; None if unknown.
     `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, lower than the cosine if
@@ -110,6 +113,7 @@ class EngineInfo:
     device: DeviceInfo
     batch_tokens: int
     parallel: int = 1
+    idle_parallel: int = 0
     vocabulary_size: int = 0
     token_dimensions: int = 0
     causal: bool | None = None
@@ -152,19 +156,22 @@ class Batch:
 
     `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `marks`: one number for each
     sequence, 0 by default. In a task that takes pairs, it is the index at which the second segment begins, 0 without
-    one; in an embedding model, a mark of `outputs.py`, 0 for a dense vector. None if all are 0.
+    one; in an embedding model, a mark of `outputs.py`, 0 for a dense vector. None if all are 0. `idle`: whether it
+    runs only while cores are idle.
     """
 
     id: int
     tokens: Tokens
     lengths: Tokens
     marks: Tokens | None = None
+    idle: bool = False
 
 
 @dataclass(frozen=True)
 class BatchResult:
     """The rows of a batch, float32. `ok[i]` is False if row i has NaN or infinity.
 
+    `seconds`: that it ran; of a batch for idle cores without the time of others in between.
     `flops`: the floating-point operations that its sequences needed, without padding.
     """
 

@@ -29,6 +29,8 @@ log = logging.getLogger("inferctl.supervisor")
 # A restarted engine is killed if its load takes more than this many times the first load and more than these seconds.
 _START_TIMEOUT_FACTOR = 5.0
 _MIN_START_TIMEOUT_S = 120.0
+# A batch for idle cores has so many times as long as others: if no core is idle, it gets 0.3% of one.
+_IDLE_TIMEOUT_FACTOR = 20.0
 # OpenMP threads that spin while they wait take the cores that the API process needs. With one loaded neighbor on two
 # cores, spinning made a forward 5 to 40 times slower. TOKENIZERS_PARALLELISM: the engine tokenizes only check texts.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -64,7 +66,7 @@ class EngineSupervisor(Child):
         self._config, self._listener, self._batch_timeout = config, listener, batch_timeout
         self._on_ready, self._on_phase = on_ready, on_phase
         self._writer: asyncio.StreamWriter | None = None
-        self._batches: dict[int, float] = {}  # batches in flight, the oldest first: when each was sent
+        self._batches: dict[int, float] = {}  # batches in flight, and from when on their time counts
         self._started = 0.0  # when this process was started
         self._start_timeout_s = math.inf  # unknown until the first start succeeded
 
@@ -77,7 +79,8 @@ class EngineSupervisor(Child):
         """Send a batch to the engine. Part of `EngineProcess`."""
         assert self._writer is not None
         if not self._writer.is_closing():  # else the engine ended in this turn of the event loop
-            self._batches[batch.id] = asyncio.get_running_loop().time()
+            more_s = (_IDLE_TIMEOUT_FACTOR - 1) * self._batch_timeout() if batch.idle else 0.0
+            self._batches[batch.id] = asyncio.get_running_loop().time() + more_s
             self._writer.write(engine_frames.pack_batch(batch))
             self._set_kill_timer()
 
@@ -108,7 +111,9 @@ class EngineSupervisor(Child):
                     env=_ENVIRONMENT | os.environ,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # output of libraries must not appear on the server's stdout
-                    start_new_session=True,  # Ctrl-C in a terminal is for the server, also while the engine imports
+                    # Ctrl-C in a terminal is for the server, also while the engine imports. Not a new session: without
+                    # cgroups, Linux shares cores between sessions, so one would get them for batches in idle time.
+                    preexec_fn=os.setpgrp,
                 )
             self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
         except OSError:
@@ -166,8 +171,8 @@ class EngineSupervisor(Child):
         self._on_ready(info)
 
     def _set_kill_timer(self) -> None:
-        """Set when the engine is killed: if the oldest batch, or a start after the first, takes too long."""
+        """Set when the engine is killed: if a batch, or a start after the first, takes too long."""
         if self._batches:
-            self.expect(self._batch_timeout(), next(iter(self._batches.values())))
+            self.expect(self._batch_timeout(), min(self._batches.values()))
         else:
             self.expect(math.inf if self.ready else self._start_timeout_s, self._started)

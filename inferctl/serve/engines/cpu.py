@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from inferctl.core import cgroup
@@ -21,6 +22,26 @@ def detect() -> tuple[DeviceInfo, DeviceTraits]:
     name, flags = _name_and_flags()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceInfo("cpu", name, None, memory_bytes, cgroup.cores(), "cpu"), DeviceTraits("cpu", cpu_flags=flags)
+
+
+def use_idle_time() -> None:
+    """Let the calling thread run only while its core has nothing else to do."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def idle_batches(cores: int) -> int:
+    """Return how many batches can run in the idle time of the cores: one on each, or none.
+
+    None with a CPU quota below the number of cores: idle time would use it up.
+    """
+    if cgroup.quota() < len(os.sched_getaffinity(0)):
+        return 0
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(use_idle_time).result()
+    except (OSError, AttributeError):  # gVisor, macOS
+        return 0
+    return cores
 
 
 def _name_and_flags() -> tuple[str, frozenset[str]]:

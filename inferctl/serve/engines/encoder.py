@@ -35,7 +35,7 @@ from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import flops, packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import Cores, choose_threads
-from inferctl.serve.engines.cpu import BATCH_TOKENS_PER_CORE
+from inferctl.serve.engines.cpu import BATCH_TOKENS_PER_CORE, idle_batches
 from inferctl.serve.engines.forward import AnyForward, Forward, StaticForward
 from inferctl.serve.engines.prepared import Sequences
 from inferctl.serve.engines.warm_up import LOWERED, warm_up
@@ -51,6 +51,7 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._compute: AnyForward | Cores | None = None
+        self._idle_compute: Cores | None = None
         self.prepare: Prepare | None = None
         self._flops = ModelFlops(0.0, 0.0)
         self._shared_starts = deque[tuple[int, int]]()
@@ -126,6 +127,7 @@ class EncoderEngine:
             on_phase("capturing CUDA graphs")
             info = replace(info, graphs=forward.capture_graphs())
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
+        self._idle_compute = Cores(forward, cores, cores) if on_cpu else None
         if not on_cpu and isinstance(forward, Forward):
             self.prepare = partial(self._prepare, forward)
         on_phase("warming up")
@@ -165,10 +167,11 @@ class EncoderEngine:
             padded = f"{PADDED}: {padded}"
         attention = "none" if isinstance(forward, StaticForward) else "packed" if forward.packed else "padded"
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
-        batch_tokens, parallel = self._config.max_batch_tokens, 1
+        batch_tokens, parallel, idle_parallel = self._config.max_batch_tokens, 1, 0
         if device.kind == "cpu":
-            threads = choose_threads(forward, cores)
+            threads = self._config.batch_threads or choose_threads(forward, cores)
             batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
+            idle_parallel = idle_batches(cores)
         unused_gpu = devices.unused_gpu(self._config.device)
         if isinstance(results, np.ndarray) and not dimensions:
             dimensions = results.shape[1]  # logits
@@ -181,6 +184,7 @@ class EncoderEngine:
             device=device,
             batch_tokens=batch_tokens,
             parallel=parallel,
+            idle_parallel=idle_parallel,
             vocabulary_size=forward.vocabulary_size,
             causal=check.causal,
             flops=check.flops,
@@ -199,10 +203,13 @@ class EncoderEngine:
 
         The calling thread uses the threads of one batch.
         """
-        assert self._compute is not None, "`load` comes first"
-        started = time.perf_counter()
-        rows = self._compute(_sequences(batch))
-        seconds = time.perf_counter() - started
+        compute = self._idle_compute if batch.idle else self._compute
+        assert compute is not None, "`load` comes first"
+        # A batch for idle cores runs on this thread only, with pauses.
+        clock = time.thread_time if batch.idle else time.perf_counter
+        started = clock()
+        rows = compute(_sequences(batch))
+        seconds = clock() - started
         return BatchResult(batch.id, rows, finite_rows(rows), seconds, self._computed(batch))
 
     def _prepare(self, forward: Forward, batch: Batch) -> Callable[[], Callable[[], tuple[Rows, float]]]:

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import socket
 import sys
 import time
@@ -285,7 +286,7 @@ class _ApiProcessSupervisor(Child):
                 pass_fds=descriptors,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,
-                start_new_session=True,  # Ctrl-C in a terminal is for this process only
+                preexec_fn=os.setpgrp,  # Ctrl-C in a terminal is for this process only; in its session, as engines are
             )
 
     async def _attend(self) -> NotReadyError | None:

@@ -214,8 +214,9 @@ class Dispatcher:
         queue = self._engines[engine]
         attempt, seconds = queue.finish(result.id)
         now = self._clock()
-        seconds = max(seconds, result.seconds)
-        if self._turn is not None:
+        # What a batch for idle cores waited for others says nothing. Batches may have several cores, these have one.
+        seconds = result.seconds * queue.slots / queue.idle_slots if attempt.idle else max(seconds, result.seconds)
+        if self._turn is not None and not attempt.idle:
             self._turn.charge(seconds / queue.slots - attempt.charged)
         self._batcher.latency.observe(attempt.tokens, seconds)
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
@@ -256,12 +257,15 @@ class Dispatcher:
         """Update what the batcher knows of the ready engines and their batch limits."""
         if queues := self._engines.values():
             self._batcher.slots = sum(queue.slots for queue in queues)
+            self._batcher.idle_slots = all(queue.idle_slots for queue in queues)
             tokens = min(queue.batch_tokens for queue in queues)
             self._batcher.limits = replace(self._batcher.limits, batch_tokens=tokens)
 
     def _dispatch(self) -> None:
         """Send as many batches as the engines accept. A batch is prefetched only if no engine has a free slot."""
         self._scheduled, self._busy_at = False, -math.inf
+        if self._batcher.idle_slots:
+            self._send_idle()
         if self._turn is None:
             self.send(prefetch=False)
             self.send(prefetch=True)
@@ -289,6 +293,17 @@ class Dispatcher:
                     return True
         return False
 
+    def _send_idle(self) -> None:
+        """Send as many batches for idle cores as the engines accept."""
+        bulk = self._batcher.next_queue(idle=True)
+        for queue in sorted(self._engines.values(), key=lambda queue: queue.tokens) if bulk.count else ():
+            most = queue.batch_tokens * queue.slots // queue.idle_slots  # on one core each
+            while bulk.count and (free := queue.free_slots(idle=True, prefetch=bulk.tokens >= most)):
+                if self._retries:  # they wait until the engine runs nothing
+                    return
+                attempt = BatchAttempt(self._batcher.next_batch(self._clock(), free, most, idle=True), idle=True)
+                queue.send(self._batch(attempt), attempt)
+
     def load(self, place: int) -> Load:
         """Return the load of the batches in flight. Part of `SharingModel`."""
         queues = (queue for queue in self._engines.values() if queue.place == place)
@@ -301,7 +316,7 @@ class Dispatcher:
 
     def queued(self) -> bool:
         """Return whether something is queued. Part of `SharingModel`."""
-        return bool(self._retries or len(self._batcher))
+        return bool(self._retries or self._batcher.next_queue().count)
 
     def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
         """Return how many more batches the engine and its device accept."""
@@ -319,7 +334,7 @@ class Dispatcher:
         if any(of_request := [request.marks for request, _ in found]):  # a list has an entry
             given = zip(of_request, found, strict=True)
             marks = np.array([each[at] if each else 0 for each, (_, at) in given], dtype=np.int32)
-        return Batch(next(self._ids), np.concatenate(parts), lengths, marks)
+        return Batch(next(self._ids), np.concatenate(parts), lengths, marks, attempt.idle)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
         """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""

@@ -27,7 +27,7 @@ class BatchAttempt:
 
     `isolated`: no other batch may be in flight on the engine. `started`: when the engine could start it (s), None while
     it is prefetched. `uses`: for whom the sequences are computed, also if their requests are cancelled. `charged`: the
-    seconds of a device with several models that were predicted.
+    seconds of a device with several models that were predicted. `idle`: as in `Batch`.
     """
 
     sequences: Sequence[QueuedSequence]
@@ -35,6 +35,7 @@ class BatchAttempt:
     started: float | None = None
     uses: Sequence[EngineUse] = field(default_factory=list)
     charged: float = 0.0
+    idle: bool = False
 
     @cached_property
     def tokens(self) -> int:
@@ -45,13 +46,14 @@ class BatchAttempt:
 class EngineQueue:
     """Tracks the batches in flight on one engine, from the moment it is ready until it is lost.
 
-    `slots`: how many batches the engine runs at a time. `batch_tokens`: its batch limit, lowered while memory is
-    insufficient. `in_flight`: the batches by number, the oldest first. `place`: which of several equal devices it uses.
+    `slots`: how many batches the engine runs at a time, and `idle_slots` more on idle cores. `batch_tokens`: its batch
+    limit, lowered while memory is insufficient. `in_flight`: the batches by number, the oldest first. `place`: which of
+    several equal devices it uses.
     """
 
     def __init__(self, engine: EngineProcess, info: EngineInfo, clock: Callable[[], float], place: int = 0) -> None:
         self.slots, self.batch_tokens, self.place = info.parallel, info.batch_tokens, place
-        self.in_flight: dict[int, BatchAttempt] = {}
+        self.idle_slots, self.in_flight = info.idle_parallel, dict[int, BatchAttempt]()
         self._engine, self._full_batch_tokens, self._clock = engine, info.batch_tokens, clock
 
     @property
@@ -59,10 +61,17 @@ class EngineQueue:
         """Tokens of all batches in flight."""
         return sum(attempt.tokens for attempt in self.in_flight.values())
 
-    def free_slots(self, *, prefetch: bool = False) -> int:
-        """Return how many more batches the engine accepts. With `prefetch`, one of them waits until another is done."""
-        isolated = any(attempt.isolated for attempt in self.in_flight.values())
-        return 0 if isolated else max(0, self.slots + prefetch - len(self.in_flight))
+    def free_slots(self, *, prefetch: bool = False, idle: bool = False) -> int:
+        """Return how many more batches the engine accepts. With `prefetch`, one of them waits until another is done.
+
+        `idle`: for idle cores.
+        """
+        used = 0
+        for attempt in self.in_flight.values():
+            if attempt.isolated:
+                return 0
+            used += attempt.idle == idle
+        return max(0, (self.idle_slots if idle else self.slots) + prefetch - used)
 
     def seconds_until_free(self, latency: LatencyModel) -> float:
         """Return the predicted seconds until the engine can start another batch."""
@@ -72,6 +81,8 @@ class EngineQueue:
         """Return the load of its batches on its cores or GPU."""
         now, total, running, overdue_s = self._clock(), 0.0, 0, math.inf
         for attempt in self.in_flight.values():
+            if attempt.idle:
+                continue
             predicted = latency.seconds(attempt.tokens)
             elapsed = 0.0 if attempt.started is None else now - attempt.started
             total += max(0.0, predicted - elapsed)
@@ -81,7 +92,7 @@ class EngineQueue:
 
     def send(self, batch: Batch, attempt: BatchAttempt) -> None:
         """Send a batch to the engine."""
-        attempt.started = self._clock() if len(self.in_flight) < self.slots else None
+        attempt.started = self._clock() if self.free_slots(idle=attempt.idle) else None
         for use in attempt.uses:
             use.begin()
         self.in_flight[batch.id] = attempt
@@ -93,7 +104,7 @@ class EngineQueue:
         for use in attempt.uses:
             use.end()
         for waiting in self.in_flight.values():
-            if waiting.started is None:
+            if waiting.started is None and waiting.idle == attempt.idle:
                 waiting.started = now
                 break
         return attempt, 0.0 if attempt.started is None else now - attempt.started
