@@ -42,8 +42,6 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     with console.progress("reading the inputs"):
         plan, files = await asyncio.to_thread(manifest.make, options)
         sample = await asyncio.to_thread(manifest.sample, plan, files, _SAMPLE)
-    if not sample:
-        raise UsageError("no sampled row can be computed", "check the columns with `--text` and `--id`")
     try:
         with console.progress("measuring a sample here"):
             machine = await computer.start()
@@ -55,11 +53,15 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     finally:
         await computer.close()
     lengths = [int(length) for length in computed.tokens if length]
+    if not lengths:
+        reasons = [*computed.errors.values(), "no text and id in the columns"]
+        raise UsageError(f"no sampled row can be computed: {reasons[0]}", "check the columns with `--text` and `--id`")
     here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
     rows, absent = [_row(here, plan.rows, count / seconds, price(machine["device"]))], []
     for key in dict.fromkeys(keys):
         try:
-            rows.append(_estimated(key, plan.rows, lengths, read_config(model)))
+            most = options.model["max_batch_tokens"]
+            rows.append(_estimated(key, plan.rows, lengths, read_config(model), most))
         except UsageError as error:
             absent.append({"hardware": key, "reason": error.message, "hint": error.hint})
     return {
@@ -72,23 +74,23 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
             "rows": len(sample),
             "errors": list(computed.errors.values())[:5],
             "equal": len(sample) - computed.distinct - len(computed.errors),
-            "tokens_mean": statistics.fmean(lengths or [0]),
-            "tokens_p50": statistics.median(lengths or [0]),
-            "tokens_max": max(lengths, default=0),
+            "tokens_mean": statistics.fmean(lengths),
+            "tokens_p50": statistics.median(lengths),
+            "tokens_max": max(lengths),
         },
         "hardware": rows,
         "absent": absent,
     }
 
 
-def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the forecast: the most that an engine of this hardware can do."""
+def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any], most: int) -> dict[str, Any]:
+    """Return a row of the forecast: the most that an engine can do here, with batches of `most` tokens."""
     part = catalog.hardware(key)
     found = calibration.load().of(part.key, best_precision(part.traits))
-    if problem := memory_problem(found, config, 16_384):
+    if problem := memory_problem(found, config, most):
         raise UsageError(f"{key}: {problem[0]}", "name other hardware")
     model = Transformer.of(config)
-    server = Scenario(lengths, count=5000).server(found.cost(model), front=0.0)
+    server = Scenario(lengths, batch_tokens=most, count=5000).server(found.cost(model), front=0.0)
     rate = server.offline().per_second * found.band_for(model).throughput[1]
     return _row({"hardware": key, "precision": found.precision, "outcome": "estimated"}, rows, rate, _lowest(part))
 

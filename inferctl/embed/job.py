@@ -43,8 +43,9 @@ class Job:
         self._worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
 
     @cached_property
-    def _opened(self) -> tuple[Manifest, list[JsonLines]]:
-        return open_plan(self.options)
+    def _opened(self) -> tuple[Manifest, list[JsonLines], list[tuple[int, int]]]:
+        plan, files = open_plan(self.options)
+        return plan, files, [_state(file) for file in files]
 
     def plan(self) -> Manifest:
         """Return the plan of the folder, which is made and written if there is none.
@@ -120,11 +121,11 @@ class Job:
         await asyncio.to_thread(self._write, number, rows, computed, started)
 
     def _read(self, number: int) -> inputs.Rows:
-        plan, files = self._opened
+        plan, files, states = self._opened
         range_ = plan.ranges[number]
-        file, known = files[range_.file], plan.inputs[range_.file]
-        if file.path.stat().st_size != known["bytes"]:
-            raise UsageError(f"{file.path} changed while it was read", "restore it, and repeat the command")
+        file = files[range_.file]
+        if _state(file) != states[range_.file]:
+            raise UsageError(f"{file.path} changed during the run", "restore it, and repeat the command")
         return inputs.read(file, range_, plan.columns)
 
     def _write(self, number: int, rows: inputs.Rows, computed: Computed, started: float) -> None:
@@ -187,6 +188,11 @@ class Job:
         """End the computer."""
         if self.computer is not None:
             await self.computer.close()
+
+
+def _state(file: JsonLines) -> tuple[int, int]:
+    found = file.path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _busy_s(ranges: Iterable[Mapping[str, Any]]) -> float:
