@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Coroutine
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -179,7 +180,8 @@ def embed(
         if missing and ray:
             with needs_packages("`--ray`", "ray"):
                 from inferctl.embed import ray_pipeline
-            with console.progress("computing on the Ray cluster") as show:
+            # Ray prints messages of its nodes.
+            with redirect_stdout(sys.stderr), console.progress("computing on the Ray cluster") as show:
                 for _ in ray_pipeline.run(ray, run_options, make, list(missing)):
                     missing.pop()
                     show(f"{len(missing):,} ranges are left for the Ray cluster")
