@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
@@ -185,7 +186,8 @@ def embed(
         if missing and ray:
             with needs_packages("`--ray`", "ray"):
                 from inferctl.embed import ray_pipeline
-            with console.progress("computing on the Ray cluster") as show:
+            # Ray prints messages of its nodes.
+            with redirect_stdout(sys.stderr), console.progress("computing on the Ray cluster") as show:
                 for _ in ray_pipeline.run(ray, run_options, source.make, list(missing)):
                     missing.pop()
                     show(f"{len(missing):,} ranges are left for the Ray cluster")

@@ -53,7 +53,7 @@ def run(address: str, options: RunOptions, make: Callable[[], Computer], numbers
     Raises `InferctlError`.
     """
     try:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError) as error:
         raise NotReadyError(f"no Ray cluster at {address}: {error}", "start one, or correct `--ray`") from None
     context = DataContext.get_current()
