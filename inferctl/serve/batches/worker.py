@@ -46,7 +46,7 @@ class Client:
         self._host, self._secret = urlsplit(url).netloc, secret
         self._local, self._threads = threading.local(), ThreadPoolExecutor(_MOST_IN_FLIGHT)
 
-    async def send(self, *request: str | bytes) -> tuple[http.client.HTTPResponse, bytes]:
+    async def send(self, *request: Any) -> tuple[http.client.HTTPResponse, bytes]:
         """Return the response to the request of a line: owner, path, id, line. Raises `OSError` and `HTTPException`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, *request)
 
@@ -110,32 +110,36 @@ class BatchRun:
         return self._batch
 
     async def _send(self, number: int, raw: bytes) -> None:
-        request_id, retry, batch = lines.request_id(self._batch["id"], number), 0.0, self._batch
+        request_id, batch = lines.request_id(self._batch["id"], number), self._batch
         try:
             response, body = await self._worker.client.send(batch["owner"], batch["endpoint"], request_id, raw)
-            found = response.headers.get
-            retry = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
-            if response.status == 401:
-                retry, self._status, self._code = _RETRY_S, "cancelled", "invalid_api_key"
-            elif response.status == 503:
-                retry = retry or _RETRY_S
-            elif response.status != 429 or not retry:
-                retry, self._window = 0.0, min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
-                if not found("content-type", "").startswith("application/json") or b"\n" in body:
-                    body = orjson.dumps(body.decode(errors="replace"))
-                values = response.status, orjson.dumps(found("x-request-id", "")), body
-                text = b'{"status_code":%d,"request_id":%s,"body":%s}' % values
-                self._write(response.status >= 400, lines.output(request_id, raw, text))
         except TimeoutError:
             self._fail(number, raw, "request_timeout", f"no response within {_TIMEOUT_S:g} s")
+            return
         except (OSError, http.client.HTTPException):
-            retry = _RETRY_S
-        if retry:
-            self._waiting.append((number, raw))
-            now = time.monotonic()
-            if now >= self._not_before:  # once for all that were in flight
-                self._window = max(1.0, self._window / 2)
-            self._not_before = max(self._not_before, now + retry)
+            self._retry(number, raw, _RETRY_S)
+            return
+        found = response.headers.get
+        pause = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
+        if response.status == 401:
+            self._status, self._code = "cancelled", "invalid_api_key"
+        if response.status in (401, 503) or (response.status == 429 and pause):
+            self._retry(number, raw, pause or _RETRY_S)
+            return
+        self._window = min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
+        if not found("content-type", "").startswith("application/json") or b"\n" in body:
+            body = orjson.dumps(body.decode(errors="replace"))
+        values = response.status, orjson.dumps(found("x-request-id", "")), body
+        text = b'{"status_code":%d,"request_id":%s,"body":%s}' % values
+        self._write(response.status >= 400, lines.output(request_id, raw, text))
+
+    def _retry(self, number: int, raw: bytes, pause: float) -> None:
+        """Send a line again after a pause of all lines, and then fewer at a time."""
+        self._waiting.append((number, raw))
+        now = time.monotonic()
+        if now >= self._not_before:  # once for all that were in flight
+            self._window = max(1.0, self._window / 2)
+        self._not_before = max(self._not_before, now + pause)
 
     def _fail(self, number: int, raw: bytes, code: str, message: str) -> None:
         error = orjson.dumps({"code": code, "message": message})
