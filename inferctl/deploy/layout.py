@@ -139,7 +139,8 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
 
 def embed_files(plan: DeploymentPlan, run: embed.EmbedRun) -> dict[str, str]:
     """Return the files of `--embed`, as `files` does."""
-    (model, *others), found = plan.models, {}
+    model, *others = plan.models
+    found: dict[str, str] = {}
     if others or model.spec.models or not model.spec.image.embed:
         raise UsageError(
             "--embed needs one model, with an image that can run `inferctl embed`",

@@ -108,7 +108,7 @@ class RemoteComputer:
         self._inputs = min(_MAX_INPUTS, info.get("max_client_batch_size", 32))
         self._characters = min(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * info.get("max_batch_tokens", 2048))
         return {
-            "dimensions": np.size(probe[0]),
+            "dimensions": np.asarray(probe[0]).size,
             **{name: model.get(name) for name in ("token_dimensions", "vocabulary_size", "labels", "max_tokens")},
             "task": server.task,
             "model": model.get("source", server.model),
@@ -163,7 +163,8 @@ class RemoteComputer:
 
     async def _send(self, inputs: Sequence[Any]) -> httpx.Response:
         """Send a request when it is its turn, and adapt how many may be in flight."""
-        server, own = self._server, {"truncate": self.truncate} if self._own else {}
+        server = self._server
+        own: dict[str, Any] = {"truncate": self.truncate} if self._own else {}
         url, texts = server.endpoint_url, list(inputs)
         if server.task == "rerank":
             url, own = f"{server.url}/v1/score", own | {"instruction": self.prompt}
