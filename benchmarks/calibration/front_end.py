@@ -13,7 +13,6 @@ Vectors have 8 values, so the figures are a best case for the CPU.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ from load import requests, run_closed
 SIZES = (1, 8, 32, 128)
 CLIENTS = 32
 DIMENSIONS = 8  # of the echo engine: vectors that cost almost nothing to encode
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU seconds of one process so far, threads included and children excluded."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(seconds: float, rounds: int) -> dict[int, list[tuple[float, float]]]:
@@ -50,9 +43,9 @@ def measure(seconds: float, rounds: int) -> dict[int, list[tuple[float, float]]]
         for size in peers.order(SIZES, rounds):
             ready = requests(server.url, server.path, bodies[size])
             run_closed(server.url, ready, CLIENTS, 0.5, warm=0.5)
-            before = cpu_seconds(server.process.pid)
+            before = peers.cpu_s([server.process.pid])
             outcome = run_closed(server.url, ready, CLIENTS, seconds, warm=0)
-            used = cpu_seconds(server.process.pid) - before
+            used = peers.cpu_s([server.process.pid]) - before
             assert not outcome.failures, f"rejected: {outcome.statuses}"
             found[size].append((used / outcome.statuses[200], outcome.rate))
     finally:

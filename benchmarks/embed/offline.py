@@ -5,8 +5,9 @@
 The texts of log-normal length have 20 tokens on average (short) and 160 (long). Each contender tokenizes and embeds all
 of them in its own process, interleaved A B C C B A. `inferctl embed` is the computer of the command, with its engine
 process, without reading and writing files. `inferctl` is its engine in the process that measures, in batches in the
-order of the texts, as benchmarks/peers/engine.py has it: the limit. Memory is the largest that was seen while texts were
-computed, of all processes of a contender. Vectors are compared on the first texts of each kind.
+order of the texts, as benchmarks/peers/engine.py has it: the limit. CPU seconds are shown in addition, because other work
+on the machine affects them least. Memory is the most that was seen while texts were computed. Both are of all processes of
+a contender. Vectors are compared on the first texts of each kind.
 """
 
 from __future__ import annotations
@@ -37,24 +38,22 @@ CONTENDERS = (
 COMPARED = 500  # texts of each kind whose vectors are compared with fp32
 
 
-class Memory:
-    """The largest memory of a process and all below it (PSS, MB), looked at each half second."""
+def measure(contender: engine.Contender) -> tuple[float, float, float]:
+    """Return the seconds, the CPU seconds and the most memory (PSS, MB) of its processes for all texts."""
+    pid, done, memory = contender.process.pid, threading.Event(), [0.0]
 
-    def __init__(self, pid: int) -> None:
-        self.most_mb, self._pid, self._stop = 0.0, pid, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+    def watch() -> None:
+        while not done.wait(0.5):
+            memory.append(peers.pss_mb(pid))
 
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.5):
-            self.most_mb = max(self.most_mb, peers.pss_mb(self._pid))
+    watching = threading.Thread(target=watch)
+    watching.start()
+    before = peers.cpu_seconds(pid)
+    contender.measure()
+    cpu = peers.cpu_seconds(pid) - before
+    done.set()
+    watching.join()
+    return contender.wall[-1], cpu, max(memory)
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def main() -> None:
 def compare(texts: list[str], options: Any) -> dict[str, Any]:
     """Measure all contenders with these texts, print and return their figures by name."""
     reference = peers.fp32(texts[:COMPARED])
-    running: list[tuple[engine.Contender, list[float]]] = []
+    running: list[tuple[engine.Contender, list[tuple[float, float, float]]]] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "texts.json"
         file.write_text(json.dumps({"texts": texts, "compared": texts[:COMPARED]}))
@@ -83,26 +82,27 @@ def compare(texts: list[str], options: Any) -> dict[str, Any]:
                 exported = name.startswith("fastembed")
                 model = peers.onnx(name.split()[-1]) if exported else peers.MODEL
                 running.append((engine.start(name, file, model), []))
-            for contender, memory in peers.order(running, options.rounds):
-                with Memory(contender.process.pid) as seen:
-                    contender.measure()
-                memory.append(seen.most_mb)
+            for contender, results in peers.order(running, options.rounds):
+                results.append(measure(contender))
+                print(contender.name, *(f"{each:.4g}" for each in results[-1]), file=sys.stderr)
         finally:
             for contender, _ in running:
                 peers.send(9, peers.processes(contender.process.pid))
-    first, figures = running[0][0], {}
-    for contender, memory in running:
-        ratios = [a / b for a, b in zip(contender.wall, first.wall, strict=True)]
+    figures: dict[str, Any] = {}
+    for contender, results in running:
+        wall, cpu, memory = zip(*results, strict=True)
+        ratios = [[a[n] / b[n] for a, b in zip(results, running[0][1], strict=True)] for n in (0, 1)]
         figures[contender.name] = {
-            "texts_per_second": len(texts) / peers.median(contender.wall),
-            "first_is": peers.median(ratios),
-            "first_is_by_round": ratios,
+            "texts_per_second": len(texts) / peers.median(wall),
+            "first_is": peers.median(ratios[0]),
+            "by_cpu": peers.median(ratios[1]),
+            "cpu_ms_per_text": 1000 * peers.median(cpu) / len(texts),
             "pss_mb": max(memory),
             **peers.quality(np.array(contender.vectors), reference),
+            "by_round": ratios,
         }
-    keys = ("texts_per_second", "first_is", "pss_mb", "cosine_min", "cosine_mean", "recall_at_10")
-    head = ("contender", "texts/s", f"{first.name} is x", "PSS MB", "cosine min", "mean", "recall@10")
-    peers.table(head, [(name, *(found[key] for key in keys)) for name, found in figures.items()])
+    head = ("contender", "texts/s", "first is x", "by CPU x", "CPU ms", "PSS MB", "cosine min", "mean", "recall@10")
+    peers.table(head, [(name, *list(found.values())[:-1]) for name, found in figures.items()])
     return figures
 
 

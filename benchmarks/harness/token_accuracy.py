@@ -17,15 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import loads
 import numpy as np
 import token_server
 
-from inferctl.bench import stats
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
-
-QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
 def compare(label: str, seconds: float, seed: int, **load: Any) -> dict[str, Any]:
@@ -47,20 +45,10 @@ def compare(label: str, seconds: float, seed: int, **load: Any) -> dict[str, Any
     }
     table = []
     for name, (found, truth) in figures.items():
-        for q in QUANTILES:
-            value, exact = (float(np.sort(each)[stats.rank(len(each), q) - 1]) for each in (found, truth))
-            table.append(
-                {
-                    "figure": name,
-                    "percentile": f"p{q * 100:g}",
-                    "n": len(found),
-                    "n_logged": len(truth),
-                    "truth_ms": round(exact, 3),
-                    "inferctl_ms": round(value, 3),
-                    "error_ms": round(value - exact, 3),
-                    "within": len(found) == len(truth) and within(value, exact),
-                }
-            )
+        for q in accuracy.QUANTILES:
+            row = accuracy.percentile(q, found, truth, 0.5)
+            row |= {"figure": name, "n": len(found), "n_logged": len(truth)}
+            table.append(row | {"within": row["within"] and len(found) == len(truth)})
     cpu_ns = result.state["cpu_ns"]
     return {
         "load": label,
@@ -74,11 +62,6 @@ def compare(label: str, seconds: float, seed: int, **load: Any) -> dict[str, Any
         "client_us_per_event": round(cpu_ns / 1e3 / max(1, events), 1),
         "validity": loads.judge(result, part).as_dict(),
     }
-
-
-def within(value: float, truth: float) -> bool:
-    """Return whether `value` is within 0.5 ms or 1% of `truth`, whichever is larger."""
-    return abs(value - truth) <= max(0.5, 0.01 * truth)
 
 
 def main() -> int:

@@ -230,6 +230,8 @@ def main() -> None:
 
         def compute() -> Any:
             return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])
+
+        show: Callable[[], Any] = compute
     else:
         makers = {
             "inferctl": inferctl,
@@ -247,9 +249,10 @@ def main() -> None:
         def compute() -> Any:
             return embed(inputs["texts"])
 
+        show = partial(embed, inputs.get("compared", inputs["texts"]))
+
     print(file=output, flush=True)
-    shown = compute("compared") if "compared" in inputs else compute()
-    print(json.dumps(np.asarray(shown, dtype=np.float32).round(6).tolist()), file=output, flush=True)
+    print(json.dumps(np.asarray(show(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         compute()

@@ -60,13 +60,6 @@ def cache(folder: Path) -> Feature:
 FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys, "metering": metering, "cache": cache}
 
 
-def start(folder: Path, port: int, name: str, sections: dict[str, Any], checkout: Path = peers.ROOT) -> peers.Server:
-    """Start a server with the echo engine and these sections of the spec, of this or another checkout."""
-    file = folder / "inferctl.yaml"
-    file.write_text(json.dumps({"name": "echo", "model": {"source": str(peers.MODEL)}, **sections}))
-    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name, checkout=checkout)
-
-
 def serve(
     folder: Path,
     port: int,
@@ -75,15 +68,17 @@ def serve(
     checkout: Path = peers.ROOT,
     spec: dict[str, Any] | None = None,
 ) -> tuple[peers.Server, dict[str, str]]:
-    """Start a server with these features, and return it with the headers that its requests need."""
+    """Start a server of a checkout with the echo engine and these features; also return headers for its requests."""
     folder.mkdir()
-    spec = dict(spec or {})
+    spec = {"name": "echo", "model": {"source": str(peers.MODEL)}, **(spec or {})}
     headers: dict[str, str] = {}
     for feature in features:
         sections, more = FEATURES[feature](folder)
         spec |= sections
         headers |= more
-    return start(folder, port, name, spec, checkout), headers
+    file = folder / "inferctl.yaml"
+    file.write_text(json.dumps(spec))
+    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name, checkout=checkout), headers
 
 
 def main() -> None:

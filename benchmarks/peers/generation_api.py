@@ -73,10 +73,6 @@ def processes(root: int) -> dict[str, list[int]]:
     return {"api": several or [engine.ppid()], "engine": [engine.pid]}
 
 
-def cpu_s(pids: list[int]) -> float:
-    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)  # as clock_getcpuclockid(3) does
-
-
 class Client(asyncio.Protocol):
     """One connection that streams one completion after the other. `count`: of complete streams and of events."""
 
@@ -130,12 +126,12 @@ async def load(port: int, headers: str, clients: int, tokens: int, seconds: floa
     # Clients begin together, so a window has whole streams of all of them only if it begins and ends with such a wave.
     while count["streams"] < clients:
         await asyncio.sleep(0.01)
-    before, first, begin = {name: cpu_s(of) for name, of in pids.items()}, dict(count), time.monotonic()
+    before, first, begin = {name: peers.cpu_s(of) for name, of in pids.items()}, dict(count), time.monotonic()
     await asyncio.sleep(seconds)
     waves = (count["streams"] - first["streams"]) // clients + 1
     while count["streams"] - first["streams"] < waves * clients:
         await asyncio.sleep(0.01)
-    used = {name: cpu_s(of) - before[name] for name, of in pids.items()}
+    used = {name: peers.cpu_s(of) - before[name] for name, of in pids.items()}
     found = Found(
         used, count["streams"] - first["streams"], count["events"] - first["events"], time.monotonic() - begin
     )

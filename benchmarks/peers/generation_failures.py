@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx
 import openai
+import peers
 
 FAULTS = ("engine", "relay", "engine", "API process", "relay", "hang")
 HANG_SECONDS = 10
@@ -35,23 +36,16 @@ TOKENS = 40
 
 
 class Server:
-    """`inferctl serve` with its log as JSON. `more`: further sections of its spec."""
+    """`inferctl serve` with its log as JSON."""
 
-    def __init__(self, model: str, folder: Path, more: dict[str, Any] | None = None) -> None:
-        self.log = folder / "server.log"
-        options = {"max_context_tokens": 2048, "kv_cache": "1GiB", "port": 0, "vllm_options": ["--enforce-eager"]}
-        spec = folder / "inferctl.yaml"
-        spec.write_text(json.dumps({"name": "m", "model": {"source": model}, "serve": options, **(more or {})}))
-        ready = folder / "ready.json"
+    def __init__(self, model: str, folder: Path) -> None:
+        self.log, port, spec = peers.LOGS / "inferctl.log", peers.free_port(), folder / "inferctl.yaml"
+        options = {"max_context_tokens": 2048, "kv_cache": "1GiB", "port": port, "vllm_options": ["--enforce-eager"]}
+        spec.write_text(json.dumps({"name": "m", "model": {"source": str(Path(model).resolve())}, "serve": options}))
         command = [sys.executable, "-m", "inferctl.serve", "--spec", str(spec), "--log", "json"]
-        command += ["--announce", str(ready), "--hang-seconds", str(HANG_SECONDS)]
-        with self.log.open("wb") as stream:
-            self.process = subprocess.Popen(command, stderr=stream, start_new_session=True)
-        while not ready.exists():
-            time.sleep(0.2)
-            if self.process.poll() is not None:
-                sys.exit(self.log.read_text()[-3000:])
-        self.url = json.loads(ready.read_text())["url"]
+        command += ["--hang-seconds", str(HANG_SECONDS)]
+        started = peers.start("inferctl", command, port, "", "/readyz", pausable=False)
+        self.process, self.url = started.process, started.url
 
     def vllm(self) -> int:
         """Return the process of vLLM's API."""

@@ -42,11 +42,15 @@ class Outcome:
         return sum(count for status, count in self.statuses.items() if status != 200)
 
 
-class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time. `on_response(status)` is called for each complete response."""
+class Connection(asyncio.Protocol):
+    """One HTTP/1.1 connection, one request at a time. `on_response(status)` is called for each complete response.
+
+    Status 0: the connection broke. `head`: that of the last response, in lower case.
+    """
 
     def __init__(self) -> None:
         self.on_response: Callable[[int], None] = lambda _: None
+        self.head = b""
         self._buffer = bytearray()
         self._missing = -1
         self._chunked = self._busy = False
@@ -59,7 +63,7 @@ class _Connection(asyncio.Protocol):
             self.on_response(0)
 
     def send(self, request: bytes) -> None:
-        self._busy = True
+        self._busy, self.head = True, b""
         self.transport.write(request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
@@ -68,7 +72,7 @@ class _Connection(asyncio.Protocol):
             end = self._buffer.find(b"\r\n\r\n")
             if end < 0:
                 return
-            head = bytes(self._buffer[:end]).lower()
+            self.head = head = bytes(self._buffer[:end]).lower()
             self._status = int(head[9:12])
             at = head.find(b"content-length:")
             stop = head.find(b"\r\n", at)
@@ -100,7 +104,7 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
     end, at = begin + seconds, 0
     finished = [asyncio.get_running_loop().create_future() for _ in range(clients)]
 
-    def drive(connection: _Connection, done: asyncio.Future[None]) -> None:
+    def drive(connection: Connection, done: asyncio.Future[None]) -> None:
         sent = 0.0
 
         def go() -> None:
@@ -133,9 +137,9 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
     return outcome
 
 
-async def _connect(url: str) -> _Connection:
+async def _connect(url: str) -> Connection:
     at = urlsplit(url)
-    _, connection = await asyncio.get_running_loop().create_connection(_Connection, at.hostname, at.port)
+    _, connection = await asyncio.get_running_loop().create_connection(Connection, at.hostname, at.port)
     return connection
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from load import Connection
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CONNECTIONS = 2000
 
@@ -28,48 +30,27 @@ class Record:
     retry_after: bool = False
 
 
-class _Connection(asyncio.Protocol):
-    """One request at a time."""
+class _Connection(Connection):
+    """A connection with the record of its request. It is in `free` while it has none."""
 
     def __init__(self, free: list[_Connection]) -> None:
-        self._free, self._buffer, self._missing, self.record = free, bytearray(), -1, None
-
-    record: Record | None
-    transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
+        super().__init__()
+        self._free, self.on_response = free, self._complete
+        self.record: Record | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self in self._free:
             self._free.remove(self)
-        if self.record:
-            self._complete(0)
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        if self._missing < 0:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
-                return
-            lines = bytes(self._buffer[:end]).lower().split(b"\r\n")
-            self._head = dict(line.split(b": ", 1) for line in lines[1:])
-            self._status = int(lines[0][9:12])
-            self._missing = end + 4 + int(self._head[b"content-length"])
-        if len(self._buffer) >= self._missing:
-            self._buffer.clear()
-            self._missing = -1
-            if self.record:
-                self.record.retry_after = b"retry-after" in self._head
-                self._complete(self._status)
-            if self._head.get(b"connection") == b"close":
-                self.transport.close()
-            else:
-                self._free.append(self)
+        super().connection_lost(exc)
 
     def _complete(self, status: int) -> None:
-        assert self.record
-        self.record.status, self.record.ended, self.record = status, time.monotonic(), None
+        if self.record:
+            self.record.retry_after = b"\r\nretry-after:" in self.head
+            self.record.status, self.record.ended, self.record = status, time.monotonic(), None
+        if b"\r\nconnection: close" in self.head:
+            self.transport.close()
+        elif status:
+            self._free.append(self)
 
 
 @dataclass
@@ -133,7 +114,7 @@ class OpenLoop(threading.Thread):
                 free.append(created)
             connection = free.pop()
             connection.record = record
-            connection.transport.write(request)
+            connection.send(request)
         until = time.monotonic() + 60
         while any(c.record for c in connections) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -172,12 +153,7 @@ def processes(pid: int) -> dict[str, int]:
     return found
 
 
-def engine(pid: int) -> int | None:
-    """Return the process of the first engine of a server."""
-    return processes(pid).get("engine")
-
-
-def memory(pid: int | None) -> float:
+def memory(pid: int) -> float:
     """Return the resident memory of a process in MiB; NaN if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20

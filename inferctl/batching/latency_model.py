@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from inferctl.core.errors import UsageError
 
 # Each new batch multiplies the weight of earlier ones by this, so that about the last 30 batches count.
 _DECAY = 0.97
 # A batch that took more than this many times longer or shorter than predicted counts as if it had taken exactly that.
 # One stall then changes little, and the model still follows a lasting change within a few batches.
 _MAX_RATIO = 3.0
-_SEED_WEIGHT = 20.0
-_SEED_TOKENS = 2048
 # After this many batches, the first values have 6% of the weight.
 _OWN_BATCHES = 100
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """A measured batch latency: fixed seconds per batch, then tokens per second; and the p99 SLO that was met.
-
-    `parallel_batches` and `max_batch_tokens` describe the measured server. The server that reads them has its own.
-    """
-
-    fixed_s: float
-    tokens_per_s: float
-    slo_p99_ms: float | None = None
-    parallel_batches: int | None = None
-    max_batch_tokens: int | None = None
-
-    def tokens_per_second(self, batch_tokens: int, parallel: int) -> float:
-        """Return the tokens per second in full batches. The arguments are of the server, if the file lacks them."""
-        tokens = self.max_batch_tokens or batch_tokens
-        return (self.parallel_batches or parallel) * tokens / (self.fixed_s + tokens / self.tokens_per_s)
-
-    @classmethod
-    def read(cls, file: Path) -> Capacity:
-        """Read a JSON object with `fixed_s`, `tokens_per_s` and optionally the other fields. Raises `UsageError`.
-
-        Other keys are ignored.
-        """
-        example = '{"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
-        hint = f"`--capacity` accepts the output of `inferctl capacity`, or JSON such as {example}"
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{file} cannot be read: {error}", hint) from None
-        if not isinstance(data, dict):
-            raise UsageError(f"{file} is not a JSON object", hint)
-
-        def number(name: str, *, zero: bool = False, whole: bool = False, optional: bool = False) -> Any:
-            value: Any = data.get(name)
-            if value is None and optional:
-                return None
-            kinds, kind = ((int,), "whole number") if whole else ((int, float), "number")
-            if type(value) not in kinds or not (0 < value < math.inf or (zero and value == 0)):
-                minimum = "of at least 0" if zero else "above 0"
-                raise UsageError(f"{file}: `{name}` must be a {kind} {minimum}, got {value!r}", hint)
-            return value
-
-        return cls(
-            number("fixed_s", zero=True),
-            number("tokens_per_s"),
-            number("slo_p99_ms", optional=True),
-            number("parallel_batches", whole=True, optional=True),
-            number("max_batch_tokens", whole=True, optional=True),
-        )
 
 
 class LatencyModel:
     """A least-squares fit over (tokens, seconds) in which older batches count less. Equal input gives equal output."""
 
-    def __init__(self, capacity: Capacity | None = None) -> None:
+    def __init__(self) -> None:
         self.fixed, self.per_token = 0.0, 0.0
         self._batches = 0
         self._weight = self._t = self._s = self._tt = self._ts = 0.0
-        if capacity is not None:
-            for tokens in (0, _SEED_TOKENS):
-                self._add(tokens, capacity.fixed_s + tokens / capacity.tokens_per_s, _SEED_WEIGHT)
-            self._fit()
 
     @property
     def known(self) -> bool:
@@ -91,7 +27,7 @@ class LatencyModel:
         return self._weight > 0
 
     def to_json(self) -> dict[str, float | None]:
-        """Return the model with the keys of a `--capacity` file."""
+        """Return the model as `pace` of `GET /info`."""
         rate = round(1 / self.per_token, 1) if self.per_token else None
         return {"fixed_s": round(self.fixed, 6), "tokens_per_s": rate}
 

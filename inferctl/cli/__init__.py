@@ -50,7 +50,6 @@ class Root(LazyGroup):
         "estimate": Command(
             "inferctl.cli.estimate", "estimate", "Estimate latency, throughput and cost on other hardware."
         ),
-        "capacity": Command("inferctl.cli.capacity", "capacity", "Write the measured capacity from a receipt."),
         "deploy": Command("inferctl.cli.deploy", "deploy", "Write Kubernetes manifests from receipts."),
         "usage": Command("inferctl.cli.usage", "usage", "Sum up the usage that servers recorded, with prices."),
         "relay": Command("inferctl.cli.relay", "relay", "Bring usage events to the ledger."),

@@ -1,4 +1,4 @@
-"""`inferctl adapters`: add, remove and list the LoRA adapters of a running server of generation."""
+"""`inferctl adapters`: add and remove LoRA adapters of a running server of generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from inferctl.bench.load.http_json import StatusError
 from inferctl.cli import console, options
 from inferctl.cli.bench_options import AccessOptions
 from inferctl.core.errors import InferctlError
-from inferctl.core.sizes import size
 from inferctl.models import adapter_effect
 
 EPILOG = """\b
@@ -22,9 +21,8 @@ Examples:
   # Add ./legal, which is below a folder of serve.adapter_folders on the server
   inferctl adapters add legal legal --url http://10.0.0.7:8080 --api-key-env ADMIN_KEY
   inferctl adapters remove legal --url http://10.0.0.7:8080 --api-key-env ADMIN_KEY
-  inferctl adapters list --api-key-env ADMIN_KEY
 """
-app = options.group("adapters", "Add, remove and list LoRA adapters of a running server of generation.")
+app = options.group("adapters", "Add and remove LoRA adapters of a running server of generation.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter in the API.")]
 Url = Annotated[str, typer.Option(metavar="URL", help="Address of the server.")]
 ApiKeyEnv = Annotated[str, typer.Option("--api-key-env", metavar="VARIABLE", help="Variable with an admin key.")]
@@ -49,15 +47,6 @@ def add(
 def remove(name: Name, url: Url = _LOCAL, api_key_env: ApiKeyEnv = _KEY, as_json: options.Json = False) -> None:
     """Take no more requests for an adapter, wait for those that run, and unload it."""
     console.result(_post(url, "/adapters/remove", {"name": name}, api_key_env), f"{name} removed", as_json=as_json)
-
-
-@app.command("list", epilog=EPILOG)
-def list_(url: Url = _LOCAL, api_key_env: ApiKeyEnv = _KEY, as_json: options.Json = False) -> None:
-    """Print the adapters of a server, and how many it has memory for."""
-    info = http_json.get_json(f"{url.rstrip('/')}/info", 60, AccessOptions(api_key_env=api_key_env).access())
-    found = {"adapters": info.get("adapters", []), "max_adapters": info.get("limits", {}).get("max_adapters", 0)}
-    lines = [f"{each['name']}  rank {each['rank']}, {size(each['bytes'])}" for each in found["adapters"]]
-    console.result(found, "\n".join([*lines, f"{len(lines)} of at most {found['max_adapters']}"]), as_json=as_json)
 
 
 def _post(url: str, path: str, body: Mapping[str, str], api_key_env: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def check_configurations(plan: Plan, running_servers: bool) -> None:
                 raise UsageError(
                     "`--url` replaces the configurations of the plan, "
                     f"so `{key}` of {configuration.name!r} would have no effect",
-                    "remove `configurations` or `matrix` from the plan, and set `corpus` and `load` in the plan itself",
+                    "remove `configurations` from the plan, and set `corpus` and `load` in the plan itself",
                 )
 
 

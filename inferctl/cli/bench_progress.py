@@ -64,7 +64,7 @@ def forecast(benchmark: Bench) -> str:
     """
     machine = benchmark.environment
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
-    total = duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
+    total = console.duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
     settings = benchmark.plan.search
     if not settings:
         finding = any(benchmark.load_of(target).auto_users for target in benchmark.targets)
@@ -192,11 +192,4 @@ def line(progress: Progress) -> str:
 
 
 def _left(remaining_s: float | None) -> list[str]:
-    return [] if remaining_s is None else [f"{duration(remaining_s)} left"]
-
-
-def duration(seconds: float) -> str:
-    """Return `~50 s`, `~7 min` or `~2.5 h`, rounded because the value is a forecast."""
-    if seconds < 100:
-        return f"~{seconds:.0f} s"
-    return f"~{seconds / 60:.0f} min" if seconds < 5400 else f"~{seconds / 3600:.1f} h"
+    return [] if remaining_s is None else [f"{console.duration(remaining_s)} left"]

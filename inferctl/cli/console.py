@@ -199,6 +199,13 @@ def progress(description: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=text)
 
 
+def duration(seconds: float) -> str:
+    """Return `~50 s`, `~7 min` or `~2.5 h`, rounded because the value is a forecast."""
+    if seconds < 100:
+        return f"~{seconds:.0f} s"
+    return f"~{seconds / 60:.0f} min" if seconds < 5400 else f"~{seconds / 3600:.1f} h"
+
+
 def _print_label(text: str, code: str) -> None:
     colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     streams.raw(sys.stderr).write(f"\x1b[{code}m{text}\x1b[0m" if colored else text)

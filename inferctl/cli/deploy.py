@@ -14,6 +14,7 @@ from inferctl.core.errors import UsageError
 from inferctl.deploy import clusters, planning
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.explain import document
+from inferctl.deploy.objects.embed import EmbedRun
 from inferctl.deploy.plan import DeploymentPlan
 from inferctl.deploy.planning import SpecSource
 from inferctl.image import model_image
@@ -32,6 +33,8 @@ Examples:
   kubectl apply -k manifests/overlays/aws-eu-central-1
   # Show where its pods fit on given nodes, what a spike evicts and what a loss costs
   inferctl deploy --preview nodes.yaml manifests
+  # Write a Job for the files of the claim `texts`: arguments of `inferctl embed` follow `--`
+  inferctl deploy --embed texts --parts 64 --output job -- 'in/*.parquet' --output out
   # Check manifests of yours or of others, also for the code scanning of a forge
   inferctl deploy --lint manifests other.yaml --json
 """
@@ -39,11 +42,11 @@ Examples:
 
 def deploy(
     manifests: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="[MANIFEST]...",
             help="With --lint or --preview: files, folders or a kustomize tree; --lint: `-` is stdin. [default with "
-            "--preview: those of the specs]",
+            "--preview: those of the specs] With --embed: arguments of `inferctl embed`, after `--`.",
             show_default=False,
         ),
     ] = None,
@@ -76,18 +79,26 @@ def deploy(
     lint: Annotated[
         bool, typer.Option("--lint", help="Check manifests: exit code 1 if a finding is an error.")
     ] = False,
+    embed: Annotated[
+        str | None, typer.Option(metavar="CLAIM", help="Write a Job that embeds files of this PersistentVolumeClaim.")
+    ] = None,
+    parts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=99_999, help="Divide --embed. [default: the most replicas]")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
     if lint:
-        if nodes or explain or output or spec_files or clusters_file:
+        if nodes or explain or output or spec_files or clusters_file or embed:
             raise UsageError("--lint checks manifests only", "pass specs, clusters and other modes without `--lint`")
         if not manifests:
             raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
-        deploy_lint.run(manifests, version=kubernetes_version, as_json=as_json)
+        deploy_lint.run([Path(each) for each in manifests], version=kubernetes_version, as_json=as_json)
         return
-    if nodes or manifests:
-        _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
+    run = _embed_run(embed, parts, manifests or [])
+    if nodes or (manifests and not run):
+        files = [Path(each) for each in manifests or ()]
+        _preview(nodes, files, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
         return
     if output is None and not explain and not as_json:
         raise UsageError(
@@ -99,7 +110,7 @@ def deploy(
         console.warn(warning)
     written: list[str] = []
     if output is not None:
-        written = deploy_files.write(plan, output)
+        written = deploy_files.write(plan, output, run)
     if as_json:
         console.document(document(plan) | ({"output": str(output), "files": written} if output else {}))
         return
@@ -108,8 +119,19 @@ def deploy(
     if output is not None:
         names = [cluster.name for cluster in plan.clusters]
         which, of = (names[0], "") if len(names) == 1 else ("NAME", f" (NAME: {', '.join(names)})")
-        command = f"kubectl apply -k {output}/overlays/{which}"
+        command = f"kubectl apply -k {output}/{'embed' if run else 'overlays'}/{which}"
         console.note(f"wrote {len(written)} files to {output}; apply a cluster with `{command}`{of}")
+
+
+def _embed_run(claim: str | None, parts: int | None, arguments: list[str]) -> EmbedRun | None:
+    if claim is None and parts is None:
+        return None
+    if not claim or not arguments:
+        raise UsageError(
+            "--embed needs the name of a claim, and arguments of `inferctl embed` after `--`",
+            "as in `inferctl deploy --embed texts --output job -- 'in/*.parquet' --output out`",
+        )
+    return EmbedRun(claim, tuple(arguments), parts)
 
 
 def _preview(

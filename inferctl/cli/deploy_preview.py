@@ -31,7 +31,7 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
     """
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
-        raise UsageError("the manifests have no Deployment", "name files or folders with Deployments")
+        raise UsageError("the manifests have no Deployment and no Job", "name files or folders with some")
     result = report.document(outcomes, drills.run(outcomes))
     if as_json:
         console.document(result)
@@ -182,13 +182,12 @@ def _evictions(cluster: Mapping[str, Any]) -> Iterator[str]:
 
 def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     of = sorted({loss["share"]["of"] for loss in losses})
-    yield Text(f"Losses at the peak: share of {' or '.join(of)} that is still served", style="bold")
+    yield Text(f"Losses at the peak: share of {' or '.join(of)} that is served at once", style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("lost", overflow="fold")
     table.add_column("model", overflow="fold")
-    table.add_column("before", justify="right")
-    table.add_column("at once", justify="right")
-    table.add_column("then", overflow="fold", ratio=1)
+    for heading in ("pods", "before", "at once"):
+        table.add_column(heading, justify="right")
     several = len({loss["cluster"] for loss in losses}) > 1
     worst = report.worst(losses)
     shown = [loss for loss in worst if loss["share"]["at_once"] < 1]
@@ -199,35 +198,13 @@ def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             table.add_row(Text(f"in {cluster}"), style="bold")
         share = loss["share"]
         place = f"{loss['scope']} {loss['place']}" + (" (the worst)" if loss["scope"] == "node" else "")
-        cells = (Text(place), Text(loss["model"]), _percent(share["before"]), _percent(share["at_once"]))
-        table.add_row(*cells, Text(_then(loss)))
+        cells = (Text(place), Text(loss["model"]), str(loss["lost"]))
+        table.add_row(*cells, _percent(share["before"]), _percent(share["at_once"]))
     if shown:
         yield table
     if rest := len(worst) - len(shown):
         yield Text(f"{_count(rest, 'other loss')} of a node, zone or cluster leave all of it served at once.")
-    yield Text(
-        "A lost node counts as lost after 50 s; its pods are evicted after their tolerationSeconds (300 s by "
-        "default) and then start elsewhere. Feasibility and arithmetic: scores of the scheduler are not imitated."
-    )
-
-
-def _then(loss: Mapping[str, Any]) -> str:
-    parts = []
-    if loss["moved"]:
-        when = f" after {loss['later_s']:.0f} s" if loss["later_s"] is not None else ", load time not stated"
-        evict = f", evicting {_count(loss['evicted'], 'pod')}" if loss["evicted"] else ""
-        moving = f"{loss['moved']} of {_count(loss['lost'], 'pod')} can move{evict}"
-        parts.append(f"{_percent(loss['share']['later'])}{when}: {moving}")
-    if loss["added"]:
-        when = f" after {loss['covered_s']:.0f} s" if loss["covered_s"] is not None else ""
-        where = "of the next hardware" if loss["scope"] in ("node", "zone") else "more in the others"
-        parts.append(f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} {where}")
-    if loss["waiting"]:
-        why = "; ".join(loss["why"])
-        when = f"; on new nodes after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
-        wait = "waits" if loss["waiting"] == 1 else "wait"
-        parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
-    return "; ".join(parts) or f"until the {loss['scope']} is back"
+    yield Text("To see where their pods fit, remove lost nodes and their pods from the nodes file, and preview again.")
 
 
 def _numbers(names: Sequence[str], deployment: str) -> str:

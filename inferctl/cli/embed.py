@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import typer
 
@@ -19,9 +22,11 @@ from inferctl.core.errors import UsageError, needs_packages
 from inferctl.models.model import resolve_task
 
 if TYPE_CHECKING:
+    from inferctl.bench.load.http_json import ServerAccess
+    from inferctl.config.spec import Spec, Task
     from inferctl.embed.computer import Computer
     from inferctl.embed.job import Job
-    from inferctl.reading.outputs import Output
+    from inferctl.reading.outputs import Output, Role
 
 Result = TypeVar("Result")
 _HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
@@ -40,6 +45,8 @@ Examples:
   inferctl embed 'docs/*.jsonl' --url http://10.0.0.7:8080 --api-key-env BATCH_KEY --output vectors
   # Be the second of four processes that share a folder
   inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --part 1/4
+  # Use a Ray cluster whose nodes share the folders
+  inferctl embed 'docs/*.jsonl' --model DIR --output /shared/vectors --ray 10.0.0.5:6379
 """
 _SETTINGS = ("precision", "allow_inaccurate", "max_batch_tokens", "max_input_tokens")
 
@@ -93,6 +100,9 @@ def embed(
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Compute part I (from 0) of N, in one of N processes that share DIR.")
     ] = "0/1",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Compute on this Ray cluster, whose nodes share the folders.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="End at the first row that cannot be computed, instead of listing it.")
     ] = False,
@@ -132,82 +142,121 @@ def embed(
         raise UsageError(f"invalid --part {part!r}", "pass I/N with I from 0 to N - 1, such as 0/4")
     index, parts = int(share[1]), int(share[2])
     with needs_packages("`inferctl embed`", "serve"), lazy.deferred_signals():
-        from inferctl.bench.load.target import connect
-        from inferctl.embed import job, local, manifest, remote, shards
-        from inferctl.reading import task_config
-        from inferctl.reading.embedding_config import EmbeddingConfig
-        from inferctl.reading.outputs import FORMS
+        from inferctl.embed import job, manifest
     folder = output or Path()
     if output is not None:
         outputs.check_folder(output, "--output")
     if "-" in inputs:
         spooled = str(manifest.spool(sys.stdin.buffer, folder))
         inputs = [spooled if name == "-" else name for name in inputs]
-    names: tuple[Output, ...]
-    if url is not None:
-        if dry_run:
-            raise UsageError("`--dry-run` measures this machine", "remove `--url`, and name the model with `--model`")
-        access = AccessOptions(api_key_env=api_key_env, served_model=served_model).access()
-        server = connect(url, access=access)
-        task, digest, settings = server.task, (server.info.get("model") or {}).get("sha256"), {}
-        names = tuple(options.known(name, FORMS, "--outputs") for name in (returned or server.output).split(","))
-    else:
-        model = download.fetch(spec.model.source, spec.model.revision)
-        task, digest = resolve_task(spec.model.task, model, spec.model.source), model.digest
-        settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
-    if task == "generate":
-        raise UsageError(f"{url or model.path} has a generative model", "name an encoder model")
+    asked = _Asked(returned, input_type, prompt, truncate)
     if url is None:
-        config = task_config.read(task, model.path, spec.serve.max_input_tokens)
-        possible = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
-        names = possible[:1]
-        if returned:
-            names = tuple(options.known(name, possible, "--outputs") for name in returned.split(","))
-        if task == "rerank" and prompt is not None and not config.takes_instruction:
-            raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
-        prompt = config.prompts.select(prompt, None, input_type)
-    shards.check({"task": task, "outputs": names}, format_, dtype)
-    asked: dict[str, Any] = {"outputs": names, "role": input_type, "prompt": prompt, "truncate": truncate}
+        source = _local(spec, asked, device, engine, engines)
+    elif dry_run:
+        raise UsageError("`--dry-run` measures this machine", "remove `--url`, and name the model with `--model`")
+    else:
+        source = _remote(url, AccessOptions(api_key_env=api_key_env, served_model=served_model).access(), asked)
+    pairs = source.task == "rerank"
     run_options = manifest.RunOptions(
         inputs=tuple(inputs),
         output=folder,
-        texts=tuple((text or ("query,document" if task == "rerank" else "text")).split(",")),
+        texts=tuple((text or ("query,document" if pairs else "text")).split(",")),
         id=id_,
         format=format_,
         dtype=dtype,
-        model={"model_sha256": digest, "task": task, **settings, **asked},
+        model=source.decisive,
         most_rows=range_rows,
         # The vectors of the tokens of a text have a hundred times its bytes.
-        most_bytes=range_bytes or (2**20 if "tokens" in names else 8 * 2**20),
+        most_bytes=range_bytes or (2**20 if "tokens" in source.decisive["outputs"] else 8 * 2**20),
         strict=strict,
     )
-    if len(run_options.texts) != 1 + (task == "rerank"):
-        raise UsageError(f"`--text {text}` does not name {1 + (task == 'rerank')} columns", f"the task is {task}")
-    computer: Computer
-    if url is None:
-        machine = local.LocalOptions(device=device, engine=engine, engines=engines, **asked)
-        computer = local.LocalComputer(spec, task, model, machine)
-    else:
-        computer = remote.RemoteComputer(url, access.headers, access.model, **asked)
+    if len(run_options.texts) != 1 + pairs:
+        raise UsageError(f"`--text {text}` does not name {1 + pairs} columns", f"the task is {source.task}")
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
-        found = _interruptible(lambda: embed_view.forecast(run_options, computer, model.path, keys))
+        found = _finish(embed_view.forecast(run_options, source.make(), Path(source.folder), keys))
         console.document(found) if as_json else console.report(embed_view.table(found))
         return
-    work = job.Job(run_options, computer)
+    work = job.Job(run_options, None if ray else source.make())
     with console.progress("reading the inputs"):
         plan = work.plan()
         missing = [number for number in work.missing() if number % parts == index]
     total = len(range(index, len(plan.ranges), parts))
     try:
-        if missing:
-            _interruptible(lambda: _run(work, missing))
+        if missing and ray:
+            with needs_packages("`--ray`", "ray"):
+                from inferctl.embed import ray_pipeline
+            # Ray prints messages of its nodes.
+            with redirect_stdout(sys.stderr), console.progress("computing on the Ray cluster") as show:
+                for _ in ray_pipeline.run(ray, run_options, source.make, list(missing)):
+                    missing.pop()
+                    show(f"{len(missing):,} ranges are left for the Ray cluster")
+        elif missing:
+            _finish(_run(work, missing))
     finally:
         if 0 < len(missing) < total:
             console.note(f"{total - len(missing):,} of {total:,} ranges are done: repeat the command to continue")
     receipt = work.finish(embed_view.price)
     summary = {"output": str(folder), "ranges": total, "complete": receipt is not None, "receipt": receipt}
     console.result(summary, embed_view.summary(summary), as_json=as_json)
+
+
+class _Asked(NamedTuple):
+    """What the options ask of any model."""
+
+    outputs: str | None
+    role: Role
+    prompt: str | None
+    truncate: bool
+
+
+class _Source(NamedTuple):
+    """What computes: its task, what decides its rows, the folder of the model if it is here, and its computer."""
+
+    task: Task
+    decisive: dict[str, Any]
+    make: Callable[[], Computer]
+    folder: Path = Path()
+
+
+def _local(spec: Spec, asked: _Asked, device: str, engine: str, engines: int | None) -> _Source:
+    from inferctl.embed import local
+    from inferctl.reading import task_config
+    from inferctl.reading.embedding_config import EmbeddingConfig
+
+    model = download.fetch(spec.model.source, spec.model.revision)
+    task = resolve_task(spec.model.task, model, spec.model.source)
+    if task == "generate":
+        raise UsageError(f"{spec.model.source} is a generative model", "name an encoder model with `--model`")
+    config = task_config.read(task, model.path, spec.serve.max_input_tokens)
+    possible: tuple[Output, ...] = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
+    if task == "rerank" and asked.prompt is not None and not config.takes_instruction:
+        raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
+    prompt = config.prompts.select(asked.prompt, None, asked.role)
+    inputs = {**_of_inputs(asked, possible[:1], possible), "prompt": prompt}
+    machine = local.LocalOptions(device=device, engine=engine, engines=engines, **inputs)
+    settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
+    decisive = {"task": task, "model_sha256": model.digest, **settings, **inputs}
+    return _Source(task, decisive, partial(local.LocalComputer, spec, task, model, machine), model.path)
+
+
+def _remote(url: str, access: ServerAccess, asked: _Asked) -> _Source:
+    from inferctl.bench.load.target import connect
+    from inferctl.embed.remote import RemoteComputer
+    from inferctl.reading.outputs import FORMS
+
+    server = connect(url, access=access)
+    if server.task == "generate":
+        raise UsageError(f"{url} has a generative model", "name a server of an encoder model")
+    inputs = _of_inputs(asked, (cast("Output", server.output),), tuple(FORMS))
+    digest = (server.info.get("model") or {}).get("sha256")
+    make = partial(RemoteComputer, url, access.headers, access.model, **inputs)
+    return _Source(server.task, {"task": server.task, "model_sha256": digest, **inputs}, make)
+
+
+def _of_inputs(asked: _Asked, default: tuple[Output, ...], possible: tuple[Output, ...]) -> dict[str, Any]:
+    named = [options.known(name, possible, "--outputs") for name in asked.outputs.split(",")] if asked.outputs else []
+    return {**asked._asdict(), "outputs": tuple(named) or default}
 
 
 async def _run(work: Job, missing: list[int]) -> None:
@@ -224,18 +273,11 @@ async def _run(work: Job, missing: list[int]) -> None:
         await work.close()
 
 
-def _interruptible(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run work until it ends. Raises `KeyboardInterrupt` if a signal cancelled it."""
+def _finish(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run work to its end. A signal cancels it, and `KeyboardInterrupt` follows."""
     from inferctl.serve import event_loop
-    from inferctl.serve.signals import StopSignals
 
-    async def run() -> Result:
-        task = asyncio.ensure_future(work())
-        signals.connect(lambda _: task.cancel())
-        return await task
-
-    with StopSignals() as signals, event_loop.runner() as runner:
-        try:
-            return runner.run(run())
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+    with event_loop.runner() as runner:
+        # The runner cancels at SIGINT. The handler of the command line raises at SIGTERM, maybe while a thread starts.
+        runner.get_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+        return runner.run(work)

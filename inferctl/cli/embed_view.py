@@ -16,7 +16,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from inferctl.cli import console
-from inferctl.cli.bench_progress import duration
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.estimate import calibration
@@ -43,8 +42,6 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     with console.progress("reading the inputs"):
         plan, files = await asyncio.to_thread(manifest.make, options)
         sample = await asyncio.to_thread(manifest.sample, plan, files, _SAMPLE)
-    if not sample:
-        raise UsageError("no sampled row can be computed", "check the columns with `--text` and `--id`")
     try:
         with console.progress("measuring a sample here"):
             machine = await computer.start()
@@ -56,11 +53,15 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     finally:
         await computer.close()
     lengths = [int(length) for length in computed.tokens if length]
+    if not lengths:
+        reasons = [*computed.errors.values(), "no text and id in the columns"]
+        raise UsageError(f"no sampled row can be computed: {reasons[0]}", "check the columns with `--text` and `--id`")
     here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
     rows, absent = [_row(here, plan.rows, count / seconds, price(machine["device"]))], []
     for key in dict.fromkeys(keys):
         try:
-            rows.append(_estimated(key, plan.rows, lengths, read_config(model)))
+            most = options.model["max_batch_tokens"]
+            rows.append(_estimated(key, plan.rows, lengths, read_config(model), most))
         except UsageError as error:
             absent.append({"hardware": key, "reason": error.message, "hint": error.hint})
     return {
@@ -73,23 +74,23 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
             "rows": len(sample),
             "errors": list(computed.errors.values())[:5],
             "equal": len(sample) - computed.distinct - len(computed.errors),
-            "tokens_mean": statistics.fmean(lengths or [0]),
-            "tokens_p50": statistics.median(lengths or [0]),
-            "tokens_max": max(lengths, default=0),
+            "tokens_mean": statistics.fmean(lengths),
+            "tokens_p50": statistics.median(lengths),
+            "tokens_max": max(lengths),
         },
         "hardware": rows,
         "absent": absent,
     }
 
 
-def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the forecast: the most that an engine of this hardware can do."""
+def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any], most: int) -> dict[str, Any]:
+    """Return a row of the forecast: the most that an engine can do here, with batches of `most` tokens."""
     part = catalog.hardware(key)
     found = calibration.load().of(part.key, best_precision(part.traits))
-    if problem := memory_problem(found, config, 16_384):
+    if problem := memory_problem(found, config, most):
         raise UsageError(f"{key}: {problem[0]}", "name other hardware")
     model = Transformer.of(config)
-    server = Scenario(lengths, count=5000).server(found.cost(model), front=0.0)
+    server = Scenario(lengths, batch_tokens=most, count=5000).server(found.cost(model), front=0.0)
     rate = server.offline().per_second * found.band_for(model).throughput[1]
     return _row({"hardware": key, "precision": found.precision, "outcome": "estimated"}, rows, rate, _lowest(part))
 
@@ -125,7 +126,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
             each["hardware"],
             each["precision"],
             f"{each['rows_per_s']:,.0f}",
-            duration(3600 * each["hours"]),
+            console.duration(3600 * each["hours"]),
             "-" if each["usd"] is None else f"{each['usd']:,.2f}",
             "measured with the sample" if each["outcome"] == "measured" else "estimated: at best",
         )
@@ -173,10 +174,10 @@ class _Progress:
         rest = (self._rows - rows) * seconds / rows
         windows = [(end - start) / max(1, more - less) for (start, less), (end, more) in pairwise(self._marks)]
         if len(windows) < 4:
-            return f"{duration(rest)} left"
+            return f"{console.duration(rest)} left"
         share = statistics.stdev(windows) / statistics.fmean(windows)
         half = 2 * share * rest * sqrt(1 / len(windows) + seconds / len(windows) / max(rest, 1.0))
-        return f"{duration(rest)} left ({duration(max(0.0, rest - half))} to {duration(rest + half)})"
+        return f"{console.duration(rest)} left ({console.duration(max(0.0, rest - half))} to {console.duration(rest + half)})"
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -187,7 +188,7 @@ def summary(found: Mapping[str, Any]) -> str:
     cost = "" if receipt["cost"] is None else f" for {receipt['cost']['usd']:,.2f} USD"
     lines = [
         f"{found['output']}: {receipt['rows']:,} rows, {receipt['tokens']:,} tokens, {size(receipt['bytes'])}, in "
-        f"{duration(receipt['wall_s'])} ({receipt['rows_per_s']:,.0f} rows/s){cost}",
+        f"{console.duration(receipt['wall_s'])} ({receipt['rows_per_s']:,.0f} rows/s){cost}",
         f"digest of the output: {receipt['output_sha256']}",
     ]
     if receipt["errors"]:

@@ -40,9 +40,9 @@ def lock(
         str | None,
         typer.Option(metavar="URL", help="Search this index too. [default: the torch index of the stack]"),
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Write torch.txt, server.txt and int8.txt into DIR.")
-    ] = Path("locks"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Write the locks into DIR.")] = Path(
+        "locks"
+    ),
 ) -> None:
     """Resolve the package locks of an image with uv and print their paths.
 

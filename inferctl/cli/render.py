@@ -58,7 +58,7 @@ def render(
     }
     if not force:
         _check_overwrite(output / "Dockerfile")
-    server = {name: file.read_bytes() for name, file in server_files().items()}
+    server = {name: file.read_bytes() for name, file in server_files(resolved.spec.image.embed).items()}
     outputs.write_all(output, {**contents, **server}, "--output")
     paths = [str(output / name) for name in contents]
     if as_json:

@@ -52,7 +52,7 @@ class Access(Section):
     )
     open: list[Literal["metrics", "info", "docs"]] = Field(
         default_factory=list,
-        description="With keys: pages open to everyone, of `metrics`, `info` and `docs`.",
+        description="With keys: pages open to everyone, of `metrics`, `info` and `docs`. Each names all models.",
     )
     trusted_proxies: list[OneLine] = Field(
         default_factory=list,

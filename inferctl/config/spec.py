@@ -40,6 +40,7 @@ from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
 from inferctl.config.spec_types import Task as Task
 from inferctl.config.spec_types import TaskSetting as TaskSetting
+from inferctl.core.sizes import parse_size
 
 DEFAULT_FILE = "inferctl.yaml"
 DEFAULT_PORT = 8080
@@ -171,6 +172,20 @@ class ModelSettings(Section):
     )
 
 
+class Batches(Section):
+    """`/v1/files` and `/v1/batches` of OpenAI."""
+
+    folder: OneLine | None = Field(
+        None, description="Folder for files and batches, on a local disk. Default: the server has no batches."
+    )
+    size: Size = Field("100GB", description="Maximum size of the files and outputs of each key.")
+
+    @property
+    def bytes(self) -> int:
+        """The maximum size."""
+        return parse_size(self.size)
+
+
 class Serve(ModelSettings):
     """Settings of the server. Each one can be overridden when the server starts."""
 
@@ -217,6 +232,7 @@ class Serve(ModelSettings):
         default_factory=list,
         description="Generation: further words for `vllm serve`. Those that inferctl sets are rejected.",
     )
+    batches: Batches = Field(default_factory=Batches)  # type: ignore[arg-type]  # pydantic fills the defaults
     grace_seconds: float = Field(
         1.0,
         ge=0,
@@ -281,6 +297,9 @@ class Image(Section):
         None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
     )
     locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
+    embed: bool = Field(
+        False, description="Install the command line and pyarrow too, so that the image can run `inferctl embed`."
+    )
 
 
 class Slo(Section):

@@ -39,6 +39,21 @@ def partial_file(target: Path, mode: int = 0o666) -> Iterator[tuple[Path, Binary
 
 
 @contextmanager
+def synced_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a new file. If the body ends without an exception, it and its name `target` are on the disk."""
+    with partial_file(target) as (partial, to):
+        yield to
+        to.flush()
+        os.fsync(to.fileno())
+        partial.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
 def partial_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
     """Yield a new folder next to `target`, and remove it at the end, unless it was renamed.
 

@@ -4,6 +4,7 @@
     components/NAME/       a capability that an overlay includes: monitoring, metering
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, overflow
     bench/CLUSTER/         bench Jobs, which run before the rest is deployed: each flavor once, in its first cluster
+    embed/CLUSTER/         the Job of `--embed`, on the first flavor that the cluster can have; written alone
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
 """
@@ -20,13 +21,14 @@ from inferctl.deploy.objects import (
     access,
     bench,
     broker,
+    embed,
     metering,
     policy,
     scaling,
     service,
     workload,
 )
-from inferctl.deploy.objects.metadata import BENCH, PART_OF, SERVER, Object, labels_of
+from inferctl.deploy.objects.metadata import BENCH, EMBED, PART_OF, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
 from inferctl.manifests import versions
@@ -47,6 +49,7 @@ _LONGEST_LABEL = 63
 _LONGEST: Mapping[tuple[str, str | None], tuple[int, str]] = {
     ("Deployment", SERVER): (46, "names of its pods have a hash of the template and one of the pod, in 63 characters"),
     ("Job", BENCH): (LONGEST_BENCH, "`inferctl bench` accepts no longer name (deploy.bench)"),
+    ("Job", EMBED): (51, "the host names of its pods are `embed-NAME-INDEX`, in 63 characters"),
     ("Service", None): (_LONGEST_LABEL, "it is a DNS label"),
 }
 
@@ -134,6 +137,27 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def embed_files(plan: DeploymentPlan, run: embed.EmbedRun) -> dict[str, str]:
+    """Return the files of `--embed`, as `files` does."""
+    (model, *others), found = plan.models, {}
+    if others or model.spec.models or not model.spec.image.embed:
+        raise UsageError(
+            "--embed needs one model, with an image that can run `inferctl embed`",
+            "pass one spec with `image.embed: true` and an encoder model, and build its image again",
+        )
+    check(model, plan.clusters)
+    omitted = set(model.spec.deploy.omit)
+    for cluster in plan.clusters:
+        able = (each for each in model.flavors if each.at(cluster).max_replicas.value)
+        if flavor := next(able, None):
+            most = int(flavor.at(cluster).max_replicas.value)
+            objects = embed.objects(model, flavor.only_at(cluster), most, run, plan.namespace)
+            folder = Folder({"namespace.yaml": _namespace(plan.namespace, omitted), _file_of(model): objects})
+            _check_lengths(folder)
+            found |= folder.without(omitted).files(f"{EMBED}/{cluster.name}")
+    return found
+
+
 def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     """Raise `UsageError` if the pods of `model` could not start: no image, a field that a version lacks."""
     spec = model.spec
@@ -170,7 +194,7 @@ def _check_lengths(folder: Folder) -> None:
         kind, name, labels = each["kind"], each["metadata"]["name"], each["metadata"].get("labels", {})
         # Names of pods of others may be cut: nobody looks for a placeholder by its name.
         limit = _LONGEST.get((kind, labels.get(COMPONENT))) or _LONGEST.get((kind, None))
-        prefix = f"{BENCH}-" if kind == "Job" else ""
+        prefix = f"{labels.get(COMPONENT)}-" if kind == "Job" else ""
         name = name.removeprefix(prefix)
         if limit and len(name) > limit[0]:
             raise UsageError(
@@ -190,7 +214,7 @@ def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
 
 def _namespace(name: str, omitted: Container[str]) -> list[Object]:
     denied = policy.deny_all(name)
-    own = (SERVER, metering.CONSUMER, BENCH)
+    own = (SERVER, metering.CONSUMER, BENCH, EMBED)
     components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
     return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 

@@ -24,7 +24,7 @@ from inferctl.embed.manifest import SCHEMA, Manifest, RunOptions, open_plan, wri
 from inferctl.receipts import receipt
 
 # While one range is computed, the next one is read and tokenized, and the one before it is written.
-_IN_FLIGHT = 3
+IN_FLIGHT = 3
 # What `Computer.start` says of this machine, not of the vectors.
 _OF_THE_MACHINE = ("device", "matrix_rate", "versions")
 
@@ -39,11 +39,13 @@ class Job:
         self.options, self.computer, self.errors, self.unread = options, computer, 0, 0
         self._identity: dict[str, Any] = {}
         self.machine: dict[str, Any] = {}
+        shards.check(options.decisive)
         self._worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
 
     @cached_property
-    def _opened(self) -> tuple[Manifest, list[JsonLines]]:
-        return open_plan(self.options)
+    def _opened(self) -> tuple[Manifest, list[JsonLines], list[tuple[int, int]]]:
+        plan, files = open_plan(self.options)
+        return plan, files, [_state(file) for file in files]
 
     def plan(self) -> Manifest:
         """Return the plan of the folder, which is made and written if there is none.
@@ -63,10 +65,9 @@ class Job:
         Raises `UsageError` if it does not compute what the finished ranges have.
         """
         assert self.computer is not None
-        found = json.loads(json.dumps(await self.computer.start()))
+        found: dict[str, Any] = json.loads(json.dumps(await self.computer.start()))
         self.machine = {name: found.get(name) for name in _OF_THE_MACHINE}
         identity = {name: value for name, value in found.items() if name not in _OF_THE_MACHINE}
-        shards.check(identity, self.options.format, self.options.dtype)
         self._remove_partials()
         file = self.options.output / "model.json"
         write_new(file, identity)
@@ -105,7 +106,7 @@ class Job:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(_IN_FLIGHT):
+                for _ in range(IN_FLIGHT):
                     group.create_task(work())
         except BaseExceptionGroup as found:
             raise found.exceptions[0] from None
@@ -120,11 +121,11 @@ class Job:
         await asyncio.to_thread(self._write, number, rows, computed, started)
 
     def _read(self, number: int) -> inputs.Rows:
-        plan, files = self._opened
+        plan, files, states = self._opened
         range_ = plan.ranges[number]
-        file, known = files[range_.file], plan.inputs[range_.file]
-        if file.path.stat().st_size != known["bytes"]:
-            raise UsageError(f"{file.path} changed while it was read", "restore it, and repeat the command")
+        file = files[range_.file]
+        if _state(file) != states[range_.file]:
+            raise UsageError(f"{file.path} changed during the run", "restore it, and repeat the command")
         return inputs.read(file, range_, plan.columns)
 
     def _write(self, number: int, rows: inputs.Rows, computed: Computed, started: float) -> None:
@@ -187,6 +188,11 @@ class Job:
         """End the computer."""
         if self.computer is not None:
             await self.computer.close()
+
+
+def _state(file: JsonLines) -> tuple[int, int]:
+    found = file.path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _busy_s(ranges: Iterable[Mapping[str, Any]]) -> float:

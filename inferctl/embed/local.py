@@ -72,19 +72,21 @@ class _Engines:
     """The batches that wait for an engine or are in flight, the oldest first. It is the `Listener` of the engines."""
 
     def __init__(self) -> None:
-        self.longest_s, self._parallel, self._numbers = 0.0, 1, count()
-        self._waiting, self._isolated = deque[_Attempt](), deque[_Attempt]()
+        self.ready, self.longest_s, self._numbers, self._parallel = asyncio.Event(), 0.0, count(), 1
+        self.info: EngineInfo | None = None  # of the first one that was ready
+        self._waiting = deque[_Attempt]()
         self._in_flight: dict[EngineProcess, dict[int, _Attempt]] = {}
 
     async def run(self, inputs: Sequence[_Encoded], *, isolated: bool) -> BatchResult | str:
         """Return the result of a batch. `isolated`: no other one runs on its engine."""
         attempt = _Attempt(inputs, isolated, asyncio.get_running_loop().create_future())
-        (self._isolated if isolated else self._waiting).append(attempt)
+        (self._waiting.appendleft if isolated else self._waiting.append)(attempt)
         self._dispatch()
         return await attempt.result
 
     def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
-        self._parallel, self._in_flight[engine] = info.parallel, {}
+        self.info, self._parallel, self._in_flight[engine] = self.info or info, info.parallel, {}
+        self.ready.set()
         self._dispatch()
 
     def engine_lost(self, engine: EngineProcess) -> None:
@@ -108,7 +110,7 @@ class _Engines:
         """Send what the engines accept: first what they can run, then as many batches to be prefetched."""
         for most in (self._parallel, 2 * self._parallel):
             while free := [each for each in self._in_flight.items() if self._accepts(each[1], most)]:
-                attempt = (self._isolated or self._waiting).popleft()
+                attempt = self._waiting.popleft()
                 if attempt.result.done():  # it was cancelled
                     continue
                 engine, in_flight = min(free, key=lambda each: len(each[1]))
@@ -118,9 +120,9 @@ class _Engines:
                 engine.send(Batch(number, np.concatenate(ids), lengths, given if given.any() else None))
 
     def _accepts(self, in_flight: dict[int, _Attempt], most: int) -> bool:
-        if self._isolated:
-            return not in_flight
-        return bool(self._waiting) and len(in_flight) < most and not any(each.isolated for each in in_flight.values())
+        if not self._waiting or any(attempt.isolated for attempt in in_flight.values()):
+            return False
+        return not in_flight if self._waiting[0].isolated else len(in_flight) < most
 
 
 class LocalComputer:
@@ -136,9 +138,10 @@ class LocalComputer:
         self._executor = ThreadPoolExecutor(max(1, min(_MOST_THREADS, cgroup.cores() // 2)), "tokenize")
         # Otherwise a measurement decides how many threads divide a batch.
         engine = replace(engine_config(spec, task, options, folder), batch_threads=1)
-        self._engines, self._ready = _Engines(), asyncio.Event()
-        self._pool = EnginePool(engine, options.engines, self._engines, self._batch_timeout, self._engine_ready)
-        self._info: EngineInfo | None = None  # of the first engine that was ready
+        self._engines = engines = _Engines()
+        self._pool = EnginePool(
+            engine, options.engines, engines, lambda: max(options.hang_seconds, _HANG_BATCHES * engines.longest_s)
+        )
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> dict[str, Any]:
@@ -146,31 +149,29 @@ class LocalComputer:
         # Each thread tokenizes a part of the texts. The library would start more threads for each part.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._running = asyncio.create_task(self._pool.run())
-        await self._while_running(self._ready.wait())
-        info, model = self._info, self._model
+        await self._while_running(self._engines.ready.wait())
+        info, model = self._engines.info, self._model
         assert info is not None
+        same = ("batch_tokens", "dimensions", "token_dimensions", "versions")
         return {
+            **{name: getattr(info, name) for name in same},
             "task": model.task,
             "model": model.source,
             "revision": self._revision,
             "digest": self._digest,
             "precision": info.precision.effective,
-            "batch_tokens": info.batch_tokens,
             "outputs": list(self._options.outputs),
-            "dimensions": info.dimensions,
-            "token_dimensions": info.token_dimensions,
             "vocabulary_size": info.vocabulary_size or self._tokenizer.vocabulary_size,
             "labels": list(model.labels),
             "normalized": model.normalized,
             "max_tokens": self._tokenizer.max_tokens,
             "device": asdict(info.device),
             "matrix_rate": info.matrix_rate and info.matrix_rate.flops_per_s * self._pool.counts()["count"],
-            "versions": info.versions,
         }
 
     async def compute(self, inputs: Sequence[Input]) -> Computed:
         """Do what `Computer.compute` says. Equal inputs are computed once."""
-        info, progress, embeds = self._info, self.progress, self._model.task == "embed"
+        info, progress, embeds = self._engines.info, self.progress, self._model.task == "embed"
         assert info is not None, "`start` comes first"
         numbers: dict[Input, int] = {}
         places = np.array([numbers.setdefault(each, len(numbers)) for each in inputs], dtype=np.int64)
@@ -265,13 +266,7 @@ class LocalComputer:
             task.result()
         finally:
             task.cancel()
-
-    def _engine_ready(self, info: EngineInfo) -> None:
-        self._info = self._info or info
-        self._ready.set()
-
-    def _batch_timeout(self) -> float:
-        return max(self._options.hang_seconds, _HANG_BATCHES * self._engines.longest_s)
+            await asyncio.gather(task, return_exceptions=True)  # else asyncio reports that nobody read its error
 
 
 def batches(lengths: Mapping[int, int], most: int) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from inferctl.core.errors import UsageError, shown
-from inferctl.core.outputs import replace
-from inferctl.core.partials import partial_file
+from inferctl.core.partials import synced_file
 from inferctl.embed import inputs
 from inferctl.embed.computer import Input
 from inferctl.embed.inputs import Columns, JsonLines, Range
 from inferctl.receipts.receipt import canonical
 
 SCHEMA = "inferctl.embed/1"
+_NOTHING = hashlib.sha256().hexdigest()
 OutputFormat: TypeAlias = Literal["parquet", "npy", "jsonl"]
 Dtype: TypeAlias = Literal["float32", "float16", "bits"]
 
@@ -152,14 +151,11 @@ def spool(stream: BinaryIO, folder: Path) -> Path:
     """
     file = folder / "stdin.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    if file.exists() and not stream.peek(1):  # type: ignore[attr-defined]
-        return file
-    with partial_file(file) as (partial, to):
-        shutil.copyfileobj(stream, to, 2**20)
-        sync(to)
-        if file.exists() and _digest(file) != _digest(partial):
-            raise UsageError(f"stdin is not the {file} of the start", "name another folder with `--output`")
-        partial.replace(file)
+    if not file.exists():
+        with synced_file(file) as to:
+            shutil.copyfileobj(stream, to, 2**20)
+    elif hashlib.file_digest(stream, "sha256").hexdigest() not in (_NOTHING, _digest(file)):  # type: ignore[arg-type]
+        raise UsageError(f"stdin is not the {file} of the start", "name another folder with `--output`")
     return file
 
 
@@ -167,21 +163,8 @@ def write_new(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, unless it exists. If two processes write it, each must read it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        replace(file, json.dumps(value, separators=(",", ":")))
-        sync_folder(file.parent)
-
-
-def sync(file: BinaryIO) -> None:
-    """Bring what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        with synced_file(file) as to:
+            to.write(json.dumps(value, separators=(",", ":")).encode())
 
 
 def _known(path: Path) -> dict[str, Any]:

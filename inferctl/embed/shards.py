@@ -16,9 +16,8 @@ import numpy as np
 import orjson
 
 from inferctl.core.errors import UsageError, needs_packages
-from inferctl.core.outputs import replace
-from inferctl.core.partials import partial_file
-from inferctl.embed.manifest import Dtype, OutputFormat, sync, sync_folder
+from inferctl.core.partials import synced_file
+from inferctl.embed.manifest import Dtype
 from inferctl.models.vector_format import VectorFormat, convert
 from inferctl.reading.outputs import FORMS, Form, unpack
 from inferctl.reading.rows import Rows
@@ -29,9 +28,10 @@ _FORMATS: dict[Dtype, VectorFormat] = {"float32": "float", "float16": "float16",
 Identity: TypeAlias = Mapping[str, Any]
 
 
-def check(identity: Identity, format_: OutputFormat, dtype: Dtype) -> None:
+def check(identity: Identity) -> None:
     """Raise `UsageError` if the rows of a model cannot be written in a format, `NotReadyError` without its package."""
     outputs = set(identity["outputs"]) if identity["task"] == "embed" else set()
+    dtype, format_ = identity["dtype"], identity["format"]
     if format_ == "npy" and outputs - {"dense"}:
         raise UsageError(f"`--format npy` has no place for {', '.join(sorted(outputs))}", "use parquet or jsonl")
     if dtype != "float32" and (not outputs or outputs & {"sparse"} or (dtype == "bits" and "dense" not in outputs)):
@@ -85,15 +85,13 @@ def write(
     if errors:
         lines = b"".join(orjson.dumps(error, option=orjson.OPT_APPEND_NEWLINE) for error in errors)
         files[f"{name}.errors.jsonl"] = lambda to: to.write(lines)
-    found = {file: _publish(folder / file, fill) for file, fill in files.items()}
-    sync_folder(folder)
-    return found
+    return {file: _publish(folder / file, fill) for file, fill in files.items()}
 
 
 def mark_done(folder: Path, number: int, facts: Mapping[str, Any]) -> None:
     """Write that a range is done."""
-    replace(folder / f"part-{number:05}.json", json.dumps(facts) + "\n")
-    sync_folder(folder)
+    with synced_file(folder / f"part-{number:05}.json") as to:
+        to.write(json.dumps(facts).encode())
 
 
 def done(folder: Path, number: int) -> dict[str, Any] | None:
@@ -107,13 +105,10 @@ def done(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def _publish(path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    with partial_file(path) as (partial, to):
+    with synced_file(path) as to:
         fill(to)
-        sync(to)
-        with partial.open("rb") as stream:
-            facts = {"bytes": partial.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-        partial.replace(path)
-    return facts
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _lines(values: Mapping[str, Sequence[Any]]) -> Iterator[bytes]:

@@ -32,10 +32,14 @@ def rendered_image(resolved: Resolved) -> Rendered:
     spec = resolved.spec
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
-    folder = Path(spec.image.locks) if spec.image.locks else None
-    package_locks = locks.load(base, folder, int8=any(each.serve.precision == "int8" for each in spec.each()))
+    package_locks = _locks(spec, base)
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
     return render.render(spec, base, stack, package_locks, provenance, *_known(spec))
+
+
+def _locks(spec: Spec, base: BaseImage) -> locks.Locks:
+    int8 = any(each.serve.precision == "int8" for each in spec.each())
+    return locks.load(base, Path(spec.image.locks) if spec.image.locks else None, int8=int8, embed=spec.image.embed)
 
 
 def _known(spec: Spec) -> tuple[list[WeightsFolder], dict[str, ModelImage]]:
@@ -66,7 +70,7 @@ def missing_files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
     """Yield an error for each file or folder of the spec that is absent or not usable."""
     if spec.image.locks:
         try:
-            locks.load(base, Path(spec.image.locks), int8=spec.serve.precision == "int8")
+            _locks(spec, base)
         except UsageError as error:
             why = "`inferctl build` installs what the locks list"
             yield Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)

@@ -2,8 +2,8 @@
 
 A lock is a requirements file with the version and the hashes of each package. pip installs it with `--require-hashes
 --no-deps`. Its first line names the stack, the Python version and the platform of the lock. Several locks keep the
-layers of an image independent: torch and its dependencies, vLLM and its dependencies, the server's dependencies, and
-int8. The shipped locks are in `base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or
+layers of an image independent: torch and its dependencies, vLLM and its dependencies, the server's dependencies, int8,
+and what `inferctl embed` needs. The shipped locks are in `base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or
 a folder of wheels.
 """
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
 # Additional packages of an int8 image, by whether the stack has CUDA. On CPUs, oneDNN in torch runs int8.
 _INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
+# What `inferctl embed` imports and the server does not, without what these require.
+_EMBED = ("typer", "rich", "pyarrow")
 # Packages that images leave out, because the server never imports them -> what requires them. vLLM imports some of
 # them, so the lock of vLLM has those that it requires.
 # `tests/project/test_end_to_end.py` compares the imports of a running server with the packages in its image.
@@ -65,13 +67,14 @@ _UNREACHABLE = re.compile(
 class Locks:
     """The texts of the locks. `torch` is None if the base image contains it.
 
-    Only a stack for generation has `vllm`, and only one for embeddings `int8`.
+    Only a stack for generation has `vllm`, and only others have `int8` and `embed`.
     """
 
     torch: str | None
     server: str
     int8: str | None = None
     vllm: str | None = None
+    embed: str | None = None
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the existing locks by path in the build context."""
@@ -82,13 +85,17 @@ class Locks:
         return {name: version for text in vars(self).values() for name, version in versions(text or "").items()}
 
 
-def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
-    """Return the locks for an image on `base`, from `folder` or the shipped ones. `int8`: include the int8 lock."""
+def load(base: BaseImage, folder: Path | None, *, int8: bool, embed: bool = False) -> Locks:
+    """Return the locks for an image on `base`, from `folder` or the shipped ones.
+
+    `int8`, `embed`: include this lock, if the stack has it.
+    """
     stack = catalog.stack(base.stack)
     source = folder or assets.root() / "base-images" / "locks" / base.stack
     needed = ["server", *([] if "torch" in base.provides else ["torch"])]
     needed += ["vllm"] if stack.vllm else []
     needed += ["int8"] if int8 and _int8(stack) else []
+    needed += ["embed"] if embed and not stack.vllm else []
     texts = {name: _read(source / f"{name}.txt") for name in needed}
     for name, text in texts.items():
         _check_target(source / f"{name}.txt", text or "", base)
@@ -97,7 +104,7 @@ def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
             f"{missing[0]}.txt not found in {source}" if folder else f"no shipped locks for the base {base.key}",
             f"run `inferctl lock --base {base.key} --output {folder or 'locks'}`, then set image.locks to that folder",
         )
-    return Locks(texts.get("torch"), texts["server"] or "", texts.get("int8"), texts.get("vllm"))
+    return Locks(texts.get("torch"), texts["server"] or "", texts.get("int8"), texts.get("vllm"), texts.get("embed"))
 
 
 def _int8(stack: Stack) -> list[str]:
@@ -155,7 +162,8 @@ def resolve(target: LockTarget, provided: tuple[str, ...]) -> Locks:
         torch_pin += "+cpu"
     requirements = server_requirements(target.stack)
     vllm, int8 = [target.stack.vllm] if target.stack.vllm else [], _int8(target.stack)
-    everything = _compile([torch_pin, *requirements, *vllm, *int8], [], target)
+    embedding = [line for line in declared_requirements("embed") if name_of(line) in _EMBED and not target.stack.vllm]
+    everything = _compile([torch_pin, *requirements, *vllm, *int8, *embedding], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     absent = set(_NOT_ON_CPU) if target.stack.cuda is None else set()
 
@@ -169,13 +177,14 @@ def resolve(target: LockTarget, provided: tuple[str, ...]) -> Locks:
     parts = {
         "torch": set() if "torch" in provides else torch - left_out,
         "server": server - torch - left_out,
-        "int8": set(versions(everything)) - torch - server - left_out if int8 else set(),
+        "int8": closure(*int8) - torch - server - left_out if int8 else set(),
     }
     # vLLM imports some of the packages that images for embeddings leave out.
     parts["vllm"] = engine - parts["torch"] - parts["server"] - provides
+    parts["embed"] = closure(*embedding) - torch - parts["server"] - provides if embedding else set()
     first = header(target.stack.key, target.python, target.platform)
     texts = {name: first + select(everything, names) if names else None for name, names in parts.items()}
-    return Locks(texts["torch"], texts["server"] or first, texts["int8"], texts["vllm"])
+    return Locks(texts["torch"], texts["server"] or first, texts["int8"], texts["vllm"], texts["embed"])
 
 
 def versions(lock: str) -> dict[str, str]:

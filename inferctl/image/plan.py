@@ -120,7 +120,8 @@ def plan(resolved: Resolved, options: BuildOptions) -> BuildPlan:
     """
     spec = resolved.spec
     base = catalog.base(spec.image.base)
-    stack, rendered, server_files = catalog.stack(base.stack), rendered_image(resolved), render.server_files()
+    stack, rendered = catalog.stack(base.stack), rendered_image(resolved)
+    server_files = render.server_files(spec.image.embed)
     if options.push and not options.references and not spec.image.repository:
         raise UsageError(
             f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",

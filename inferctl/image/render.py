@@ -5,7 +5,7 @@ source is checked for being a local folder.
 
 The layers of the image, each a separate `COPY --link`, with large and stable ones first:
 
-    base | python | torch closure | vLLM | server dependencies | int8 | weights | server | config
+    base | python | torch closure | vLLM | server dependencies | int8 | embed | weights | server | config
 
 Each model and each adapter is a layer of weights. An image that downloads some has an empty folder for them (`cache`).
 A change in one part changes only its own layer, so a new config or a new adapter pushes one layer.
@@ -42,6 +42,8 @@ EPOCH = 315532800
 KEYS_PATH = "/keys"
 # Where an image stores the weights that it downloads. templates/Dockerfile.j2 has it too.
 CACHE_PATH = "/model-cache"
+# Where an image has its spec. templates/Dockerfile.j2 has it too.
+CONFIG_PATH = "/etc/inferctl/inferctl.yaml"
 # The label with the models and adapters of an image that has several.
 NAMES_LABEL = "io.inferctl.names"
 _LISTED = ("name", "base", "weights", "path", "revision", "task", "sha256")
@@ -111,8 +113,9 @@ def render(
     baked = [each for each in folders if each.weights == "bake"]
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     port = spec.serve.port or DEFAULT_PORT
-    optional = {"int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
-    closures = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
+    extras = [name for name in ("int8", "embed") if getattr(locks, name)]
+    optional = {"vllm": locks.vllm, "torch": locks.torch}
+    closures = ["server", "dependencies", *extras, *(name for name, lock in optional.items() if lock)]
     # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
@@ -124,8 +127,8 @@ def render(
         "compiles": stack.vllm is not None and stack.cuda is not None,
         "downloads": downloads(spec),
         "epoch": EPOCH,
+        "extras": extras,
         "gpu": stack.cuda is not None,
-        "has_int8_lock": locks.int8 is not None,
         "has_torch_lock": locks.torch is not None,
         "has_vllm_lock": locks.vllm is not None,
         "labels": {},
@@ -152,11 +155,11 @@ def render(
     unknown = [each for each in baked if each.stage in contexts and each.sha256 is None]
     if spec.image.wheels is not None:
         contexts["wheels"] = spec.image.wheels
-    files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, folders, port), **locks.files()}
+    files = {f"layers/config{CONFIG_PATH}": _container_config(spec, folders, port), **locks.files()}
     content = None
     if not unknown:
         weights = "\n".join(each.sha256 or "" for each in baked)
-        content = _content(_fill("Dockerfile.j2", values), files, weights)
+        content = _content(_fill("Dockerfile.j2", values), files, weights, spec.image.embed)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
     labels = _labels(spec, base_image, stack, provenance, tag, content)
     names = _names(folders) if spec.models or len(folders) > 1 else None
@@ -195,7 +198,7 @@ def _start_period(stack: Stack, weights_bytes: list[float]) -> int:
     return math.ceil(longest_start_s(int(total) if math.isfinite(total) else None) / 60) * 60
 
 
-def _content(dockerfile: str, files: Mapping[str, bytes], weights: str) -> str:
+def _content(dockerfile: str, files: Mapping[str, bytes], weights: str, embed: bool) -> str:
     """Return the sha256 (hex) over all inputs that determine the files and the settings of an image.
 
     `dockerfile` is rendered without labels and with a fixed start period, so that the commit of the spec does not
@@ -203,16 +206,19 @@ def _content(dockerfile: str, files: Mapping[str, bytes], weights: str) -> str:
     """
     steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
     parts = {"Dockerfile": steps.encode(), **files, "weights": weights.encode()}
-    parts |= {name: file.read_bytes() for name, file in server_files().items()}
+    parts |= {name: file.read_bytes() for name, file in server_files(embed).items()}
     listed = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def server_files() -> dict[str, Path]:
-    """Return the server's own files: path in the build context (`layers/server/opt/inferctl/...`) -> local file."""
+def server_files(embed: bool = False) -> dict[str, Path]:
+    """Return the server's own files: path in the build context (`layers/server/opt/inferctl/...`) -> local file.
+
+    `embed`: with the command line, which is the whole package.
+    """
     package = assets.package()
     target = "layers/server/opt/inferctl/server/inferctl"
-    files = (file for pattern in _SERVER_FILES for file in package.glob(pattern))
+    files = (file for pattern in (["**/*.py"] if embed else _SERVER_FILES) for file in package.glob(pattern))
     found = {f"{target}/{file.relative_to(package).as_posix()}": file for file in files}
     # The server reads the hardware facts to report the name of its GPU.
     for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):

@@ -1,4 +1,4 @@
-"""What a verification and `inferctl serve --image` do with a container: mounts, a port, requests, why it ended."""
+"""What a verification does with a container: mounts, a port, requests, why it ended."""
 
 from __future__ import annotations
 
@@ -39,11 +39,8 @@ def mounts_of(folders: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
-    """Return an error with the reason why the container exited, None if it runs.
-
-    `hint`: for an exit whose reason is only in the log.
-    """
+def exit_error(container: Container) -> InferctlError | None:
+    """Return an error with the reason why the container exited, None if it runs."""
     state = container.state()
     if state.running:
         return None
@@ -53,7 +50,8 @@ def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | N
             with_log("the container ran out of memory (OOM-killed)", log),
             "give the engine more memory, or use a smaller model",
         )
-    if re.search(f"Permission denied: '({IMAGE_FOLDER}|/adapters/)", log):
+    place = f"({IMAGE_FOLDER}|/adapters/)"
+    if re.search(rf"Permission denied: '{place}|error: {place}\S* cannot be read: permission denied", log):
         return NotReadyError(
             with_log("the container cannot read its weights: it runs as another user (10001)", log),
             "make the mounted folder readable: `chmod -R a+rX DIR`",
@@ -68,7 +66,7 @@ def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | N
     summary = f"the container ended with exit code {state.exit_code}"
     if state.exit_code in known:
         summary += f" ({known[state.exit_code]})"
-    return InferctlError(with_log(summary, log or state.error), hint)
+    return InferctlError(with_log(summary, log or state.error), NO_VERIFY)
 
 
 def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:

@@ -20,9 +20,8 @@ CLIENT = "inferctl.io/client"
 RATE = "inferctl.io/tokens-per-second"
 UTILIZATION = "inferctl.io/utilization"
 PREFERENCE = "inferctl.io/preference"
-# Seconds from the start of a pod until it is ready, and the same with a new node.
+# Seconds from the start of a pod until it is ready.
 LOAD = "inferctl.io/load-seconds"
-COLD_START = "inferctl.io/cold-start-seconds"
 # On the autoscaler, which differs between clusters, else on the Deployment: the model's peak in this cluster.
 PEAK = "inferctl.io/peak-tokens-per-second"
 # On any object: ids of rules of the lint that it is exempt from, separated by commas.

@@ -457,7 +457,8 @@ def _pickles(folder: Path) -> list[Path]:
 def tensors(file: Path, most: int = 100_000_000) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the tensors in the header of a safetensors file (an 8-byte little-endian length, then JSON) by name.
 
-    `most`: bytes of the header. Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
+    `most`: bytes of the header. Raises `UsageError` if the file cannot be read, or if its header or its size is wrong,
+    as in an incomplete download or a Git LFS pointer.
     """
     problem = UsageError(
         f"{file} is not a complete safetensors file",
@@ -474,6 +475,9 @@ def tensors(file: Path, most: int = 100_000_000) -> Iterator[tuple[str, dict[str
         if file.stat().st_size != 8 + length + end or not all(_is_tensor(**each) for each in tensors.values()):
             raise problem
         yield from tensors.items()
+    except PermissionError:
+        hint = f"make it readable for the user of the server: `chmod -R a+rX {file.parent}`"
+        raise UsageError(f"{file} cannot be read: permission denied", hint) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
         raise problem from None
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import InferctlError, NotReadyError
@@ -19,6 +23,7 @@ _MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 _KILLED_S = 5.0  # to end after SIGKILL
 # A timer that is later than this did not run in time, as in a paused container, and then the process was not heard.
 _LATE_S = 0.5
+_STABLE_S = 30.0  # after this, the next crash of a helper is a new one
 
 
 class Child:
@@ -142,6 +147,56 @@ class Child:
         self.hangs += 1
         self._report(f"{self.name} did not {what} within {seconds:.3g} s; killing it")
         self.kill()
+
+
+class Helper(Child):
+    """A program of inferctl that works next to a server, and ends with its stdin. Its stderr goes to a log.
+
+    It gets `settings` as a line of JSON. An empty line before the end says that the server ends, and was not killed.
+    """
+
+    restartable = True
+
+    def __init__(self, name: str, module: str, settings: dict[str, Any], log: logging.Logger) -> None:
+        super().__init__(log.error)
+        self.name, self._module, self._log = name, module, log
+        self._line = json.dumps(settings).encode() + b"\n"
+
+    def stop(self, seconds: float, what: str) -> None:
+        """Let the program do `what` is left, and `run` return after `seconds` at the latest."""
+        self.stopping.set()
+        self._end()
+        self.expect(seconds, what=what)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self._module,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for the server only
+        )
+
+    async def _attend(self) -> None:
+        process = self._process
+        assert process and process.stdin and process.stderr
+        process.stdin.write(self._line)
+        if self.stopping.is_set():
+            self._end()
+        stable = asyncio.get_running_loop().call_later(_STABLE_S, self.is_ready)
+        with contextlib.suppress(ConnectionError, ValueError):  # a line that is too long
+            async for line in process.stderr:
+                self._log.warning("%s", line.decode(errors="replace").rstrip())
+        stable.cancel()
+        await process.wait()
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin
+            self._process.stdin.write(b"\n")
+            self._process.stdin.close()
 
 
 def _kill_group(pid: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
 
 import inferctl
 from inferctl.config import spec
+from inferctl.core import outputs
 from inferctl.serve.edge import access
 from inferctl.serve.edge.edge import Edge
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -24,8 +26,8 @@ class EdgeSetup:
     """For one process that responds to clients.
 
     `name`: of the server. `models`: the names that keys may have. `task`, `tasks`: as of `ServerMetering`. `ready()` and
-    `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` if a key file is missing or
-    not valid.
+    `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. `batch_secret`: as of `EdgeAccess`. Raises
+    `UsageError` if a key file is missing or not valid.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class EdgeSetup:
         log: str,
         traces: bool,
         tasks: Mapping[str, spec.Task] = {},
+        batches: spec.Batches,
+        batch_secret: str,
     ) -> None:
-        self._name, self._log, self._traces = name, log, traces
+        self._name, self._log, self._traces, self._batches = name, log, traces, batches
         self.metering = ServerMetering(recording, name, task, known_callers=keys.required, tasks=tasks)
-        self.access = access.create(keys, models)
+        self.access = access.create(keys, models, batch_secret)
         self.lifecycle = Lifecycle(ready, live, lambda: access.known(self.access))
 
     def edge(
@@ -55,6 +59,13 @@ class EdgeSetup:
         **options: Any,
     ) -> Edge:
         """Return the edge in front of `app`, whose events are counted in `metrics`. `options`: others of `Edge`."""
+        if self._batches.folder:
+            from inferctl.serve.api import batches
+
+            outputs.check_folder(Path(self._batches.folder), "serve.batches.folder")
+            paths = options.get("models") or options["endpoints"]  # of several tasks, those that the server has
+            app = batches.BatchApi(app, self._batches, paths)
+            options |= {"endpoints": {**options["endpoints"], **batches.NAMES}, "uploads": batches.UPLOADS}
         sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, self.metering.record]
         if self._log == "json":
             sinks.append(logs.log_request)

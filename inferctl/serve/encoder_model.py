@@ -9,7 +9,7 @@ from typing import Any
 
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.device_share import DeviceShare
-from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.batching.latency_model import LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
 from inferctl.reading import task_config
@@ -49,14 +49,10 @@ class EncoderModel:
     ) -> None:
         self.spec, self.task, self.number, self.folder, self._options = spec, task, number, folder, options
         self._config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
-        self._capacity = Capacity.read(options.capacity) if options.capacity else None
-        capacity_slo_ms = self._capacity.slo_p99_ms if self._capacity else None
-        slo_ms = spec.slo.p99_ms or capacity_slo_ms
-        self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
-        self.objectives = objectives(spec.slo, slo_ms)
+        self.objectives = objectives(spec.slo)
         # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
         self.metrics = metrics = Metrics(self.objectives, spec.name if share else None)
-        self.batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
+        self.batcher = Batcher(_queue_limits(spec), LatencyModel())
         self.dispatcher = Dispatcher(self.batcher, metrics, share=share, weight=weight)
         self.pool = EnginePool(
             engine_config(spec, task, options, folder),
@@ -77,7 +73,9 @@ class EncoderModel:
         self._info: dict[str, Any] | None = None
         self._on_ready = on_ready
         metrics.engine_restarts.set_function(lambda: self.pool.counts()["restarts"])
-        metrics.watch_capacity(self._rates)
+        metrics.watch_capacity(
+            lambda: self.batcher.latency.tokens_per_second(self.batcher.limits.batch_tokens, self.batcher.slots)
+        )
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
@@ -103,21 +101,12 @@ class EncoderModel:
     @property
     def lines(self) -> list[str]:
         """The lines printed when the server is ready."""
-        return list(describe.lines(self._engine, self._admission, self._config)) if self._engine else []
+        admission = describe.admission_line(self.spec.slo.p99_ms)
+        return list(describe.lines(self._engine, admission, self._config)) if self._engine else []
 
     def state(self) -> dict[str, Any]:
         """Return what API processes need to know of it."""
         return {"device": self.device, "digest": self.folder.digest, **self.sizes}
-
-    def _rates(self) -> dict[str, float]:
-        """Return the tokens per second of its engines by source; without those that are not known."""
-        batcher, capacity = self.batcher, self._capacity
-        size = batcher.limits.batch_tokens, batcher.slots
-        rates = {
-            "capacity_file": capacity.tokens_per_second(*size) if capacity else None,
-            "fitted": batcher.latency.tokens_per_second(*size),
-        }
-        return {source: rate for source, rate in rates.items() if rate is not None}
 
     def describe(self) -> dict[str, Any] | None:
         """Return what `GET /info` says of it; None before an engine was ready."""
@@ -135,12 +124,12 @@ class EncoderModel:
         }
 
 
-def _queue_limits(spec: Spec, slo_ms: float | None) -> QueueLimits:
+def _queue_limits(spec: Spec) -> QueueLimits:
     return QueueLimits(
         spec.serve.max_batch_tokens,
         spec.serve.max_queue_tokens,
         max_wait_s=spec.serve.max_wait_seconds,
-        slo_s=slo_ms / 1000 if slo_ms else None,
+        slo_s=spec.slo.p99_ms / 1000 if spec.slo.p99_ms else None,
     )
 
 

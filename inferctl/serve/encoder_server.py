@@ -12,7 +12,6 @@ from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core import cgroup
-from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.models.model import ModelFolder
 from inferctl.serve import event_loop
@@ -47,10 +46,8 @@ class EncoderServer(ServerLifetime):
         notify: Callable[[str], None],
         progress: StartProgress,
     ) -> None:
-        """Raises `UsageError` for a model or an option that is not usable, `NotReadyError` for insufficient memory."""
+        """Raises `UsageError` for a model that is not usable, `NotReadyError` for insufficient memory."""
         several, tasks = len(loaded) > 1, [task for task, _ in loaded]
-        if several and options.capacity:
-            raise UsageError("a capacity file is of one model, and the spec has several", "remove `--capacity`")
         if several and options.engine != "echo":
             folders = (folder for _, folder in loaded)
             memory.check_all(list(zip(spec.each(), folders, strict=True)), options.device)
@@ -89,6 +86,7 @@ class EncoderServer(ServerLifetime):
                 "spec": _for_api_processes(spec, processes),
                 "models": [(model.task, str(model.folder.path), model.objectives) for model in models],
                 "processes": processes,
+                "batch_secret": self._batch_secret,
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -14,6 +16,7 @@ from inferctl.config.spec import Spec, Task
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.serve import relay_process
+from inferctl.serve.child import Helper
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.observe import metering
@@ -51,6 +54,8 @@ class ServerLifetime(ABC):
         self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
         self._started = time.monotonic()
         self._relay = relay_process.start(spec, notify)
+        self._batch_secret = secrets.token_hex(32)  # with which the worker sends requests of keys; of this start only
+        self._batches: Helper | None = None
         models, log, traces = key_names(spec), options.log, options.traces
         recording = spec.metering if records else spec.metering.model_copy(update={"mode": "off"})
         self._setup = setup = EdgeSetup(
@@ -64,6 +69,8 @@ class ServerLifetime(ABC):
             log=log,
             traces=traces,
             tasks=tasks,
+            batches=spec.serve.batches,
+            batch_secret=self._batch_secret,
         )
         self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._drain_end = 0.0
@@ -75,14 +82,16 @@ class ServerLifetime(ABC):
         """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if the start fails."""
         listener.raise_file_limit()
         relay: asyncio.Task[None] | None = None
+        batches: asyncio.Task[None] | None = None
         showing = asyncio.create_task(self._progress.run())
         try:
             self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-            self._url, host = listener.reached_at(self._socket, self._spec.serve.host, self._options.published)
-            for warning in self._warnings(host):
+            self._url = listener.url_of(self._socket, self._spec.serve.host)
+            for warning in self._warnings(self._spec.serve.host):
                 self._notify(f"warning    {warning}")
             self._metering.open()
             relay = asyncio.create_task(self._relay.run()) if self._relay else None
+            batches = asyncio.create_task(self._run_batches())
             signals.connect(self._handle_signal)
             unfinished = await self._serve()
         finally:
@@ -92,6 +101,9 @@ class ServerLifetime(ABC):
                 await self._end()
             finally:
                 await closing
+                if batches:
+                    self._stop_batches()
+                    await batches
         if self._failure:
             raise self._failure
         if unfinished:
@@ -101,6 +113,21 @@ class ServerLifetime(ABC):
         if self._lifecycle.started or not self._interrupted:
             self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
+
+    async def _run_batches(self) -> None:
+        settings = self._spec.serve.batches
+        if settings.folder:
+            # Not `_url`: of a container, clients of its host use that.
+            url, _ = listener.reached_at(self._socket, self._spec.serve.host, None)
+            values = {"folder": settings.folder, "space": settings.bytes, "url": url, "secret": self._batch_secret}
+            log = logging.getLogger("inferctl.batches")
+            self._batches = Helper("the worker of batches", "inferctl.serve.batches.worker", values, log)
+            await self._batches.run()
+
+    def _stop_batches(self) -> None:
+        """Let no more requests of batches begin, and write the responses to those in flight."""
+        if self._batches and not self._batches.stopping.is_set():
+            self._batches.stop(self._spec.serve.drain_seconds + _FLUSH_S, "write the last responses")
 
     @abstractmethod
     def _ready(self) -> bool:
@@ -151,6 +178,7 @@ class ServerLifetime(ABC):
             self._kill()
             os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
         self._lifecycle.draining = True
+        self._stop_batches()
         in_flight = self._drain()
         if self._lifecycle.started:
             self._notify(f"shutting down; {in_flight}a second signal stops at once")
@@ -170,7 +198,7 @@ class ServerLifetime(ABC):
         left = max(_FLUSH_S, self._drain_end - time.monotonic())
         await self._metering.close(left)
         if self._relay and relay:
-            self._relay.stop(left)
+            self._relay.stop(left, "store all usage events, which the next one in this folder does,")
             await relay
 
 

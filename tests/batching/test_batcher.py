@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.batching.latency_model import LatencyModel
+from tests.latency_models import learned
 
 # (bulk, lengths of the sequences)
 REQUESTS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=12)), max_size=20)
@@ -104,7 +105,7 @@ def test_bulk_requests_run_in_the_slots_for_idle_time_if_there_are_some() -> Non
 
 def test_without_slots_for_idle_time_bulk_batches_are_short_while_others_may_arrive() -> None:
     limits = QueueLimits(1024, 10_000, slo_s=1.0)
-    queue = filled(Batcher(limits, LatencyModel(Capacity(0.0, 1000.0))), [(True, [10] * 200), (False, [10])])
+    queue = filled(Batcher(limits, learned(0.0, 1000.0)), [(True, [10] * 200), (False, [10])])
     sizes = [sum(item.tokens for item in queue.next_batch(now)) for now in (0.0, 0.5, 0.9, 1.0)]
     assert sizes == [10, 100, 100, 1020]
 
@@ -211,7 +212,7 @@ def test_a_batch_at_the_token_limit_is_full() -> None:
 
 
 def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
-    queue = Batcher(QueueLimits(1000, 100), LatencyModel(Capacity(0.0, 100.0)))
+    queue = Batcher(QueueLimits(1000, 100), learned(0.0, 100.0))
     queue.submit(1, [50], now=0.0)
     assert queue.expected_wait() == pytest.approx(0.5)
     with pytest.raises(AdmissionError) as rejected:
@@ -220,7 +221,7 @@ def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
 
 
 def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> None:
-    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), learned(0.1, 1000.0))
     queue.submit(1, [100] * 4, now=0.0)  # 4 batches of 0.2 s
     queue.predict_latency(50, busy_s=0.0)  # 0.8 s + 0.15 s
     with pytest.raises(AdmissionError) as rejected:
@@ -234,7 +235,7 @@ def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> No
 
 @pytest.mark.parametrize("bulk", [False, True])
 def test_a_request_that_would_wait_too_long_is_rejected_with_a_retry_time(bulk: bool) -> None:
-    queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), learned(0.1, 1000.0))
     queue.submit(1, [100] * 5, now=0.0, bulk=bulk)  # 5 batches of 0.2 s
     queue.predict_latency(5000 - 500, bulk=bulk)  # the request's own time does not count
     with pytest.raises(AdmissionError) as rejected:
@@ -286,20 +287,20 @@ def test_accepted_requests_wait_at_most_about_the_limit_at_three_times_the_load(
 
 def test_a_request_that_takes_longer_than_the_longest_wait_does_not_delay_others() -> None:
     limits = QueueLimits(64, 1_000_000, max_wait_s=10.0)
-    queue = Batcher(limits, LatencyModel(Capacity(fixed_s=0.0, tokens_per_s=100)))
+    queue = Batcher(limits, learned(0.0, 100))
     queue.submit(1, [10] * 200, now=0.0)  # 20 s
     queue.submit(2, [10], now=0.1)
     assert 2 in {item.request for item in queue.next_batch(0.2)}
 
 
 def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:
-    queue = Batcher(QueueLimits(100, 200, slo_s=0.1), LatencyModel(Capacity(0.1, 1000.0)))
+    queue = Batcher(QueueLimits(100, 200, slo_s=0.1), learned(0.1, 1000.0))
     queue.submit(1, [100] * 9, now=0.0)
     assert queue.waiting_tokens == 900
 
 
 def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> None:
-    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.0, 1000.0)))
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), learned(0.0, 1000.0))
     queue.submit(1, [100] * 6, now=0.0)
     queue.predict_latency(50)
     for _ in range(100):
@@ -312,7 +313,7 @@ def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> No
 
 
 def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
-    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), LatencyModel(Capacity(0.0, 1_000.0)), slots=8)
+    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), learned(0.0, 1_000.0), slots=8)
     assert queue.predict_latency(512, longest=64) == pytest.approx(0.064)
     with pytest.raises(AdmissionError):
         queue.predict_latency(512, longest=512, busy_s=0.01)
@@ -320,7 +321,7 @@ def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
 
 def _flooded(limits: QueueLimits, tenants: bool) -> dict[str, float]:
     """Return the share of accepted requests of a client at ten times the capacity, and of one at a tenth of it."""
-    queue = Batcher(limits, LatencyModel(Capacity(0.001, 64_000)))
+    queue = Batcher(limits, learned(0.001, 64_000))
     sent, accepted = {"flood": 0, "other": 0}, {"flood": 0, "other": 0}
     busy, number = 0.0, 0
     for tick in range(4_000):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.batching.latency_model import Capacity, LatencyModel
-from inferctl.core.errors import UsageError
+from inferctl.batching.latency_model import LatencyModel
 from inferctl.serve.observe import describe
+from tests.latency_models import learned
 
 REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 
@@ -59,66 +56,12 @@ def test_batches_of_one_size_are_enough_to_predict_that_size() -> None:
     assert LatencyModel().seconds(500) == 0
 
 
-def test_a_measured_capacity_is_the_start_value(tmp_path: Path) -> None:
-    file = tmp_path / "capacity.json"
-    file.write_text('{"fixed_s": 0.01, "tokens_per_s": 1000, "slo_p99_ms": 250, "note": "ignored"}')
-    capacity = Capacity.read(file)
-    assert capacity.slo_p99_ms == 250
-    model = LatencyModel(capacity)
+def test_tokens_are_divided_into_batches() -> None:
+    model = learned(0.01, 1000)
     assert model.seconds(1000) == pytest.approx(1.01)
     assert model.seconds(1000, batch_tokens=100) == pytest.approx(1.1)
-    for tokens in [100, 1000] * 200:
-        model.observe(tokens, tokens / 2000)
-    assert model.seconds(1000) == pytest.approx(0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("fixed_s", -0.001),
-        ("fixed_s", True),
-        ("fixed_s", None),
-        ("tokens_per_s", 0),
-        ("tokens_per_s", -5.0),
-        ("tokens_per_s", True),
-        ("tokens_per_s", math.nan),
-        ("tokens_per_s", "fast"),
-        ("slo_p99_ms", 0),
-        ("slo_p99_ms", False),
-        ("parallel_batches", 0),
-        ("max_batch_tokens", 2048.5),
-        ("max_batch_tokens", True),
-    ],
-)
-def test_an_invalid_value_is_named(key: str, value: object, tmp_path: Path) -> None:
-    file = tmp_path / "capacity.json"
-    file.write_text(json.dumps({"fixed_s": 0, "tokens_per_s": 15_000, "slo_p99_ms": None}))
-    assert Capacity.read(file) == Capacity(0, 15_000)
-    file.write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, key: value}))
-    with pytest.raises(UsageError, match=f"`{key}` must be a"):
-        Capacity.read(file)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"fixed_s": 0.1, "tokens_per_s": 0}', '{"fixed_s": "a", "tokens_per_s": 9}']
-)
-def test_a_file_without_a_capacity_is_an_error(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "capacity.json"
-    file.write_text(text)
-    with pytest.raises(UsageError, match=r"capacity\.json") as raised:
-        Capacity.read(file)
-    assert "tokens_per_s" in str(raised.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("spec_ms", "capacity_ms", "line"),
-    [
-        (70, 200, f"{REJECTS} 70 ms (slo.p99_ms)"),
-        (None, 200, f"{REJECTS} 200 ms (slo_p99_ms of the capacity file)"),
-        (None, None, None),
-    ],
-)
-def test_the_server_prints_the_slo_that_it_enforces(
-    spec_ms: float | None, capacity_ms: float | None, line: str | None
-) -> None:
-    assert describe.admission_line(spec_ms, capacity_ms) == line
+def test_the_server_prints_the_slo_that_it_enforces() -> None:
+    assert describe.admission_line(70) == f"{REJECTS} 70 ms (slo.p99_ms)"
+    assert describe.admission_line(None) is None

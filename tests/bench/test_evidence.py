@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import bench, document, open_loop, sealed, text_of
+from bench_samples import SHORT_PLAN, bench, document, open_loop, sealed, text_of
 from compare_samples import receipts_of, run_values
 from test_runner import ran
 from test_show_extremes import SEARCH, probe, shown
@@ -21,6 +21,7 @@ from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
 from inferctl.receipts.receipt import Receipt
+from tests import processes
 
 CORES = {"environment": {"machine_cores": 2}}
 
@@ -164,3 +165,18 @@ def test_one_configuration_has_its_figures_as_the_headline(tmp_path: Path) -> No
         assert found.findings[0].startswith(start)
         assert len(set(found.findings)) == len(found.findings)
     assert sealed(tmp_path / "sealed", made)[0].valid
+
+
+@pytest.mark.slow
+def test_the_front_end_limits_a_server_whose_engine_computes_nothing(minilm: Path, tmp_path: Path) -> None:
+    server = processes.start(tmp_path, "--model", str(minilm), "--engine", "echo")
+    try:
+        load = ("--plan", SHORT_PLAN, "--users", "64", "--duration", "3")
+        line = ("bench", "--url", f"echo={server.url}", *load, "--json")
+        (row,) = json.loads(processes.inferctl(*line, cwd=tmp_path, code=0, timeout=None).stdout)["rows"]
+    finally:
+        server.kill()
+    resources = receipt.load(Path(row["receipt"])).data["resources"]
+    assert resources["engine_busy_percent"] < resources["api_busy_percent"]
+    limit = "front end limited the server: the event loop of the API process had"
+    assert any(limit in text for text in row["cautions"])

@@ -39,7 +39,6 @@ def test_every_shipped_plan_is_in_the_table_of_plans(name: str) -> None:
         shape.Stage,
         sections.Configuration,
         sections.GenerationPlan,
-        sections.Matrix,
         sections.Quality,
         sections.Search,
     ],
@@ -63,28 +62,20 @@ def test_repeats_alternate_in_direction() -> None:
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
 
 
-def test_a_matrix_has_all_combinations_in_alternating_order(tmp_path: Path) -> None:
+def test_configurations_differ_in_batches_corpus_and_load(tmp_path: Path) -> None:
     text = """name: m
-matrix:
-  precision: [bf16, fp32]
-  max_batch_tokens: [4096, 16384]
-  corpus: [short]
-  load: {light: {users: 2}, steady: {rate: 30}}
+configurations:
+  - {name: light, precision: bf16, corpus: short, load: {users: 2}}
+  - {name: steady, precision: bf16, max_batch_tokens: 4096, load: {rate: 30}}
 load: {users: 8, duration_s: 3}
 repeats: 2
 """
     loaded = plan.read_plan(write_plan(tmp_path, text))
-    names = [one.name for one in loaded.configurations]
-    assert names[:4] == ["bf16-4096-light", "bf16-4096-steady", "bf16-16384-light", "bf16-16384-steady"]
-    assert len(names) == 8
-    assert {one.corpus for one in loaded.configurations} == {"short"}
-    light, steady = (loaded.load_with(one.load) for one in loaded.configurations[:2])
+    light, steady = (loaded.load_with(one.load) for one in loaded.configurations)
     assert (light.mode, light.users, light.duration_s) == ("closed", 2, 3)
     assert (steady.mode, steady.rate, steady.duration_s) == ("open", 30, 3)
-    order = [run.configuration for run in loaded.runs()]
-    assert order == [*names, *reversed(names)]
-    again = plan.Plan.model_validate(json.loads(loaded.model_dump_json()))
-    assert again == loaded
+    assert [run.configuration for run in loaded.runs()] == ["light", "steady", "steady", "light"]
+    assert plan.Plan.model_validate(json.loads(loaded.model_dump_json())) == loaded
 
 
 def test_the_command_line_multiplies_configurations() -> None:
@@ -102,17 +93,13 @@ def test_the_command_line_multiplies_configurations() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "name: m\nmatrix: {precision: [fp32]}\nconfigurations: [{name: a, precision: fp32}]\n",
-            "either configurations or a matrix, not both",
-        ),
-        ("name: m\nmatrix: {precision: [fp32], batch: [1]}\n", "unknown key 'batch'"),
-        ("name: m\nmatrix: {precision: [fp32], load: {a: {user: 2}}}\n", "the load of fp32: user: "),
-        ("name: m\nmatrix: {precision: [fp32], load: {a: {rate: -2}}}\n", "the load of fp32: rate: "),
-        ("name: m\nmatrix: {precision: [fp32]}\nsearch: {}\nrepeats: 2\n", "a search measures each configuration once"),
+        ("name: m\nconfigurations: [{name: a, precision: fp32, batch: 1}]\n", "unknown key 'batch'"),
+        ("name: m\nconfigurations: [{name: a, precision: fp32, load: {user: 2}}]\n", "the load of a: user: "),
+        ("name: m\nconfigurations: [{name: a, precision: fp32, load: {rate: -2}}]\n", "the load of a: rate: "),
+        ("name: m\nsearch: {}\nrepeats: 2\n", "a search measures each configuration once"),
     ],
 )
-def test_errors_in_a_matrix_are_reported(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_configurations_are_reported(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         plan.read_plan(write_plan(tmp_path, text))
     assert message in caught.value.message

@@ -17,7 +17,6 @@ from inferctl import cli
 from inferctl.bench.judge import goodput
 from inferctl.bench.plan import sections
 from inferctl.bench.report import rows
-from inferctl.receipts import capacity
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 RECEIPTS = sorted((SCHEMAS.parent / "examples" / "kubernetes" / "receipts").glob("*.json"))
@@ -67,13 +66,6 @@ def test_documents_of_a_benchmark_match_their_schemas(
 @pytest.mark.parametrize("file", RECEIPTS, ids=lambda file: file.stem)
 def test_sample_receipts_match_the_schema(file: Path) -> None:
     check("receipt", json.loads(file.read_text(encoding="utf-8")))
-
-
-def test_a_capacity_file_matches_its_schema(tmp_path: Path) -> None:
-    made = document("bf16", 100, 10)
-    made["runs"][0]["pace"] = {"fixed_s": 0.004, "tokens_per_s": 15000.0}
-    (receipt,) = sealed(tmp_path, made)
-    check("capacity", capacity.capacity(receipt, 200.0))
 
 
 def test_the_result_of_a_search_matches_the_schema(tmp_path: Path) -> None:

@@ -800,9 +800,12 @@ def test_of_paths_in_messages_only_the_last_part_is_kept(said: Any, kept: Any) -
     assert privacy.without_folders(said) == kept
 
 
-def test_of_a_file_with_lengths_only_the_name_is_kept() -> None:
+def test_of_a_file_with_lengths_only_the_name_is_kept(tmp_path: Path) -> None:
     load = {"generation": {"lengths": "/srv/secret/monday.csv", "ttft_ms": 9}}
     assert privacy.without_lengths_folder(load) == {"generation": {"lengths": "monday.csv", "ttft_ms": 9}}
+    (made,) = sealed(tmp_path, document("bf16", 100, 10))
+    found = rows.of_outcome(Outcome(BenchTarget("bf16", "bf16", load=load)), made).as_dict()
+    assert found["workload"][1] == {"generation": {"lengths": "monday.csv", "ttft_ms": 9}}
 
 
 def test_home_is_replaced_as_a_folder_only() -> None:

@@ -43,7 +43,6 @@ def failure(capsys: Captured, *arguments: str) -> tuple[int, dict[str, Any]]:
         (["config"], 2),
         (["catalog", "hardware", "a100"], 2),
         (["compare", "A", "B"], 2),
-        (["capacity", "absent.json"], 2),
         (["estimate"], 2),
         (["pull", "registry.example.com/ml/m:1"], 3),
         (["bench", "--url", "t4=http://127.0.0.1:9", "--plan", "quick"], 3),

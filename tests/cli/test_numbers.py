@@ -23,7 +23,6 @@ OPTIONS = {
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
     "compare A B": "--floor-ms",
-    "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
     "gateway --server 127.0.0.1:9": "--port --timeout --drain --metrics-port",

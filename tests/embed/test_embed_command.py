@@ -8,7 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,27 @@ def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Pa
     assert (sealed["rows"], sealed["errors"]) == (ROWS - 3, 3)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["the run", "an engine"])
-def test_kills_change_no_byte(whole: bool, corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, tmp_path / "out")]
-    for more in (1, 4, 9):
-        before = done(tmp_path / "out")
-        process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        until(lambda: process.poll() is not None or done(tmp_path / "out") >= before + more)  # noqa: B023
-        if process.poll() is None:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.killpg(process.pid, signal.SIGKILL) if whole else [os.kill(int(pid), signal.SIGKILL) for pid in children]
-        process.wait(120)
-    inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=0)
-    assert shards(tmp_path / "out") == shards(undisturbed)
-    assert not list((tmp_path / "out").glob(".*"))
+@pytest.mark.parametrize("how", ["the run", "the engine", "Ctrl-C"])
+def test_kills_change_no_byte(how: str, corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, out)]
+    for enough in (1, 4, 9):
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, stderr=stream, stdout=stream, start_new_session=True)
+        until(lambda: process.poll() is not None or done(out) >= enough)  # noqa: B023
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        engines = children.read_text().split() if process.poll() is None else []
+        for pid in map(int, engines) if how == "the engine" else [process.pid]:
+            with suppress(ProcessLookupError):  # it ended
+                os.kill(pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+        code = process.wait(120)
+        if code != 0 and how == "Ctrl-C":
+            assert code == 130
+            assert "repeat the command" in log.read_text()
+            assert "Traceback" not in log.read_text()
+    inferctl(*arguments(corpus, minilm, out), code=0)
+    assert shards(out) == shards(undisturbed)
+    assert not list(out.glob(".*"))
 
 
 def test_processes_share_a_folder(corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -97,23 +103,10 @@ def test_processes_share_a_folder(corpus: Path, minilm: Path, undisturbed: Path,
     assert (tmp_path / "out" / "receipt.json").exists()
 
 
-def test_ctrl_c_ends_it_and_it_continues(corpus: Path, minilm: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inferctl", *arguments(corpus, minilm, tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    until(lambda: done(tmp_path / "out") >= 2)
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 130, log
-    assert "Traceback" not in log
-    assert "repeat the command" in log
-    inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=0)
-    assert shards(tmp_path / "out") == shards(undisturbed)
-
-
 def test_a_full_disk_ends_it_without_a_partial_shard(corpus: Path, minilm: Path, tmp_path: Path) -> None:
     """A limit of the size of files fails as a full disk does, with another number."""
-    limited: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
-    ended = inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=3, preexec_fn=limited)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3000, 3000))
+    ended = inferctl(*arguments(corpus, minilm, tmp_path / "out"), code=3, preexec_fn=limit)
     assert "file too large" in ended.stderr
     assert not shards(tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*"))
@@ -142,7 +135,7 @@ def test_another_run_in_the_folder_is_refused(corpus: Path, minilm: Path, undist
 
 
 def test_stdin_strict_and_a_dry_run(minilm: Path, tmp_path: Path) -> None:
-    out, lines = tmp_path / "out", '{"text": "a"}\n{"text": "b"}\n{"id": 1}\n'
+    out, lines = tmp_path / "out", '{"text": "a"}\n{"text": "b"}\n{"x": 1}\n'
     command = arguments(Path("-"), minilm, out, "--format", "jsonl", "--json")
     strict = inferctl(*command, "--strict", input=lines, code=1)
     assert "stdin.jsonl:3" in json.loads(strict.stdout)["error"]["message"]

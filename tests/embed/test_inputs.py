@@ -17,14 +17,10 @@ from hypothesis import strategies
 
 from inferctl.core.errors import UsageError
 from inferctl.embed import inputs
-from inferctl.embed.inputs import Columns, Rows
-
-TEXT = ("text",)
+from inferctl.embed.inputs import Rows
 
 
-def rows_of(
-    file: Path, texts: tuple[str, ...] = TEXT, id_: str | None = None, most: int = 1000
-) -> tuple[Columns, Rows]:
+def rows_of(file: Path, texts: tuple[str, ...] = ("text",), id_: str | None = None, most: int = 1000) -> Rows:
     """Return all rows of a file that is divided into ranges of at most `most` rows."""
     opened = inputs.open_file(file, (*texts, id_ or "id"))
     columns = inputs.columns_of([opened], texts, id_)
@@ -33,7 +29,7 @@ def rows_of(
         assert range_.rows <= most
         for all_, own in zip(rows, inputs.read(opened, range_, columns), strict=True):
             all_ += own  # type: ignore[operator]
-    return columns, rows
+    return rows
 
 
 def parquet(columns: dict[str, Any], **options: Any) -> bytes:
@@ -45,85 +41,60 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     return stream.getvalue()
 
 
-# Name -> file, content, options of `rows_of`, type of the ids; rows; lines and codes of the problems.
-FILES: dict[str, tuple[str, Any, dict[str, Any], str, list[tuple[Any, int, Any]], list[tuple[int, str]]]] = {
-    "json lines": (
-        "a.jsonl",
-        b'\xef\xbb\xbf{"id":1,"text":"a"}\n\n{"id":2,"text":"\xff"}\n{"id":3}\n{"id":4,"text":7}\nno\n[1]\n'
-        b'{"text":"b"}\n{"id":"x","text":"c"}\n{"id":5,"text":"\\ud800"}\r\n{"id":6,"text":"d\\n"}',
-        {},
-        "string",
-        [("1", 1, "a"), ("x", 9, "c"), ("6", 11, "d\n")],
-        [
-            (3, "not_utf8"),
-            (4, "no_text"),
-            (5, "no_text"),
-            (6, "not_json"),
-            (7, "not_json"),
-            (8, "bad_id"),
-            (10, "not_json"),
-        ],
-    ),
-    "json lines without ids": (
-        "a.json",
-        b'{"text":"a"}\n\n{"text":"b"}\n',
-        {},
-        "int64",
-        [(0, 1, "a"), (2, 3, "b")],
-        [],
-    ),
-    "ids that are texts": (
-        "a.ndjson",
-        b'{"id":"1","text":"a"}\n{"id":2,"text":"b"}',
-        {},
-        "string",
-        [("1", 1, "a"), ("2", 2, "b")],
-        [],
-    ),
-    "pairs": (
-        "a.jsonl",
-        b'{"q":"a","d":"b"}\n{"q":"a"}\n',
-        {"texts": ("q", "d")},
-        "int64",
-        [(0, 1, ("a", "b"))],
-        [(2, "no_text")],
-    ),
-    "csv": (
+OBJECTS = b"""\xef\xbb\xbf{"id": 1, "text": "a"}
+
+{"id": 2, "text": "\xff"}
+{"id": 3}
+{"id": 4, "text": 7}
+no
+[1]
+{"text": "b"}
+{"id": "x", "text": "c"}
+{"id": 5, "text": "\\ud800"}\r
+{"id": 6, "text": "d\\n"}"""
+BAD = [
+    (3, "not_utf8"),
+    (4, "no_text"),
+    (5, "no_text"),
+    (6, "not_json"),
+    (7, "not_json"),
+    (8, "bad_id"),
+    (10, "not_json"),
+]
+QUOTED = '\ufeffid,text\r\n1,"a,\r\n""b"""\r\n\r\n2,ä\r\n3\r\n4,"open\r\n5,c\r\n'.encode() + b"6,\xe4\r\n"
+TABLE = {"id": [1, 2, None, 4, 5], "text": ["a", "b", "c", None, "e"], "x": [b"\xff"] * 5}
+PAIRS = b'{"q":"a","d":"b"}\n{"q":"a"}\n'
+# File, content, columns; id, line and input of each row; line and code of each problem.
+FILES: list[tuple[str, Any, tuple[Any, ...], list[tuple[Any, int, Any]], list[tuple[int, str]]]] = [
+    ("a.jsonl", OBJECTS, (("text",),), [("1", 1, "a"), ("x", 9, "c"), ("6", 11, "d\n")], BAD),
+    ("a.json", b'{"text":"a"}\n\n{"text":"b"}\n', (("text",),), [(0, 1, "a"), (2, 3, "b")], []),
+    ("a.ndjson", b'{"id":"1","text":"a"}', (("text",),), [("1", 1, "a")], []),
+    ("a.jsonl", PAIRS, (("q", "d"),), [(0, 1, ("a", "b"))], [(2, "no_text")]),
+    (
         "a.csv",
-        '\ufeffid,text\r\n1,"a,\r\n""b"""\r\n\r\n2,ä\r\n3\r\n4,"open\r\n5,c\r\n'.encode() + b"6,\xe4\r\n",
-        {},
-        "int64",
+        QUOTED,
+        (("text",),),
         [(1, 2, 'a,\r\n"b"'), (2, 5, "ä"), (5, 8, "c")],
         [(6, "no_text"), (7, "not_csv"), (9, "not_utf8")],
     ),
-    "csv with another delimiter": (
-        "a.csv",
-        b"nr;body\n007;a\n",
-        {"texts": ("body",), "id_": "nr"},
-        "string",
-        [("007", 2, "a")],
-        [],
-    ),
-    "parquet": (
+    ("a.csv", b"nr;body\n007;a\n", (("body",), "nr"), [("007", 2, "a")], []),
+    ("a.tsv", b"text\tx\na,b\t1\n", (("text",),), [(0, 2, "a,b")], []),
+    (
         "a.parquet",
-        lambda: parquet(
-            {"id": [1, 2, None, 4, 5], "text": ["a", "b", "c", None, "e"], "x": [b"\xff"] * 5}, row_group_size=2
-        ),
-        {},
-        "int64",
+        lambda: parquet(TABLE, row_group_size=2),
+        (("text",),),
         [(1, 1, "a"), (2, 2, "b"), (5, 5, "e")],
         [(3, "bad_id"), (4, "no_text")],
     ),
-}
+]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
-@pytest.mark.parametrize("case", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("case", FILES, ids=lambda case: case[0])
 def test_rows_do_not_depend_on_the_ranges(case: tuple[Any, ...], most: int, tmp_path: Path) -> None:
-    name, content, options, id_type, expected, problems = case
+    name, content, columns, expected, problems = case
     (tmp_path / name).write_bytes(content() if callable(content) else content)
-    columns, rows = rows_of(tmp_path / name, most=most, **options)
-    assert columns.whole == (id_type == "int64")
+    rows = rows_of(tmp_path / name, *columns, most=most)
     assert list(zip(rows.ids, rows.lines, rows.inputs, strict=True)) == expected
     assert [(problem.line, problem.code) for problem in rows.problems] == problems
 
@@ -137,7 +108,7 @@ def test_any_csv_is_read_as_the_library_reads_it(tmp_path_factory: Any, texts: S
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerows([["text", "x"], *([text, "x"] for text in texts)])
-    assert rows_of(file, most=most)[1].inputs == list(texts)
+    assert rows_of(file, most=most).inputs == list(texts)
 
 
 def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
@@ -146,7 +117,7 @@ def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> No
     values, offsets = pa.py_buffer(b"a\xffc"), pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(4)))
     texts = pa.StringArray.from_buffers(3, offsets, values)
     (tmp_path / "a.parquet").write_bytes(parquet({"text": texts}))
-    rows = rows_of(tmp_path / "a.parquet")[1]
+    rows = rows_of(tmp_path / "a.parquet")
     assert rows.inputs == ["a", "c"]
     assert [(problem.line, problem.code) for problem in rows.problems] == [(2, "not_utf8")]
 
@@ -161,7 +132,7 @@ def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_
         stream.seek(2**28, os.SEEK_CUR)
         stream.write(b"\n" + good)
     tracemalloc.start()
-    rows = rows_of(file)[1]
+    rows = rows_of(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows.inputs[0] == rows.inputs[-1] == "b"

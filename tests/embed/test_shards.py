@@ -89,4 +89,4 @@ def test_npy_has_the_numbers_and_their_ids(case: str, tmp_path: Path) -> None:
 )
 def test_formats_that_cannot_have_an_output_are_refused(identity: dict[str, Any], format_: Any, dtype: Any) -> None:
     with pytest.raises(UsageError):
-        shards.check(identity, format_, dtype)
+        shards.check({**identity, "format": format_, "dtype": dtype})

@@ -1,8 +1,8 @@
 """A server behind the gateway, for tests: `backend.py NAME PORT DELAY_S`.
 
-It answers with its name and the request headers that it got. `/v1/chat/completions` streams five events. `/unready`
-makes `/readyz` fail, as a drain does. `/status/N` answers with the status N, and `/statuses` with the number of such
-answers. It handles at most four requests at a time, as an engine does.
+It answers with its name and the request headers that it got. `/v1/chat/completions` streams five events. `/status/N`
+answers with the status N, and `/statuses` with the number of such answers. It handles at most four requests at a time,
+as an engine does.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import sys
 
 async def main() -> None:
     name, port, delay_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    slots, ready, statuses = asyncio.Semaphore(4), True, 0
+    slots, statuses = asyncio.Semaphore(4), 0
 
     def answer(status: str, body: bytes, *headers: str) -> bytes:
         head = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers]
         return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal ready, statuses
+        nonlocal statuses
         while line := await reader.readline():
             path = line.split()[1].decode()
             headers: dict[str, str] = {}
@@ -36,9 +36,6 @@ async def main() -> None:
             else:
                 received = await reader.readexactly(int(headers.get("content-length", "0")))
             if path == "/readyz":
-                writer.write(answer("200 OK" if ready else "503 Unavailable", b""))
-            elif path == "/unready":
-                ready = False
                 writer.write(answer("200 OK", b""))
             elif path.startswith("/status/"):
                 statuses += 1

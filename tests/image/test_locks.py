@@ -36,11 +36,12 @@ def test_a_selection_keeps_the_hashes() -> None:
 
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
 def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(base: catalog.BaseImage) -> None:
-    found = locks.load(base, None, int8=True)
+    found = locks.load(base, None, int8=True, embed=True)
     texts = [text for text in vars(found).values() if text]
     parts = [locks.versions(text) for text in texts]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None)
+    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None) == (found.embed is None)
+    assert locks.versions(found.embed or "").keys() >= ({"pyarrow", "typer", "rich"} if found.embed else set())
     for text in texts:
         assert text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
         assert all("--hash=sha256:" in entry for entry in text.split("==")[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def test_an_invalid_model_folder_is_rejected_with_a_hint(tmp_path: Path, broken:
     with pytest.raises(UsageError) as caught:
         model.find(source, environment={"HF_HOME": str(tmp_path)})
     assert caught.value.hint
+
+
+def test_weights_that_only_another_user_can_read_are_named(tmp_path: Path) -> None:
+    file, user = tmp_path / "model.safetensors", os.geteuid()
+    file.touch(0)
+    if user == 0:
+        # Root ignores file permissions.
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UsageError, match="cannot be read: permission denied") as refused:
+            list(model.tensors(file))
+    finally:
+        os.seteuid(user)
+    assert "chmod -R a+rX" in (refused.value.hint or "")
 
 
 def test_outputs_become_vectors() -> None:

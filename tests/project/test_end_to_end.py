@@ -21,6 +21,9 @@ from inferctl.image import locks
 from inferctl.image.output_checks import SCORE_TOLERANCE
 from inferctl.serve.engines import cpu
 from tests import processes
+from tests.deploy.conftest import objects
+from tests.deploy.containers import Network, docker, folders
+from tests.deploy.containers import start as start_container
 from tests.processes import execute, free_port, is_ready, start, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -75,14 +78,19 @@ def pushed(spec_file: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def container(pushed: str, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def container(pushed: str, minilm: Path) -> Iterator[str]:
     """URL of a container with the image from the registry. The local image is removed first."""
     subprocess.run(["docker", "image", "rm", "--force", inspect(pushed)["Id"]], capture_output=True, check=True)
-    server = start(tmp_path_factory.mktemp("container"), "--image", pushed, "--model", str(minilm))
-    yield server.url
-    assert server.stop() == 0
-    running = execute("docker", "ps", "--quiet", "--filter", f"ancestor={pushed}", code=0)
-    assert running.stdout == ""
+    docker, port = ["docker", "run", "--detach", "--network", "host"], str(free_port())
+    options = "--host", "127.0.0.1", "--port", port
+    server = execute(*docker, "--volume", f"{minilm}:/model:ro", pushed, *options, code=0).stdout.strip()
+    try:
+        until(lambda: is_ready(f"http://127.0.0.1:{port}"))
+        yield f"http://127.0.0.1:{port}"
+        execute("docker", "stop", "--time", "60", server, code=0)
+        assert execute("docker", "wait", server, code=0).stdout == "0\n"
+    finally:
+        subprocess.run(["docker", "rm", "--force", server], capture_output=True, check=True)
 
 
 def embed(url: str) -> Vectors:
@@ -238,6 +246,42 @@ def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
     verified = json.loads(inferctl(*command).stdout)["verified"]
     assert verified["cosine_min"] > 0.99
     assert verified["library"]["cosine_min"] > 0.99
+
+
+def test_two_pods_of_an_embed_job_write_what_one_run_writes(
+    base_image: str, spec_file: Path, minilm: Path, tmp_path: Path
+) -> None:
+    spec, file, name = yaml.safe_load(spec_file.read_text()), tmp_path / "inferctl.yaml", f"{REPOSITORY}:embed"
+    spec["image"] |= {"embed": True, "tag": "embed"}
+    flavor = {"hardware": "cpu", "min_replicas": 1, "max_replicas": 2, "tokens_per_second": 1}
+    spec["deploy"] = {"weights": {"pvc": "weights"}, "flavors": [flavor]}
+    file.write_text(yaml.safe_dump(spec))
+    inferctl("build", "--spec", file, "--network", "host", "--no-verify")
+    run = ("--embed", "texts", "--output", tmp_path / "job", "--", "in.jsonl", "--output", "out", "--range-rows", "7")
+    inferctl("deploy", "--spec", file, *run)
+    (job,) = (each for each in objects(tmp_path / "job/embed/default") if each["kind"] == "Job")
+    pod, network, outputs = job["spec"]["template"]["spec"], Network(base_image), []
+    (container,) = pod["containers"]
+    try:
+        for parts in (["0/2", "1/2"], ["0/1"]):
+            data = tmp_path / f"data{len(parts)}"
+            data.mkdir()
+            data.chmod(0o777)
+            rows = ({"id": number, "text": text * number} for number in range(9) for text in TEXTS)
+            (data / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            for part in parts:
+                # A kubelet expands the last argument.
+                expanded = {**container, "command": [*container["command"][:-1], part]}
+                volumes = {**folders(pod, tmp_path / part), "model": minilm, "data": data}
+                started = start_container(network, pod, expanded, volumes, extra=("--workdir", container["workingDir"]))
+                assert docker("wait", started.name).strip() == "0", started.logs()
+                started.remove()
+                assert (data / "out/receipt.json").exists() == (part == parts[-1])
+            outputs.append({each.name: each.read_bytes() for each in (data / "out").glob("part-*[lt]")})
+    finally:
+        network.remove()
+        subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=False)
+    assert len(outputs[0]) >= 7 and outputs[0] == outputs[1]
 
 
 def test_a_rendered_folder_has_identical_layers_at_another_commit(

@@ -54,6 +54,7 @@ ONLY_IN = {
     "nats": ("tenancy/broker.py", "tenancy/metering/broker.py"),
     "nanotoken": ("serve/text/word_piece.py",),
     "moka_py": ("serve/cache/store.py",),
+    "ray": ("embed/ray_pipeline.py",),
     "locust": ("bench/loadgen/",),
     "gevent": ("bench/loadgen/",),
     "plotly": (),

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from inferctl.batching.batcher import Batcher, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
 from inferctl.reading import outputs as outputs_module
@@ -32,6 +31,7 @@ from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests import engines, tiny_models
+from tests.latency_models import learned
 from tests.processes import ServerProcess
 from tests.reading import saved_models
 from tests.reading.saved_models import WIDTH
@@ -614,7 +614,7 @@ def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> No
     config = task_config.read("embed", minilm)
     model = ServedModel("m", "m", (), None, 100, 100, truncate=True, max_held_numbers=3000)
     metrics = Metrics()
-    batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
+    batcher = Batcher(QueueLimits(8, 1_000), learned(0.0, 10.0))
     pool = TokenizerPool(minilm, config, threads=1)
     inference = Inference(model, pool, LocalBackend([Stack(Dispatcher(batcher, metrics))]))
 

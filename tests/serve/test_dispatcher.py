@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.batching.batcher import Batcher, QueueLimits
-from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.reading.rows import Tokens
 from inferctl.serve.cache.store import VectorStore
 from inferctl.serve.cache.vector_cache import VectorCache
@@ -23,6 +22,7 @@ from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.work import Caller, RejectedError, Work
+from tests.latency_models import learned
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
@@ -48,7 +48,7 @@ class World:
     def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1, idle: int = 0) -> None:
         self.now, self.crashes, self.computed = 0.0, 0, 0
         self.info = replace(INFO, parallel=parallel, idle_parallel=idle)
-        self.batcher = Batcher(QueueLimits(8, 1_000, slo_s=slo), LatencyModel(Capacity(0.0, 10.0)))
+        self.batcher = Batcher(QueueLimits(8, 1_000, slo_s=slo), learned(0.0, 10.0))
         self.dispatcher = Dispatcher(self.batcher, Metrics(), lambda: self.now)
         self.engines = [VirtualEngine() for _ in range(engines)]
         for engine in self.engines:

@@ -69,7 +69,7 @@ def test_responses_have_the_times_and_the_request_id(echo: ServerProcess) -> Non
     ("body", "status", "code"),
     [
         ({"input": "a", "model": "other"}, 404, "model_not_found"),
-        ({"input": "a", "dimensions": 4}, 400, "invalid_dimensions"),
+        ({"input": "a", "model": "", "dimensions": 4}, 400, "invalid_dimensions"),
         ({"input": "a", "dimensions": 9}, 400, "invalid_dimensions"),
         ({"input": [[5], [30522]]}, 400, "invalid_token"),
         ({"input": "word " * 400, "truncate": False}, 400, "context_length_exceeded"),

@@ -191,6 +191,7 @@ def test_bodies_at_a_path_of_several_models(mix: Mix) -> None:
         '["minilm"]': 400,
         '{"model": 5, "input": "a"}': 400,
         '{"model": "second", "input": 5}': 400,
+        '{"model": "", "input": "a"}': 400,
         json.dumps({"model": "second", "input": "a", "user": "b" * 100_000}): 200,
     }
     with mix.client("admin") as client:
@@ -213,6 +214,7 @@ def test_a_limit_is_of_the_key_and_the_ledger_has_the_names(mix: Mix) -> None:
     good = [(name, answer.json()) for name, answer in answers if answer.status_code == 200]
     assert len(good) == 30
     until(lambda: mix.recorded("limited").total() == 60)
+    assert {model for model, _, status in mix.recorded("limited") if status == 429} == {"mix"}
     for model in TASKS:
         mine = [answer["usage"]["total_tokens"] for name, answer in good if name == model]
         event = model, SERVED[PATHS[TASKS[model]]][TASKS[model]], 200
@@ -326,7 +328,7 @@ def test_what_several_models_do_not_go_with(sources: dict[str, Path], minilm: Pa
     pair.mkdir()
     write_spec(tmp_path, {"minilm": minilm, "writer": generator}, 1)
     write_spec(pair, {"minilm": minilm, "second": sources["second"]}, 1)
-    options = ((tmp_path,), (pair, "--model", str(minilm)), (pair, "--capacity", str(tmp_path / "capacity.json")))
+    options = ((tmp_path,), (pair, "--model", str(minilm)))
     commands = [["serve", "-f", str(folder / "inferctl.yaml"), *more] for folder, *more in options]
-    for done, words in zip(several(commands), ("writer is of the task generate", "--model", "--capacity"), strict=True):
+    for done, words in zip(several(commands), ("writer is of the task generate", "--model"), strict=True):
         assert done.returncode == 2 and words in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -202,14 +201,15 @@ def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_pat
 def test_requests_with_a_long_predicted_wait_are_rejected_with_a_retry_time(
     start: Serve, tmp_path: Path, reason: str, slo_ms: int | None, max_wait: int | None
 ) -> None:
-    capacity, spec = tmp_path / "capacity.json", tmp_path / "wait.yaml"
-    capacity.write_text(json.dumps({"fixed_s": 0.5, "tokens_per_s": 1000} | ({"slo_p99_ms": slo_ms} if slo_ms else {})))
+    spec = tmp_path / "wait.yaml"
     wait = f"max_wait_seconds: {max_wait}, " if max_wait else ""
-    spec.write_text(f"name: echo\nmodel: {{source: unused}}\nserve: {{{wait}max_batch_tokens: 64}}\n")
-    server = start("--spec", str(spec), "--capacity", str(capacity))
-    info = server.get("/info").json()
-    assert info["limits"]["slo_p99_ms"] == slo_ms
-    assert info["pace"] == {"fixed_s": pytest.approx(0.5), "tokens_per_s": pytest.approx(1000)}
+    slo = f"slo: {{p99_ms: {slo_ms}}}\n" if slo_ms else ""
+    spec.write_text(f"name: echo\nmodel: {{source: unused}}\nserve: {{{wait}max_batch_tokens: 64}}\n{slo}")
+    server = start("--spec", str(spec))
+    assert server.get("/info").json()["limits"]["slo_p99_ms"] == slo_ms
+    # The server learns that such a batch takes half a second.
+    assert server.embed(input=[SLOW_TOKEN] + [5] * 60).status_code == 200
+    assert server.get("/info").json()["pace"]["tokens_per_s"] < 200
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: server.embed(input=[SLOW_TOKEN] + [5] * 60 + [i]), range(1, 13)))
     assert {answer.status_code for answer in answers} == {200, 429}

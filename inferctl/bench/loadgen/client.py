@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import gevent
 import gevent.socket
+import gevent.ssl
 from geventhttpclient._parser import HTTPResponseParser
 
 from inferctl.bench.loadgen.recorder import CONNECTION, HTTP_ERROR, OK, TIMEOUT
@@ -127,56 +128,21 @@ class PlainStream:
         except (BlockingIOError, InterruptedError):
             return None
 
-    def encode(self, content: bytes) -> bytes:
-        """Return the bytes to send for `content`."""
-        return content
-
 
 class TlsStream(PlainStream):
-    """The same through TLS. Certificates are verified."""
-
-    _context: ssl.SSLContext | None = None
-
-    def __init__(self, raw: Any, host: str) -> None:
-        super().__init__(raw)
-        TlsStream._context = TlsStream._context or ssl.create_default_context()
-        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = TlsStream._context.wrap_bio(self._in, self._out, server_hostname=host)
-
-    def handshake(self, connected: Any) -> None:
-        """Perform the TLS handshake. It blocks this greenlet only. Raises `OSError`."""
-        while True:
-            try:
-                self._tls.do_handshake()
-                connected.sendall(self._out.read())
-                return
-            except ssl.SSLWantReadError:
-                connected.sendall(self._out.read())
-                self._feed(connected.recv(READ))
+    """The same through TLS."""
 
     def receive(self) -> bytes | None:
-        if (content := super().receive()) is None:
-            return None
-        self._feed(content)
         parts = []
+        # Until there is nothing more: the event loop does not see what TLS holds.
         try:
-            while part := self._tls.read(READ):
+            while part := self.raw.recv(READ):
                 parts.append(part)
         except ssl.SSLWantReadError:
             return b"".join(parts) or None
         except ssl.SSLError:
             pass
         return b"".join(parts)
-
-    def encode(self, content: bytes) -> bytes:
-        self._tls.write(content)
-        return self._out.read()
-
-    def _feed(self, content: bytes) -> None:
-        if content:
-            self._in.write(content)
-        else:
-            self._in.write_eof()
 
 
 class Connection:
@@ -200,7 +166,7 @@ class Connection:
         self.request = request
         self._response.begin()
         self._response.stream = request.stream
-        self._rest = self._stream.encode(request.content)
+        self._rest = request.content
         self._write()
 
     def _write(self) -> None:
@@ -298,8 +264,12 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         parts = urlsplit(urls[0])
-        self.host, self.tls = parts.hostname or "", parts.scheme == "https"
-        self.port = parts.port or (443 if self.tls else 80)
+        self.host, tls = parts.hostname or "", parts.scheme == "https"
+        self.port = parts.port or (443 if tls else 80)
+        self._tls: Any = None
+        if tls:
+            self._tls = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificates
+            self._tls.load_default_certs()
         self.timeout_s = timeout_s
         self.outstanding = self.reconnects = self.opened = 0
         self._on_complete = on_complete
@@ -360,20 +330,18 @@ class Client:
         try:
             connected = gevent.socket.create_connection((self.host, self.port), self.timeout_s)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream = PlainStream(connected)
-            if self.tls:
-                stream = TlsStream(connected, self.host)
-                stream.handshake(connected)
+            if self._tls:
+                connected = self._tls.wrap_socket(connected, server_hostname=self.host)
         except (OSError, gevent.Timeout) as error:
             request.end_ns = time.monotonic_ns()
             request.error = TIMEOUT if isinstance(error, TimeoutError) else CONNECTION
             self.completed(None, request, None)
             return
-        # From here on callbacks of the event loop use the socket, which must then not be gevent's cooperative one.
-        stream.raw = _socket.socket(fileno=connected.detach())
-        stream.raw.setblocking(False)
+        # From here on, callbacks of the event loop use the socket, which must not block. gevent's own one is slower.
+        raw = connected if self._tls else _socket.socket(fileno=connected.detach())
+        raw.setblocking(False)
         self.opened += 1
-        connection = Connection(self, stream)
+        connection = Connection(self, TlsStream(raw) if self._tls else PlainStream(raw))
         if request in self._in_flight:
             self._in_flight[request] = connection
             connection.send(request)

@@ -11,7 +11,7 @@ from typing import Unpack
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl.bench.plan.overrides import Overrides, apply, merge_generation
-from inferctl.bench.plan.sections import Configuration, GenerationPlan, Matrix, Quality, Search
+from inferctl.bench.plan.sections import Configuration, GenerationPlan, Quality, Search
 from inferctl.bench.plan.shape import DOCUMENTS, Generation, Keys, Load, Name, Spike, Stage
 from inferctl.config.spec_types import Section, Task
 from inferctl.core import assets, validation
@@ -26,8 +26,7 @@ _GENERATION_TIMEOUT_S = 300.0
 class Plan(Section):
     """Everything that defines a benchmark. Two runs of equal plans on the same machine do the same work.
 
-    Validation replaces a `matrix` by its `configurations`, so a loaded plan lists every configuration. It may have
-    none: they then come from the command line.
+    It may have no configurations: they then come from the command line.
     """
 
     name: Name = Field(description="Name of the plan, in files and reports.")
@@ -35,7 +34,6 @@ class Plan(Section):
     configurations: list[Configuration] = Field(
         default_factory=list, description="What to measure. Default: `--precision` or `--url`."
     )
-    matrix: Matrix | None = Field(None, description="Instead of `configurations`: every combination of the values.")
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
     load: Load = Field(default_factory=lambda: Load.model_validate({}), description="The requests.")
     generate: GenerationPlan | None = Field(None, description="The keys that differ for models of generation.")
@@ -55,25 +53,20 @@ class Plan(Section):
     )
 
     @model_validator(mode="after")
-    def _expand_matrix(self) -> Plan:
-        if self.configurations and self.matrix:
-            raise ValueError("a plan has either configurations or a matrix, not both")
+    def _check_loads(self) -> Plan:
         if self.search and self.repeats > 1:
             raise ValueError(
                 "a search measures each configuration once and repeats uncertain probes itself: remove repeats"
             )
-        expanded = self
-        if self.matrix:
-            expanded = self.model_copy(update={"configurations": self.matrix.configurations(), "matrix": None})
-        loads = [(configuration.name, configuration.load) for configuration in expanded.configurations]
+        loads = [(configuration.name, configuration.load) for configuration in self.configurations]
         loads += [("generate", self.generate.load)] if self.generate else []
         for name, changes in loads:
             try:
-                expanded.load_with(changes)
+                self.load_with(changes)
             except ValidationError as error:
                 where, message = validation.first_message(error)
                 raise ValueError(f"the load of {name}: {where}: {message}") from None
-        return expanded
+        return self
 
     def load_with(self, changes: Mapping[str, object] | None) -> Load:
         """Return the plan's load with `changes`.
@@ -191,7 +184,7 @@ class Plan(Section):
         **overrides: Unpack[Overrides],
     ) -> Plan:
         """Return the plan with the options of the command line. None keeps the plan's value. Raises `UsageError`."""
-        keys = self.model_dump(exclude_unset=True, exclude={"matrix"})
+        keys = self.model_dump(exclude_unset=True)
         keys["configurations"] = [each.model_dump() for each in self.configurations]
         keys["load"] = self.load.model_dump(exclude_unset=True)
         try:
@@ -290,7 +283,6 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
         "load": Load,
         "quality": Quality,
         "configurations": Configuration,
-        "matrix": Matrix,
         "search": Search,
         "generate": GenerationPlan,
     }

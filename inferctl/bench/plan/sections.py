@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -64,31 +64,6 @@ class Quality(Section):
     )
 
 
-class Matrix(Section):
-    """All combinations of the values of several axes.
-
-    `load` maps a name to the keys in which that load differs from the plan's.
-    """
-
-    precision: list[Precision] = Field(min_length=1, description="Precisions.")
-    max_batch_tokens: list[Annotated[int, Field(ge=64, le=1_048_576)]] = Field(
-        default_factory=list, description="Values of `--max-batch-tokens`."
-    )
-    corpus: list[str] = Field(default_factory=list, description="Corpora.")
-    load: dict[Name, Keys] = Field(
-        default_factory=dict, description="Loads by name, each with the keys that differ from the plan's."
-    )
-
-    def configurations(self) -> list[Configuration]:
-        """Return one configuration per combination, named after the axes that have more than one value."""
-        return combine(
-            [Configuration.model_validate({"name": name, "precision": name}) for name in dict.fromkeys(self.precision)],
-            self.max_batch_tokens,
-            self.corpus,
-            self.load,
-        )
-
-
 class Search(Section):
     """Settings of the search for the highest rate within the SLO (`inferctl/bench/measure/search.py`)."""
 
@@ -133,19 +108,15 @@ class GenerationPlan(Section):
 
 
 def combine(
-    configurations: Sequence[Configuration],
-    batch_tokens: Sequence[int] = (),
-    corpora: Sequence[str] = (),
-    loads: Mapping[str, Keys] | None = None,
+    configurations: Sequence[Configuration], batch_tokens: Sequence[int] = (), corpora: Sequence[str] = ()
 ) -> list[Configuration]:
-    """Return each configuration with each token budget of a batch, each corpus and each load.
+    """Return each configuration with each token budget of a batch and each corpus.
 
     The values of an axis replace the configuration's own value. Only axes with several values become part of the names.
     """
     axes: list[list[tuple[str, Keys]]] = [
         [(str(value), {"max_batch_tokens": value}) for value in dict.fromkeys(batch_tokens)],
         [(Path(value).stem, {"corpus": value}) for value in dict.fromkeys(corpora)],
-        [(name, {"load": changes}) for name, changes in (loads or {}).items()],
     ]
     no_change: list[tuple[str, Keys]] = [("", {})]
     choices_of_axes = list(itertools.product(*(axis or no_change for axis in axes)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from inferctl.bench.judge import summary, verdict
 from inferctl.bench.report import charts, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat, lines
-from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core import assets, outputs
@@ -28,19 +27,6 @@ GENERATION_COLUMNS = (
     ("itl_ms", "p50"),
     ("itl_ms", "p99"),
     ("tpot_ms", "p50"),
-)
-
-
-# The columns of the table of costs: the key of a row, the heading, and its unit in that of the key.
-COSTS = (
-    ("cpu_seconds_per_1000_requests", "CPU time per 1,000 requests (s)", 1),
-    ("joules_per_1000_requests", "energy per 1,000 requests (J)", 1),
-    ("joules_per_million_texts", "energy per 1M {unit} (J)", 1),
-    ("watts", "power (W)", 1),
-    ("gpu_utilisation_percent", "GPU utilization (%)", 1),
-    ("matrix_share_percent", "share of the matrix rate (%)", 1),
-    ("usd_per_million_texts", "USD per 1M {unit}", 1),
-    ("server_peak_bytes", "peak memory of all server processes (MiB)", 2**20),
 )
 
 
@@ -82,12 +68,8 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     return environment.get_template("report.html.j2").render(
         result=document,
         rows=rows,
-        costs=(with_receipt := [row for row in rows if row["receipt"]]),
-        cost_columns=[
-            (key, title.format(unit=unit_of(result.load.task)), unit)
-            for key, title, unit in COSTS
-            if any(row.get(key) is not None for row in with_receipt)
-        ],
+        costs=[row for row in rows if row["receipt"]],
+        cost_columns=terminal.cost_columns(measured, result.load.task),
         sent=terminal.received(measured),
         requests=lines((_requests(one), one.name) for one in receipts),
         models=lines((_model(one), one.name) for one in receipts),

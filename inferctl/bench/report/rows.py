@@ -189,7 +189,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         receipt=str(receipt.path),
         hardware=data["hardware"],
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
-        workload=(data["workload"]["corpus"], outcome.target.load),
+        workload=(data["workload"]["corpus"], privacy.without_lengths_folder(outcome.target.load or {}) or None),
         search=data.get("search"),
         profile=data.get("profile"),
         closed_loop=_closed_loop(data.get("closed_loop")),

@@ -25,6 +25,17 @@ FIGURES = {
     "classify": ("tok/s", "max diff", "labels"),
 }
 GENERATION_HEADINGS = ("config", "runs as", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tok/s", "KL", "top-1")
+# The columns of costs: the key of a row, the title with its unit, what the value is divided by, and a short heading.
+COSTS = (
+    ("cpu_seconds_per_1000_requests", "CPU time per 1,000 requests (s)", 1, "CPU s"),
+    ("joules_per_1000_requests", "energy per 1,000 requests (J)", 1, "J"),
+    ("joules_per_million_texts", "energy per 1M {unit} (J)", 1, "J/M {unit}"),
+    ("watts", "power (W)", 1, "W"),
+    ("gpu_utilisation_percent", "GPU utilization (%)", 1, "GPU %"),
+    ("matrix_share_percent", "share of the matrix rate (%)", 1, "limit %"),
+    ("usd_per_million_texts", "USD per 1M {unit}", 1, "$/M {unit}"),
+    ("server_peak_bytes", "peak memory of all server processes (MiB)", 2**20, "MiB"),
+)
 _UNKNOWN, _OR_MORE = "-", "+"
 
 
@@ -139,35 +150,27 @@ def _quantile(found: JsonObject) -> str:
     return f"n<{found['needed']}" if found["value"] is None else short(found["value"])
 
 
-def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
-    """Return the costs of 1,000 requests and of a million texts or pairs, and the peak memory.
+def cost_columns(rows: Sequence[MeasuredRow], task: str) -> list[tuple[str, str, int, str]]:
+    """Return the columns of costs that at least one row has: those of `COSTS`, with the unit of the task."""
+    unit = unit_of(task)
+    return [
+        (key, title.format(unit=unit), divisor, heading.format(unit=unit))
+        for key, title, divisor, heading in COSTS
+        if any(getattr(row, key) is not None for row in rows)
+    ]
 
-    A column is absent if no row has a value for it.
-    """
-    unit = unit_of(rows[0].task)
-    columns = {
-        "CPU s": [row.cpu_seconds_per_1000_requests for row in rows],
-        "J": [row.joules_per_1000_requests for row in rows],
-        f"J/M {unit}": [row.joules_per_million_texts for row in rows],
-        f"$/M {unit}": [row.usd_per_million_texts for row in rows],
-        "GPU %": [row.gpu_utilisation_percent for row in rows],
-        "limit %": [row.matrix_share_percent for row in rows],
-        "W": [row.watts for row in rows],
-        "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
-    }
-    known = {title: values for title, values in columns.items() if any(value is not None for value in values)}
-    if not known:
+
+def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
+    """Return what requests cost, and the peak memory. A column is absent if no row has a value for it."""
+    columns = cost_columns(rows, rows[0].task)
+    if not columns:
         return None
-    grid = _grid(*known)
-    for row, *values in zip(rows, *known.values(), strict=True):
-        grid.add_row(row.configuration, *(short(value) for value in values))
-    titles = {
-        "CPU s": "CPU seconds per 1,000 requests",
-        "J": "energy (J) per 1,000 requests",
-        "limit %": "share of the matrix rate",
-        "MiB": "peak memory of all server processes (MiB)",
-    }
-    return _titled("; ".join(titles[name] for name in known if name in titles), grid)
+    grid = _grid(*(heading for *_, heading in columns))
+    for row in rows:
+        values = [(getattr(row, key), divisor) for key, _, divisor, _ in columns]
+        grid.add_row(row.configuration, *(short(None if value is None else value / by) for value, by in values))
+    titles = [title for _, title, _, heading in columns if heading in ("CPU s", "J", "limit %", "MiB")]
+    return _titled("; ".join(titles), grid)
 
 
 def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:

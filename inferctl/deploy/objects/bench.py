@@ -11,24 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from inferctl.config.settings import OPEN_ACCESS
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
-from inferctl.deploy.endpoints import Endpoint
-from inferctl.deploy.objects import access, metering, workload
-from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources
-from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
-from inferctl.deploy.objects.policy import bench_policy, service_account
+from inferctl.deploy.objects import job, workload
+from inferctl.deploy.objects.containers import container_security, empty, resources
+from inferctl.deploy.objects.metadata import BENCH, Object
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
-from inferctl.models.weights_folders import downloads
 
 _RESULTS = "/results"
-_KEPT_S = 86_400
 # A search takes about ten minutes, after the start of the node and the server.
 _LONGEST_S = 7200
 # With an assumed server, both fit 4 vCPUs.
 _CORES = 1
+# What a sidecar for one client does not need.
+_OF_A_SERVICE = ("livenessProbe", "readinessProbe", "lifecycle")
 
 
 def check(spec: Spec) -> None:
@@ -42,15 +39,12 @@ def check(spec: Spec) -> None:
 
 def objects(model: ModelPlan, flavors: Sequence[FlavorPlan], namespace: str) -> list[Object]:
     """Return the Jobs of `flavors`, which are those of one cluster, and their network policy."""
-    account = service_account(f"{model.name}-{BENCH}", namespace)
-    policy = bench_policy(model.name, namespace, _egress(model))
-    return [account, policy, *(_job(model, flavor, namespace) for flavor in flavors)]
+    return [*job.shared(model, BENCH, namespace), *(_job(model, flavor, namespace) for flavor in flavors)]
 
 
 def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     gpus = flavor.resource.count if flavor.resource else 1
     flavor = replace(flavor, cpu=sizing.cores(flavor.rate, _CORES, gpus))
-    labels = labels_of(model.name, BENCH, flavor.label)
     tmp, tmp_mount = empty("bench-tmp", "/tmp", "1Gi")
     results, results_mount = empty("results", _RESULTS, "2Gi")
     container = {
@@ -62,62 +56,16 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
         "securityContext": container_security(),
         "volumeMounts": [tmp_mount, results_mount],
     }
-    pod = workload.pod(model, flavor)
-    server = _server(model, flavor)
-    mounted = {mount["name"] for mount in server["volumeMounts"]}
-    volumes = [volume for volume in pod["volumes"] if volume["name"] in mounted]
-    affinity = {key: value for key, value in pod["affinity"].items() if key == "nodeAffinity"}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": metadata(f"{BENCH}-{flavor.name}", namespace, labels),
-        "spec": {
-            "backoffLimit": 0,
-            "activeDeadlineSeconds": _LONGEST_S,
-            "ttlSecondsAfterFinished": _KEPT_S,
-            "template": {
-                "metadata": {"labels": labels},
-                "spec": reserve_disk(
-                    {
-                        "restartPolicy": "Never",
-                        **pod_base(f"{model.name}-{BENCH}"),
-                        # Otherwise, the bench cannot see the memory and the cores that the server uses.
-                        "shareProcessNamespace": True,
-                        **({"affinity": affinity} if affinity else {}),
-                        **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
-                        "initContainers": [server],
-                        "containers": [container],
-                        "volumes": [*volumes, tmp, results],
-                    }
-                ),
-            },
-        },
+    server = {key: value for key, value in job.container(model, flavor).items() if key not in _OF_A_SERVICE}
+    pod = {
+        # Otherwise, the bench cannot see the memory and the cores that the server uses.
+        "shareProcessNamespace": True,
+        # A sidecar: the bench starts when its startup probe succeeds, and it ends after the bench.
+        "initContainers": [{**server, "restartPolicy": "Always"}],
+        "containers": [container],
     }
-
-
-def _egress(model: ModelPlan) -> list[Endpoint]:
-    """Return what the server connects to: the hub, if it downloads its weights."""
-    return [Endpoint(443, None)] if downloads(model.spec) else []
-
-
-def _server(model: ModelPlan, flavor: FlavorPlan) -> Object:
-    """Return the server as a sidecar: the bench starts when its startup probe succeeds, and it ends after the bench."""
-    found = workload.container(model, flavor)
-    open_access = {**OPEN_ACCESS, **({"INFERCTL_METERING_MODE": "off"} if metering.volumes(model.spec) else {})}
-    env = [each for each in found["env"] if not each["name"].startswith(("INFERCTL_ACCESS_", "INFERCTL_METERING_"))]
-    left_out = {volume["name"] for volume, _ in (*access.volumes(model.spec), *metering.volumes(model.spec))}
-    return {
-        "name": SERVER,
-        "image": found["image"],
-        "imagePullPolicy": found["imagePullPolicy"],
-        "restartPolicy": "Always",
-        "env": [*env, *({"name": name, "value": value} for name, value in sorted(open_access.items()))],
-        "ports": found["ports"],
-        "resources": found["resources"],
-        "securityContext": found["securityContext"],
-        "startupProbe": found["startupProbe"],
-        "volumeMounts": [mount for mount in found["volumeMounts"] if mount["name"] not in left_out],
-    }
+    settings = {"backoffLimit": 0, "activeDeadlineSeconds": _LONGEST_S}
+    return job.job(model, flavor, BENCH, namespace, settings, pod, [tmp, results])
 
 
 def _script(model: ModelPlan, flavor: FlavorPlan) -> str:

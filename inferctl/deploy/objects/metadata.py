@@ -21,6 +21,7 @@ NAMESPACE_NAME = "kubernetes.io/metadata.name"
 # Component of the pods that serve the model.
 SERVER = "server"
 BENCH = "bench"
+EMBED = "embed"
 HTTP_PORT = "http"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from inferctl.deploy.endpoints import Endpoint
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.metadata import (
-    BENCH,
     CLIENTS,
     HTTP_PORT,
     NAMESPACE_NAME,
@@ -121,11 +120,6 @@ def scrape_policy(namespace: str, sources: Sequence[str]) -> Object:
     """Return the policy that lets Prometheus in the namespaces `sources` read the metrics of servers."""
     ingress = _ingress([_in_namespace(each) for each in sources])
     return _policy("allow-prometheus", namespace, {COMPONENT: SERVER}, [ingress], None)
-
-
-def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Object:
-    """Return the policy of bench pods: no connections from other pods, because they have their own server."""
-    return _policy(f"{model}-{BENCH}", namespace, labels_of(model, BENCH), [], egress_rules(egress))
 
 
 def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:

@@ -54,7 +54,6 @@ def capacity_annotations(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str 
     found: dict[str, str | Noted] = {
         label_keys.PREFERENCE: str([each.name for each in model.flavors].index(flavor.name) + 1),
         label_keys.LOAD: Noted(f"{flavor.load_s.value:g}", flavor.load_s.note),
-        label_keys.COLD_START: Noted(f"{flavor.cold_start_s.value:g}", flavor.cold_start_s.note),
     }
     if flavor.rate:
         found[label_keys.RATE] = Noted(f"{flavor.rate.tokens_per_second:.10g}", flavor.rate.origin)

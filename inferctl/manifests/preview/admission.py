@@ -143,7 +143,7 @@ def used_of(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
     """Return what counts toward a quota in the present state of `cluster`."""
     total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
     for pod in cluster.pods():
-        if pod.charged and _applies(quota, pod):
+        if _applies(quota, pod):
             total.update(usage(pod))
     return dict(total)
 
@@ -199,16 +199,4 @@ def _in_scope(scope: Mapping[str, Any], pod: Pod) -> bool:
             name = fields.text(pod.spec, "priorityClassName")
             labels = {"PriorityClass": name} if name else {}
             return selectors.matches({"matchExpressions": [{**scope, "key": "PriorityClass"}]}, labels)
-        case "CrossNamespacePodAffinity":
-            return _crosses_namespaces(pod.spec)
-    return False
-
-
-def _crosses_namespaces(spec: Mapping[str, Any]) -> bool:
-    for kind in ("podAffinity", "podAntiAffinity"):
-        terms = fields.items(spec, "affinity", kind, "requiredDuringSchedulingIgnoredDuringExecution")
-        preferred = fields.items(spec, "affinity", kind, "preferredDuringSchedulingIgnoredDuringExecution")
-        terms = [*terms, *(fields.mapping(each, "podAffinityTerm") for each in preferred)]
-        if any(term.get("namespaces") or term.get("namespaceSelector") is not None for term in terms):
-            return True
     return False

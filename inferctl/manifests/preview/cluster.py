@@ -6,18 +6,13 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.labels import ZONE
 from inferctl.manifests.kubernetes.taints import Taint
-
-_UNREACHABLE = (
-    Taint("node.kubernetes.io/unreachable", "", "NoSchedule"),
-    Taint("node.kubernetes.io/unreachable", "", "NoExecute"),
-)
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,9 @@ class Pod:
     priority: int = 0
     preempts: bool = True
     node: str | None = None
-    nominated: str | None = None
     started: float = math.inf
     terminating: bool = False
-    # Terminating because the scheduler preempted it.
-    preempted: bool = False
     owner: str = ""
-    # Whether a quota counts it: not after the grace period of a pod that terminates.
-    charged: bool = True
     # Whether the simulation has tried to place it.
     tried: bool = False
 
@@ -215,7 +205,7 @@ class ClusterState:
     def bind(self, pod: Pod, node: str) -> None:
         """Move a waiting pod to a node."""
         self.remove(pod)
-        pod.node, pod.nominated = node, None
+        pod.node = node
         self.add(pod)
 
     def on(self, node: str) -> Sequence[Pod]:
@@ -253,17 +243,3 @@ class ClusterState:
         for pod in self.pods():
             found.add(copy.copy(pod))
         return found
-
-    def lose(self, names: Sequence[str]) -> list[Pod]:
-        """Make nodes unreachable, and return their pods, which now terminate until the nodes are back.
-
-        The nodes stay in the cluster with taints, as in Kubernetes, where a cloud removes them later. So an empty
-        domain of topology spread may block pods elsewhere. A quota no longer counts the pods.
-        """
-        lost = []
-        for name in names:
-            self.nodes[name] = replace(self.nodes[name], taints=(*self.nodes[name].taints, *_UNREACHABLE))
-            for pod in self.on(name):
-                pod.terminating, pod.charged = True, False
-                lost.append(pod)
-        return lost

@@ -36,50 +36,16 @@ def feasible(cluster: ClusterState, pod: Pod) -> dict[str, list[Reason]]:
 
 
 def reasons(cluster: ClusterState, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
-    """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known.
-
-    Pods of equal or higher priority that are nominated to the node hold their place: the filters must pass with them
-    and without them, since they may end up elsewhere.
-    """
-    nominated = [
-        other
-        for other in cluster.waiting()
-        if other.nominated == name and other.priority >= pod.priority and other is not pod
-    ]
-    if nominated:
-        for other in nominated:
-            _assume(cluster, other, name)
-        try:
-            found = _check(cluster, pod, cluster.nodes[name], view(pod, cluster))
-        finally:
-            for other in nominated:
-                _forget(cluster, other, name)
-        if found:
-            return found
-    return _check(cluster, pod, cluster.nodes[name], seen or view(pod, cluster))
-
-
-def _assume(cluster: ClusterState, pod: Pod, node: str) -> None:
-    cluster.remove(pod)
-    pod.node = node
-    cluster.add(pod)
-
-
-def _forget(cluster: ClusterState, pod: Pod, node: str) -> None:
-    cluster.remove(pod)
-    pod.node = None
-    cluster.add(pod)
-
-
-def _check(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> list[Reason]:
+    """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known."""
+    node, seen = cluster.nodes[name], seen or view(pod, cluster)
     if gates := fields.items(pod.spec, "schedulingGates"):
         return [Reason("SchedulingGates", f"waits for its gate {fields.text(gates[0], 'name')}")]
-    if (name := fields.text(pod.spec, "nodeName")) and name != node.name:
-        return [Reason("NodeName", f"the pod template names the node {name}")]
+    if (own := fields.text(pod.spec, "nodeName")) and own != name:
+        return [Reason("NodeName", f"the pod template names the node {own}")]
     # A pod with a node goes past the scheduler. The kubelet asks some of the same, and evicts no pod for it.
-    filters = _KUBELET_FILTERS if name else _FILTERS
+    filters = _KUBELET_FILTERS if own else _FILTERS
     found = [reason for each in filters for reason in each(cluster, pod, node, seen)]
-    return [replace(reason, resolvable=False) for reason in found] if name else found
+    return [replace(reason, resolvable=False) for reason in found] if own else found
 
 
 def _unschedulable(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:

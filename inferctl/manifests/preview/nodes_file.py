@@ -26,7 +26,6 @@ _READ = (
     "CapacityBuffer",
     "CronJob",
     "DaemonSet",
-    "Job",
     "LeaderWorkerSet",
     "Namespace",
     "PersistentVolume",
@@ -37,7 +36,6 @@ _READ = (
     "ReplicaSet",
     "RuntimeClass",
     "StatefulSet",
-    "StorageClass",
 )
 
 
@@ -149,7 +147,7 @@ def _node(item: Mapping[str, Any]) -> Node:
 
 def pod_of(objects: Mapping[str, Sequence[Mapping[str, Any]]], item: Mapping[str, Any]) -> Pod:
     """Return the pod of a Pod object. `objects`: priority classes and runtime classes. Raises `ValueError`."""
-    metadata, spec, status = (fields.mapping(item, key) for key in ("metadata", "spec", "status"))
+    metadata, spec = (fields.mapping(item, key) for key in ("metadata", "spec"))
     pod = admission.admitted(
         objects,
         fields.namespace_of(item),
@@ -159,15 +157,8 @@ def pod_of(objects: Mapping[str, Sequence[Mapping[str, Any]]], item: Mapping[str
         {key: value for key, value in spec.items() if key != "nodeName"},
     )
     pod.node = fields.text(spec, "nodeName") or None
-    pod.nominated = fields.text(status, "nominatedNodeName") or None
-    pod.started = _seconds(fields.text(status, "startTime"))
+    pod.started = _seconds(fields.text(item, "status", "startTime"))
     pod.terminating = bool(metadata.get("deletionTimestamp"))
-    pod.preempted = pod.terminating and any(
-        fields.text(each, "type") == "DisruptionTarget"
-        and fields.text(each, "status") == "True"
-        and fields.text(each, "reason") == "PreemptionByScheduler"
-        for each in fields.items(status, "conditions")
-    )
     return pod
 
 

@@ -28,28 +28,12 @@ class Candidate:
 Budget = tuple[Mapping[str, Any], int]
 
 
-def ineligible(cluster: ClusterState, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> str | None:
-    """Return why `pod` may not preempt at all; None if it may. `found`: why each node is not feasible."""
-    if not pod.preempts:
-        return "preemptionPolicy is Never"
-    # It does not wait for a node that evictions cannot open any more.
-    why = found.get(pod.nominated or "", ())
-    lost = bool(why) and not why[0].resolvable
-    if (
-        not lost
-        and pod.nominated in cluster.nodes
-        and any(other.preempted and other.priority < pod.priority for other in cluster.on(str(pod.nominated)))
-    ):
-        return f"waits for pods that terminate on {pod.nominated}"
-    return None
-
-
 def candidates(cluster: ClusterState, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> list[Candidate]:
     """Return the nodes on which evictions make room for `pod`, best first. `found`: why each node is not feasible.
 
     The scheduler takes the first. With over 100 nodes it looks at a part of them only, beginning at a random one.
     """
-    if ineligible(cluster, pod, found):
+    if not pod.preempts:
         return []
     # The scheduler sees only the first reason. If evictions cannot help there, it skips the node.
     nodes = [name for name, why in found.items() if why and why[0].resolvable]

@@ -12,7 +12,7 @@ from inferctl.manifests.preview.preemption import Candidate
 from inferctl.manifests.preview.simulation import Attempt, ClusterAtPeak
 from inferctl.manifests.preview.workloads import SimulatedDeployment
 
-_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "LeaderWorkerSet")
+_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "CronJob", "LeaderWorkerSet")
 # From so many nodes on, the scheduler looks at a part of the candidates for preemption only.
 _ALL_CANDIDATES = 100
 
@@ -146,7 +146,7 @@ def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
     pods = [attempt.pod for attempt in (*outcome.rest, *outcome.first, *outcome.spike)]
     claims = {name for pod in pods for name in volumes.unknown(cluster, pod)}
     if claims:
-        yield f"claims not in the files, so their zone is not checked: {', '.join(sorted(claims))}"
+        yield f"claims without a volume in the files, so their zone is not checked: {', '.join(sorted(claims))}"
     if any(pod.spec.get("resourceClaims") for pod in pods):
         yield "devices that pods claim with DRA (resourceClaims) are not checked"
     schedulers = {fields.text(pod.spec, "schedulerName") for pod in pods} - {"", "default-scheduler"}
@@ -154,7 +154,7 @@ def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
         yield f"pods of the scheduler {', '.join(sorted(schedulers))} are placed by the rules of the default one"
     for kind in _NOT_PLACED:
         if count := len(cluster.of_kind(kind)):
-            yield f"{count} {kind} in the manifests: only Deployments are placed"
+            yield f"{count} {kind} in the manifests: only Deployments and Jobs are placed"
     for each in cluster.of_kind("CapacityBuffer"):
         name = fields.text(each, "metadata", "name")
         yield f"CapacityBuffer {name}: its nodes count only if the nodes file lists them"
@@ -180,27 +180,14 @@ def _loss(loss: Loss) -> dict[str, Any]:
             "all_replicas": loss.full,
             "before": loss.before,
             "at_once": loss.at_once,
-            "later": loss.later,
-            "covered": loss.covered,
         },
         "share": {
             "of": "peak" if loss.demand else "all replicas",
             "before": round(loss.share(loss.before), 4),
             "at_once": round(loss.share(loss.at_once), 4),
-            "later": round(loss.share(loss.later), 4),
-            "covered": round(loss.share(loss.covered), 4),
         },
         "nodes_alike": loss.alike,
         "lost": loss.lost,
-        "moved": loss.moved,
-        "preempting": loss.preempting,
-        "evicted": loss.evicted,
-        "waiting": loss.waiting,
-        "why": dict(loss.why),
-        "later_s": loss.later_s,
-        "added": loss.added,
-        "covered_s": loss.covered_s,
-        "recovered_s": loss.recovered_s,
     }
 
 
@@ -210,10 +197,6 @@ def worst(losses: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     for loss in losses:
         where = (loss["scope"], loss["cluster"], loss["model"])
         key = where if loss["scope"] == "node" else (*where, loss["place"])
-        if key not in found or _badness(loss) > _badness(found[key]):
+        if key not in found or loss["share"]["at_once"] < found[key]["share"]["at_once"]:
             found[key] = loss
     return list(found.values())
-
-
-def _badness(loss: Mapping[str, Any]) -> tuple[float, ...]:
-    return -loss["share"]["later"], -loss["share"]["at_once"], loss["waiting"]

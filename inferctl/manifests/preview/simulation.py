@@ -53,14 +53,12 @@ class Attempt:
 class ClusterAtPeak:
     """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
-    `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike.
-    `queue` has the workloads in the order in which their pods were placed. `again` are the pods that were evicted and
-    could be placed elsewhere, `waiting` those that could not.
+    `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike. `again`
+    are the pods that were evicted and could be placed elsewhere, `waiting` those that could not.
     """
 
     cluster: ClusterState
     workloads: Sequence[SimulatedDeployment]
-    queue: Sequence[SimulatedDeployment]
     existing: Mapping[str, int]
     rest: list[Attempt]
     first: list[Attempt]
@@ -84,7 +82,7 @@ def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> Clus
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return ClusterAtPeak(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
+    return ClusterAtPeak(cluster, workloads, existing, rest, first, spike, again, waiting)
 
 
 def _first(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:
@@ -195,7 +193,7 @@ def place(cluster: ClusterState, pod: Pod, workload: SimulatedDeployment) -> Att
         attempt.node = _choose(cluster, pod, attempt.feasible)
         cluster.bind(pod, attempt.node)
         return attempt
-    attempt.not_preempting = preemption.ineligible(cluster, pod, reasons)
+    attempt.not_preempting = None if pod.preempts else "preemptionPolicy is Never"
     attempt.candidates = preemption.best(cluster, pod, reasons)
     if attempt.candidates:
         chosen = min(attempt.candidates, key=lambda each: natural(each.node))
@@ -209,7 +207,7 @@ def _evict(cluster: ClusterState, victim: Pod) -> Pod:
     """Remove a pod from its node and return the one that its owner creates instead, which waits."""
     cluster.remove(victim)
     again = copy.copy(victim)
-    again.node, again.nominated, again.started, again.terminating = None, None, math.inf, False
+    again.node, again.started, again.terminating = None, math.inf, False
     cluster.add(again)
     return again
 

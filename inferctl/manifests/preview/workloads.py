@@ -1,4 +1,4 @@
-"""The Deployments of manifests: their pods, replicas, and what their annotations say about capacity."""
+"""The Deployments and Jobs of manifests: their pods, replicas, and what their annotations say about capacity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.manifests.kubernetes import fields
-from inferctl.manifests.label_keys import COLD_START, COMPONENT, LOAD, NAME, PEAK, PREFERENCE, RATE, UTILIZATION
+from inferctl.manifests.label_keys import NAME, PEAK, PREFERENCE, RATE, UTILIZATION
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,12 @@ class Scaler:
 
 @dataclass(frozen=True)
 class SimulatedDeployment:
-    """A Deployment.
+    """A Deployment, or a Job, which has no selector, runs `parallelism` pods, and serves nothing.
 
     `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
     which the first apply starts before an autoscaler acts. `rate` is in tokens per second
     and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
-    cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a
-    new node. None if it is not stated.
+    cluster; `preference` says which of them does so first. None if it is not stated.
     """
 
     namespace: str
@@ -45,9 +44,6 @@ class SimulatedDeployment:
     utilization: float = 1.0
     preference: int = 0
     peak: float | None = None
-    load_s: float | None = None
-    cold_start_s: float | None = None
-    component: str = ""
     scaled_by: str = ""
 
     @property
@@ -63,7 +59,7 @@ class SimulatedDeployment:
 
 
 def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[SimulatedDeployment]:
-    """Return the Deployments among `objects` in their order. `namespace`: for objects that name none."""
+    """Return the Deployments and Jobs among `objects` in their order. `namespace`: for objects that name none."""
     objects = list(objects)
     scalers: dict[tuple[str, str], Scaler] = {}
     for each in objects:
@@ -72,7 +68,7 @@ def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> li
     return [
         _workload(each, fields.namespace_of(each, namespace), scalers)
         for each in objects
-        if each.get("kind") == "Deployment" and fields.text(each, "metadata", "name")
+        if each.get("kind") in ("Deployment", "Job") and fields.text(each, "metadata", "name")
     ]
 
 
@@ -83,7 +79,8 @@ def _workload(
     template = fields.mapping(item, "spec", "template")
     labels = fields.text_map(fields.mapping(template, "metadata", "labels"))
     annotations = fields.text_map(fields.mapping(item, "metadata", "annotations"))
-    replicas = fields.integer(item, "spec", "replicas", default=1)
+    key = "parallelism" if item.get("kind") == "Job" else "replicas"
+    replicas = fields.integer(item, "spec", key, default=1)
     scaler = scalers.get((namespace, name), Scaler("", replicas, replicas))
     return SimulatedDeployment(
         namespace,
@@ -99,9 +96,6 @@ def _workload(
         utilization=_number(annotations.get(UTILIZATION)) or 1.0,
         preference=int(_number(annotations.get(PREFERENCE)) or 0),
         peak=scaler.peak or _number(annotations.get(PEAK)),
-        load_s=_number(annotations.get(LOAD)),
-        cold_start_s=_number(annotations.get(COLD_START)),
-        component=labels.get(COMPONENT, ""),
         scaled_by=scaler.kind,
     )
 
@@ -130,6 +124,6 @@ def serving(workloads: Sequence[SimulatedDeployment]) -> dict[str, list[Simulate
     rated = [each for each in workloads if each.rate is not None]
     found: dict[str, list[SimulatedDeployment]] = {}
     for each in sorted(rated or workloads, key=lambda each: each.preference):
-        if not each.placeholder:
+        if each.selector and not each.placeholder:
             found.setdefault(each.model, []).append(each)
     return found

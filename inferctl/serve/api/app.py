@@ -161,7 +161,7 @@ def create(name: str, inferences: Sequence[Inference], max_requests: int) -> ASG
     async def one_model(request: Request) -> Response:
         wanted, known = request.path_params["name"], visible(served, context_of(request.scope))
         for model in known:
-            if model.has_name(wanted):
+            if wanted and model.has_name(wanted):
                 return _json(entry(model, wanted if wanted in model.aliases else model.name))
         raise unknown_model(wanted, [name for model in known for name in model.names])
 

@@ -91,8 +91,8 @@ class ServedModel:
         return list(dict.fromkeys((self.name, *self.aliases)))
 
     def has_name(self, wanted: str | None) -> bool:
-        """Return whether a request that names a model, or none, is for this one."""
-        return wanted in (None, self.name, self.source) or wanted in self.aliases
+        """Return whether a request that names a model, or none, is for this one. An empty name is none, as in vLLM."""
+        return not wanted or wanted in (self.name, self.source, *self.aliases)
 
     def check_name(self, wanted: str | None) -> None:
         """Raise `ApiError` 404 for another model's name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hmac
 import ipaddress
 import logging
 import time
@@ -40,9 +41,12 @@ _MOST = (1 << 63) - 1  # what fits into a message between processes; a limit can
 
 
 class EdgeAccess:
-    """Who may use one server. `names`: of its models. `settings`: of the spec."""
+    """Who may use one server. `names`: of its models. `settings`: of the spec.
 
-    def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
+    `batch_secret`: with it, the worker of batches sends requests of their keys. None for a server without batches.
+    """
+
+    def __init__(self, settings: spec.Access, names: Iterable[str], batch_secret: str | None = None) -> None:
         """Raises `UsageError` if the key file is missing or not valid."""
         self._table = None
         if settings.key_file:
@@ -51,6 +55,7 @@ class EdgeAccess:
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
         self.names, self._open = set(names), frozenset(settings.open)
         self._default_limits = settings.requests_per_minute, settings.tokens_per_minute
+        self._batch_secret = batch_secret.encode() if batch_secret else None
         if self._table:
             self._table.follow()
 
@@ -101,6 +106,8 @@ class EdgeAccess:
         credential = b"" if len(named) > 1 else _credential(scope["headers"])
         try:
             key = self._table.find(credential, time.time()) if self._table and credential else None
+            if key is None and self._batch_secret and len(credential) > len(self._batch_secret):
+                key = self._of_batch(credential)
         except UnavailableError as error:
             headers = {"retry-after": "5"}
             raise ApiError(503, str(error), code="access_unavailable", headers=headers) from None
@@ -109,6 +116,17 @@ class EdgeAccess:
             message = "the API key is missing or not valid; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return key
+
+    def _of_batch(self, credential: bytes) -> ApiKey | None:
+        """Return the key on whose behalf the worker sends a request, if it is still valid."""
+        assert self._batch_secret is not None
+        secret, owner = credential[: len(self._batch_secret)], credential[len(self._batch_secret) :]
+        if not hmac.compare_digest(secret, self._batch_secret):
+            return None
+        kind, _, key_id = owner.decode().partition(":")
+        if kind == "caller":
+            return caller(key_id) if self._proxies else None
+        return self._table.find_id(key_id, time.time()) if self._table else None
 
     def revoke(self, ids: Iterable[str]) -> None:
         """Refuse keys from now on, before the key file says so."""
@@ -131,9 +149,9 @@ def check_endpoint(scope: Scope, context: RequestContext) -> None:
         raise _forbidden(f"use {scope['path']}")
 
 
-def create(settings: spec.Access, names: Iterable[str]) -> EdgeAccess | None:
+def create(settings: spec.Access, names: Iterable[str], batch_secret: str | None) -> EdgeAccess | None:
     """Return who may use the server; None for everyone. Raises `UsageError` for a bad key file."""
-    return EdgeAccess(settings, names) if settings.required else None
+    return EdgeAccess(settings, names, batch_secret) if settings.required else None
 
 
 def known(access: EdgeAccess | None) -> bool:

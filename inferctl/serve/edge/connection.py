@@ -211,7 +211,12 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def pause_writing(self) -> None:
-        """Let the response go on, so that a client that does not read holds no request. Called by the transport."""
+        """Let the response go on, so that a client that does not read holds no request. Called by the transport.
+
+        A file is read only as fast as its client reads it.
+        """
+        if self.cycle is not None and ConnectionNotes.of(self.cycle.scope).paced:
+            super().pause_writing()
 
     @classmethod
     def limit_unread_bytes(cls, connections: set[Any], now: float) -> None:

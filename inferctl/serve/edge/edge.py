@@ -25,7 +25,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_m
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext
-from inferctl.serve.work import EdgeBackend, RejectedError
+from inferctl.serve.work import LIMIT_EXCEEDED, EdgeBackend, RejectedError
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 log = logging.getLogger("inferctl.edge")
@@ -97,7 +97,8 @@ class Edge:
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `backend` admits and ends each POST; None if there is no engine for them.
     `check_metering()` raises `RejectedError` if the event of another request could not be recorded. `models`: path ->
-    the number of the model that has it, None for several; 0 for other paths.
+    the number of the model that has it, None for several; 0 for other paths. `uploads`: path -> the most bytes of a body
+    that `app` does not hold, so it counts in no limit. A path in `endpoints` that ends with a slash is for all below it.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Edge:
         backend: EdgeBackend | None = None,
         check_metering: Callable[[], None] = lambda: None,
         models: Mapping[str, int | None] = {},
+        uploads: Mapping[str, int] = {},
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -127,7 +129,7 @@ class Edge:
         self._page, self._endpoints, self._access, self.backend = page, endpoints, access, backend
         self._numbers = itertools.count()
         self.error_body = error_body
-        self._check_metering, self.models = check_metering, models
+        self._check_metering, self.models, self.uploads = check_metering, models, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -150,7 +152,9 @@ class Edge:
                 log.exception("a usage event was not recorded")
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext.of(scope, self._endpoints.get(scope["path"], OTHER), next(self._numbers))
+        path, names = scope["path"], self._endpoints
+        name = names.get(path) or names.get("/".join(path.split("/", 3)[:3]) + "/", OTHER)
+        context = RequestContext.of(scope, name, next(self._numbers))
         request = _EdgeRequest(self, context, scope, receive, send)
         error: ApiError | None = None
         self.in_flight += 1
@@ -164,7 +168,8 @@ class Edge:
                 request.counted = tenant
             if self.backend is not None and scope["method"] == "POST":
                 context.admitted = True
-                size, model = context.asked.content_length, self.models.get(scope["path"], 0)
+                size, model = context.asked.content_length, self.models.get(path, 0)
+                size = 0 if path in self.uploads else size
                 context.full = await self.backend.admit(context.number, context.caller, size, model)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
@@ -198,21 +203,23 @@ class Edge:
     def _check_load(self, scope: Scope, context: RequestContext) -> None:
         """Reject a request that is too large, or more than this process can take, before its body is read."""
         limits = self._limits
-        self._check_body(context.asked.content_length)  # first, since rejections count as demand of this size
+        self.check_body(
+            context.asked.content_length, scope["path"]
+        )  # first, since rejections count as demand of this size
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
             raise self._lifecycle.unavailable()
         self._check_metering()
         if self.in_flight > limits.max_requests:
             raise at_capacity(f"{limits.max_requests} requests are in flight", "too_many_requests", 1)
 
-    def _check_body(self, size: int) -> None:
-        if size > self._limits.max_body_bytes:
-            message = f"the body is larger than the limit of {self._limits.max_body_bytes} bytes"
+    def check_body(self, size: int, path: str) -> None:
+        """Raise `ApiError` if a body is too large for its path."""
+        if size > (limit := self.uploads.get(path, self._limits.max_body_bytes)):
+            message = f"the body is larger than the limit of {limit} bytes"
             raise ApiError(413, message, code="body_too_large")
 
     def add_body(self, context: RequestContext, size: int) -> None:
-        """Count a part of a body. Raises `ApiError` if this body, or all in flight, are too large."""
-        self._check_body(context.body_bytes + size)
+        """Count a part of a body. Raises `ApiError` if all bodies in flight are too large."""
         # A single request is always accepted, otherwise it would be rejected forever.
         if self._body_bytes > context.body_bytes and self._body_bytes + size > self._limits.max_bytes:
             message = f"the bodies of requests in flight have {self._body_bytes} bytes"
@@ -246,7 +253,7 @@ class Edge:
 class _EdgeRequest:
     """One request between the connection and the application: counts its body, and adds the id to the response.
 
-    `stopped`: the drain ended it. `counted`: the tenant in whose share it counts.
+    `stopped`: the drain ended it. `counted`: the tenant in whose share it counts. `received`: bytes of its body.
     """
 
     __slots__ = (
@@ -259,6 +266,7 @@ class _EdgeRequest:
         "context",
         "counted",
         "notes",
+        "received",
         "stopped",
     )
 
@@ -267,12 +275,17 @@ class _EdgeRequest:
         self.notes = ConnectionNotes.of(scope)
         self.body_complete = self.complete = self.stopped = False
         self.counted: str | None = None
+        self.received = 0
 
     async def receive(self) -> Message:
         """Return the next message of the connection. Raises `ApiError` for a body too large, and `RejectedError`."""
         message, context = await self._receive(), self.context
         if message["type"] == "http.request" and not self.body_complete:
-            self._edge.add_body(context, len(message.get("body", b"")))
+            size, path = len(message.get("body", b"")), self._scope["path"]
+            self.received += size
+            self._edge.check_body(self.received, path)
+            if path not in self._edge.uploads:
+                self._edge.add_body(context, size)
             if not message.get("more_body", False):
                 self.body_complete = True
                 context.started = time.monotonic()
@@ -351,6 +364,8 @@ class _EdgeRequest:
 
     def rejection(self, error: RejectedError) -> ApiError:
         """Return the response to a request that the backend rejected."""
+        if error.reason == LIMIT_EXCEEDED:  # of a key, before or after the body says which model it is for
+            self.context.model = None
         if error.used is not None:
             self.context.admitted = False
             self.context.count(error.used)

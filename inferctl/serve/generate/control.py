@@ -26,7 +26,8 @@ _MAX_MESSAGE = 65536
 class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
-    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first.
+    `access`, `metering`, `batches`: the sections of the spec, as JSON data. `batch_secret`: as of `EdgeAccess`.
+    `models`: the names of the model, its own first.
     `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
@@ -40,6 +41,8 @@ class EdgeSettings:
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
+    batches: dict[str, Any] = field(default_factory=dict)
+    batch_secret: str = ""
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

@@ -241,6 +241,9 @@ class GenerationServer(ServerLifetime):
         if not keys and spec.access.key_file:
             keys = str(Path(spec.access.key_file).absolute())
         access = {"keys": keys, "broker": broker.public if broker else None}
+        batches = spec.serve.batches.model_dump()
+        if batches["folder"]:
+            batches["folder"] = str(Path(batches["folder"]).absolute())
         return control.EdgeSettings(
             spec.name,
             spec.serve.drain_seconds,
@@ -253,6 +256,8 @@ class GenerationServer(ServerLifetime):
             | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
             time.monotonic() if self._supervisor.restarts else self._started,
+            batches,
+            self._batch_secret,
         )
 
     def _info(self) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class _EdgeServer:
             log=settings.log,
             traces=settings.traces,
             tasks=dict.fromkeys(adapters, "generate"),
+            batches=spec.Batches(**settings.batches),
+            batch_secret=settings.batch_secret,
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])

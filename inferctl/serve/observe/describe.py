@@ -115,15 +115,10 @@ def _of_tei(
     }
 
 
-def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | None:
-    """Return the line about the SLO that the server enforces: of the spec, else of the capacity file; None without."""
-    slo_ms = spec_ms or capacity_ms
-    source = "slo.p99_ms" if spec_ms else "slo_p99_ms of the capacity file"
-    return (
-        f"admission  rejects requests (429) whose predicted latency exceeds {slo_ms:g} ms ({source})"
-        if slo_ms
-        else None
-    )
+def admission_line(slo_ms: float | None) -> str | None:
+    """Return the line about the SLO that the server enforces; None without one."""
+    rejects = "admission  rejects requests (429) whose predicted latency exceeds"
+    return f"{rejects} {slo_ms:g} ms (slo.p99_ms)" if slo_ms else None
 
 
 def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | None = None) -> Iterator[str]:

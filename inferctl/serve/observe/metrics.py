@@ -49,13 +49,9 @@ _DECAY = 0.999
 _MOST_UNREAD = 4
 
 
-def objectives(slo: Slo, enforced_p99_ms: float | None = None) -> dict[str, float]:
-    """Return the SLO of a spec in seconds, by objective. `enforced_p99_ms`: that of admission control, if any."""
-    found = {
-        "request_p99": enforced_p99_ms or slo.p99_ms,
-        "first_token": slo.ttft_ms,
-        "token_gap": slo.itl_ms,
-    }
+def objectives(slo: Slo) -> dict[str, float]:
+    """Return the SLO of a spec in seconds, by objective."""
+    found = {"request_p99": slo.p99_ms, "first_token": slo.ttft_ms, "token_gap": slo.itl_ms}
     return {name: ms / 1000 for name, ms in found.items() if ms is not None}
 
 
@@ -277,9 +273,9 @@ class Metrics(RequestMetrics):
         self._batch_tokens.observe(tokens)
         self._batch_seconds.observe(seconds)
 
-    def watch_capacity(self, rates: Callable[[], Mapping[str, float]]) -> None:
-        """Report the tokens per second of this server in full batches, by source."""
-        self.registry.register(_Capacity(rates))
+    def watch_capacity(self, rate: Callable[[], float | None]) -> None:
+        """Report the tokens per second of this server in full batches."""
+        self.registry.register(_Capacity(rate))
 
 
 class _OfModel(CollectorRegistry):
@@ -297,17 +293,17 @@ class _OfModel(CollectorRegistry):
 
 
 class _Capacity(Collector):
-    """Collects only the rates that are known: a sum over servers with a zero or NaN would be wrong."""
+    """Collects the rate only if it is known: a sum over servers with a zero or NaN would be wrong."""
 
-    def __init__(self, rates: Callable[[], Mapping[str, float]]) -> None:
-        self._rates = rates
+    def __init__(self, rate: Callable[[], float | None]) -> None:
+        self._rate = rate
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric."""
-        description = "Tokens per second in full batches. Sources: the file of --capacity; fitted to the last batches."
+        description = "Tokens per second in full batches, fitted to the last ones."
         family = GaugeMetricFamily("inferctl_capacity_tokens_per_second", description, labels=["source"])
-        for source, rate in self._rates().items():
-            family.add_metric([source], rate)
+        if (rate := self._rate()) is not None:
+            family.add_metric(["fitted"], rate)
         yield family
 
 

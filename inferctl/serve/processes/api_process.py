@@ -88,6 +88,8 @@ class ApiProcess:
             log=welcome["log"],
             traces=welcome["traces"],
             tasks={model.name: model.task for model, _ in models} if several else {},
+            batches=spec.serve.batches,
+            batch_secret=welcome["batch_secret"],
         )
         self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._metering.open()

@@ -46,17 +46,24 @@ class KeyTable:
         self._closed = threading.Event()
         self._revoked: dict[str, None] = {}
         self._entries: dict[bytes, Entry] = {}
+        self._ids: dict[str, Entry] = {}
         self.ready = self.shared = False
         if not awaited or self._version:
             self._load(key_file.read(path))
 
     def find(self, credential: bytes, now: float) -> ApiKey | None:
         """Return the key that a client sent; None if it is unknown, revoked or expired. Raises `UnavailableError`."""
-        if not self.ready:
-            raise UnavailableError("the keys are not known yet")
         if len(credential) > _MAX_LENGTH:
             return None
-        entry = self._entries.get(keys.digest(credential))
+        return self._valid(self._entries.get(keys.digest(credential)), now)
+
+    def find_id(self, key_id: str, now: float) -> ApiKey | None:
+        """Return the key with an id; None if `find` would accept no credential of it. Raises `UnavailableError`."""
+        return self._valid(self._ids.get(key_id), now)
+
+    def _valid(self, entry: Entry | None, now: float) -> ApiKey | None:
+        if not self.ready:
+            raise UnavailableError("the keys are not known yet")
         if entry is None or now >= entry.not_after or entry.key.id in self._revoked:
             return None
         return entry.key
@@ -84,6 +91,8 @@ class KeyTable:
                     end = min(_seconds(key.expires), _seconds(stored.not_after))
                     entries[bytes.fromhex(stored.sha256)] = Entry(key, end)
         self._entries = entries
+        # Of several digests, the last one is accepted longest.
+        self._ids = {entry.key.id: entry for entry in sorted(entries.values(), key=lambda entry: entry.not_after)}
         # With a single key, there is nobody to share the queue with.
         self.shared = sum(key.revoked is None for key in content.keys) > 1
         self.ready = True

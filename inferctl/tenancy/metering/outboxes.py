@@ -62,20 +62,19 @@ class Outboxes:
         found = reader.read(after, limit)
         if reader.damage:
             self._report(reader, reader.damage)
-        if found:
+        if reader.issued is None or len(found) == limit:
             return found
-        if reader.issued is None:
-            return []
+        after = found[-1].last if found else after
         # A ledger that was restored may lack what was freed.
         covered = max(after, min(self.confirmed(source), reader.issued + 1))
         if covered > reader.issued:
-            return []
+            return found
         if source not in self._ends:
             number, now = reader.issued + 1, int(1000 * time.time())
             content = usage_event.end(number, now, clean=False)
             self._ends[source] = EventBatch(source, covered + 1, number, now, content, covered + 1)
         end = self._ends[source]
-        return [end] if end.last > after else []
+        return [*found, end] if end.last > after else found
 
     def confirmed(self, source: str) -> int:
         """Return the last watermark that `confirm` wrote, in this or an earlier process."""

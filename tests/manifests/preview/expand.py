@@ -67,13 +67,8 @@ def pod(short: dict[str, Any], name: str = "incoming") -> dict[str, Any]:
     status: dict[str, Any] = {"phase": short.get("phase", running)}
     if "node" in short:
         status["startTime"] = stamp(short.get("started", 0))
-    if "nominated" in short:
-        status["nominatedNodeName"] = short["nominated"]
-    if short.get("terminating") or short.get("preempted"):
+    if short.get("terminating"):
         metadata["deletionTimestamp"] = stamp(3600)
-    if short.get("preempted"):
-        condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
-        status["conditions"] = [condition]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status}
 
 

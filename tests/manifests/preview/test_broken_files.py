@@ -75,9 +75,8 @@ def cluster() -> list[dict[str, Any]]:
         )
         for n in range(4)
     ]
-    status = {"startTime": "2026-11-01T00:00:00Z", "nominatedNodeName": "n1", "namespace": "default"}
+    status = {"startTime": "2026-11-01T00:00:00Z", "namespace": "default"}
     pods = [kube.running(f"p{n}", f"n{n}", {"app": "overflow"}, pod_spec("pause"), **status) for n in range(3)]
-    topology = {"matchLabelExpressions": [{"key": ZONE, "values": ["a"]}]}
     claim: dict[str, Any] = {"storageClassName": "s", "accessModes": ["ReadWriteOnce"]}
     budget = {"minAvailable": "50%", "selector": {"matchLabels": {"app": "overflow"}}}
     quota = {"hard": {"requests.nvidia.com/gpu": "9"}, "scopeSelector": {"matchExpressions": []}}
@@ -93,7 +92,6 @@ def cluster() -> list[dict[str, Any]]:
         thing("Namespace", "default", labels={"team": "a"}),
         thing("PersistentVolumeClaim", "weights", {**claim, "resources": {"requests": {"storage": 1}}}),
         thing("PersistentVolume", "pv", {**claim, "capacity": {"storage": "2"}}, labels={ZONE: "a"}),
-        thing("StorageClass", "s", volumeBindingMode="WaitForFirstConsumer", allowedTopologies=[topology]),
     ]
 
 

@@ -86,9 +86,8 @@ def test_the_preview_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert embed["pods"][-1]["evicted"] == ["overflow-1"]
     (why,) = [each for each in embed["pods"][0]["infeasible"] if each["nodes"] == ["l4"]]
     assert [reason["filter"] for reason in why["reasons"]] == ["NodeAffinity", "NodeResourcesFit"]
-    assert {(drill["scope"], drill["place"]) for drill in result["drills"]} == {
-        ("node", "a100-1"), ("node", "a100-2"), ("zone", "a"), ("zone", "b")
-    }  # fmt: skip
+    drills = [(drill["scope"], drill["place"], drill["nodes_alike"]) for drill in result["drills"]]
+    assert drills == [("node", "a100-1", 2), ("zone", "a", 1), ("zone", "b", 1)]
 
 
 def test_the_preview_as_text_fits_80_columns(
@@ -103,7 +102,7 @@ def test_the_preview_as_text_fits_80_columns(
     assert "not l4: NodeAffinity: gpu is l4, not a100 spike" in words
     assert "evicts 1 pod (priority -10)" in words
     assert "The spike evicts 1 pod of overflow: 0 fit elsewhere, 1 wait for new nodes of an autoscaler." in words
-    assert "Losses at the peak: share of all replicas that is still served" in words
+    assert "Losses at the peak: share of all replicas that is served at once" in words
 
 
 def test_pods_that_do_not_fit_at_rest_fail_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +114,18 @@ def test_pods_that_do_not_fit_at_rest_fail_the_command(tmp_path: Path, capsys: p
     assert "waits: no feasible node, and no pods to evict" in " ".join(printed.out.split())
     # The placeholder has one slice, and embed cannot evict it now: the fourth pod waits.
     assert "1 pod at rest does not fit on the nodes" in printed.err
+
+
+def test_the_pods_of_a_job_are_placed_and_serve_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = files(tmp_path)
+    job = MANIFESTS.split("---")[1].replace("apps/v1", "batch/v1").replace("kind: Deployment", "kind: Job")
+    Path(arguments[-1]).write_text(job.replace("selector: {matchLabels: {app: embed}}", "parallelism: 5"))
+    assert cli.run([*arguments, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    (found,) = result["clusters"][0]["deployments"]
+    placed = [(name, len(each["nodes"])) for each in found["pods"] for name in each["names"][-1:]]
+    assert placed[-1] == ("embed-5", 0) and sum(len(each["nodes"]) for each in found["pods"]) == 4
+    assert result["drills"] == []
 
 
 def test_manifests_without_a_deployment_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

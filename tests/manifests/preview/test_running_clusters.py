@@ -114,18 +114,6 @@ def test_two_files_of_one_name_are_an_error(tmp_path: Path) -> None:
         nodes_file.read(files)
 
 
-def test_labels_that_no_pod_asks_for_do_not_make_nodes_different() -> None:
-    """Each GPU node has a time of its own in nvidia.com/gfd.timestamp. Of equal nodes, one is lost."""
-    nodes = [node(f"n{number}", gpus=1) for number in range(6)]
-    for number, each in enumerate(nodes):
-        each["metadata"]["labels"] |= {"nvidia.com/gfd.timestamp": f"{number}", "rack": "ab"[number % 2]}
-    outcome = simulate(nodes, deployment("embed", 6))
-    assert [each.alike for each in drills.run([outcome]) if each.scope == "node"] == [6]
-    spread = [{"maxSkew": 3, "topologyKey": "rack", "labelSelector": {"matchLabels": {"app": "embed"}}}]
-    outcome = simulate(nodes, deployment("embed", 6, topologySpreadConstraints=spread))
-    assert [each.alike for each in drills.run([outcome]) if each.scope == "node"] == [3, 3]
-
-
 def test_a_large_cluster_takes_seconds() -> None:
     """500 nodes, 2,000 pods, spread and anti-affinity: 52 pods find a node, 8 evict others, and losses are computed."""
     term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "other"}}}
