@@ -163,7 +163,7 @@ class RemoteComputer:
 
     async def _send(self, inputs: Sequence[Any]) -> httpx.Response:
         """Send a request when it is its turn, and adapt how many may be in flight."""
-        server, own = self._server, {"truncate": self.truncate} if self._own else {}
+        server, own = self._server, dict[str, Any](truncate=self.truncate) if self._own else {}
         url, texts = server.endpoint_url, list(inputs)
         if server.task == "rerank":
             url, own = f"{server.url}/v1/score", own | {"instruction": self.prompt}

@@ -73,7 +73,9 @@ def serve(stream: BufferedIOBase) -> int:
     gc.collect()
     gc.freeze()
     _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
-    return _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info.parallel, info.idle_parallel)
+    return (
+        _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info.parallel, info.idle_parallel)
+    )
 
 
 def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
