@@ -104,6 +104,7 @@ def test_the_window_of_an_autoscaler_is_one_that_the_api_server_accepts(cold_sta
     (scaler,) = scalers(L4, cold_start_s=cold_start_s)
     behavior = scaler["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert behavior["scaleDown"]["stabilizationWindowSeconds"] == window
+    assert (behavior["scaleUp"]["stabilizationWindowSeconds"], scaler["cooldownPeriod"]) == (0, window)
 
 
 def test_a_cold_start_below_a_second_gives_a_range_that_prometheus_accepts() -> None:
