@@ -300,22 +300,15 @@ def rows_of(folder: Path, *documents: dict[str, Any], mode: str = "closed") -> l
 
 def repeated(name: str, rate: float, factors: Sequence[float], latency_ms: float = 10) -> dict[str, Any]:
     """Return a receipt with a run per factor: its rate is multiplied by the factor, its latency divided."""
-    made = document(name, rate, latency_ms)
-    found = summary.summarize([steady(rate, latency_ms)])
-    figures = {key: found["latency_ms"][key] for key in ("p50", "p90", "p99")}
-    made["runs"] = [
-        {
-            "repeat": repeat,
-            "records": [],
-            "timeline": [],
-            "summary": {
-                "requests_per_s": rate * factor,
-                "latency_ms": {key: {**one, "value": one["value"] / factor} for key, one in figures.items()},
-            },
-        }
-        for repeat, factor in enumerate(factors)
-    ]
-    return made
+    found = summary.summarize([steady(rate, latency_ms)])["latency_ms"]
+
+    def run(repeat: int, factor: float) -> dict[str, Any]:
+        latencies = {key: {**found[key], "value": found[key]["value"] / factor} for key in ("p50", "p90", "p99")}
+        figures = {"requests_per_s": rate * factor, "latency_ms": latencies}
+        return {"repeat": repeat, "records": [], "timeline": [], "summary": figures}
+
+    runs = [run(repeat, factor) for repeat, factor in enumerate(factors)]
+    return document(name, rate, latency_ms) | {"runs": runs}
 
 
 CALM = [1.0, 1.01, 0.99, 1.005, 0.995]
@@ -633,21 +626,9 @@ def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
 
 
 def outcome_of(folder: Path, *parts: summary.RunRecords, subject: BenchTarget | None = None, **info: Any) -> Outcome:
-    given = subject or BenchTarget("bf16", "bf16")
-    runs = [
-        Measurement(
-            plan.Run(given.name, i),
-            0.0,
-            part,
-            {"steady": True},
-            {},
-            folder,
-            info,
-            100_002,
-            workload=WorkloadRecord(corpus="own.txt"),
-        )
-        for i, part in enumerate(parts)
-    ]
+    given, sent = subject or BenchTarget("bf16", "bf16"), WorkloadRecord(corpus="own.txt")
+    rest = ({"steady": True}, {}, folder, info, 100_002)
+    runs = [Measurement(plan.Run(given.name, i), 0.0, part, *rest, workload=sent) for i, part in enumerate(parts)]
     return Outcome(given, runs, planned=len(runs))
 
 
@@ -744,13 +725,12 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
     assert reason.startswith("the runs differ in the model's sha256 (a, b)")
 
 
-def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sha256", "valid"), [("a", True), ("b", False)])
+def test_runs_that_were_sent_different_requests_are_not_one_configuration(
+    tmp_path: Path, sha256: str, valid: bool
+) -> None:
     outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10))
-    for sha256, valid in (("a", True), ("b", False)):
-        for number, sent in enumerate(("a", sha256)):
-            change(outcome, number, workload=WorkloadRecord(sha256=sent, corpus="own.txt"))
-        (written,) = write_all(context(tmp_path), [outcome])
-        assert written.data["validity"]["valid"] is valid
-    assert written.data["validity"]["reasons"] == [
-        "the runs differ in what was sent, because a corpus changed: measure again"
-    ]
+    for number, sent in enumerate(("a", sha256)):
+        change(outcome, number, workload=WorkloadRecord(sha256=sent, corpus="own.txt"))
+    (written,) = write_all(context(tmp_path), [outcome])
+    assert any("a corpus changed" in reason for reason in written.data["validity"]["reasons"]) is not valid
