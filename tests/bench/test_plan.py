@@ -29,20 +29,10 @@ def test_every_shipped_plan_is_in_the_table_of_plans(name: str) -> None:
     assert f"\n| `{name}` |" in table
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        plan.Plan,
-        shape.Load,
-        shape.Generation,
-        shape.Spike,
-        shape.Stage,
-        sections.Configuration,
-        sections.GenerationPlan,
-        sections.Quality,
-        sections.Search,
-    ],
-)
+SECTIONS = [each for module in (plan, shape, sections) for each in vars(module).values()]
+
+
+@pytest.mark.parametrize("section", {each for each in SECTIONS if isinstance(each, type) and issubclass(each, Section)})
 def test_every_key_of_a_plan_is_described(section: type[Section]) -> None:
     """The reference lists the keys with their descriptions."""
     assert [name for name, info in section.model_fields.items() if not info.description] == []
@@ -91,18 +81,29 @@ def test_the_command_line_multiplies_configurations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "messages", "lines"),
     [
-        ("name: m\nconfigurations: [{name: a, precision: fp32, batch: 1}]\n", "unknown key 'batch'"),
-        ("name: m\nconfigurations: [{name: a, precision: fp32, load: {user: 2}}]\n", "the load of a: user: "),
-        ("name: m\nconfigurations: [{name: a, precision: fp32, load: {rate: -2}}]\n", "the load of a: rate: "),
-        ("name: m\nsearch: {}\nrepeats: 2\n", "a search measures each configuration once"),
+        ("configurations: [{name: a, precision: fp32, batch: 1}]", ("unknown key 'batch'",), [2]),
+        ("configurations: [{name: a, precision: fp32, load: {user: 2}}]", ("the load of a: user: ",), None),
+        ("configurations: [{name: a, precision: fp32, load: {rate: -2}}]", ("the load of a: rate: ",), None),
+        ("search: {}\nrepeats: 2", ("a search measures each configuration once",), None),
+        ("configurations: [{name: a}, {name: a}]\nload: {mode: open}", ("", ""), None),
+        (
+            "configurations:\n  - {name: a, precision: fp4}\nload:\n  user: 3\n  duration_s: nine",
+            ("fp4", "user", "nine"),
+            [3, 5, 6],
+        ),
     ],
 )
-def test_errors_in_configurations_are_reported(tmp_path: Path, text: str, message: str) -> None:
+def test_every_error_in_a_plan_is_reported_with_its_line(
+    tmp_path: Path, text: str, messages: tuple[str, ...], lines: list[int] | None
+) -> None:
     with pytest.raises(SpecError) as caught:
-        plan.read_plan(write_plan(tmp_path, text))
-    assert message in caught.value.message
+        plan.read_plan(write_plan(tmp_path, f"name: m\n{text}\n"))
+    problems = caught.value.problems
+    assert len(problems) == len(messages)
+    assert all(said in f"{each.message} {each.hint}" for said, each in zip(messages, problems, strict=True))
+    assert lines is None or [problem.line for problem in problems] == lines
 
 
 def test_a_search_can_be_requested_for_any_plan() -> None:
@@ -127,22 +128,6 @@ def test_invalid_overrides_are_usage_errors(changes: dict[str, object]) -> None:
         plan.read_plan("quick").with_overrides(**changes)  # type: ignore[arg-type]
 
 
-def test_every_error_in_a_plan_has_its_line(tmp_path: Path) -> None:
-    text = "name: mine\nconfigurations:\n  - {name: a, precision: fp4}\nload:\n  user: 3\n  duration_s: nine\n"
-    with pytest.raises(SpecError) as caught:
-        plan.read_plan(write_plan(tmp_path, text))
-    lines = [(problem.line, problem.hint) for problem in caught.value.problems]
-    assert [line for line, _ in lines] == [3, 5, 6]
-    assert "did you mean users?" in [hint for _, hint in lines]
-
-
-def test_contradictions_are_rejected(tmp_path: Path) -> None:
-    text = "name: m\nconfigurations: [{name: a, precision: fp32}, {name: a, precision: bf16}]\nload: {mode: open}\n"
-    with pytest.raises(SpecError) as caught:
-        plan.read_plan(write_plan(tmp_path, text))
-    assert len(caught.value.problems) == 2
-
-
 def test_equal_seeds_draw_equal_work() -> None:
     load = shape.Load.model_validate({"mode": "open", "rate": 100, "duration_s": 5})
     one, same, other = (workload.draw(load, "short", seed) for seed in (1, 1, 2))
@@ -152,11 +137,8 @@ def test_equal_seeds_draw_equal_work() -> None:
 
 
 def test_poisson_arrivals_have_the_requested_rate_and_exponential_gaps() -> None:
-    load = shape.Load.model_validate({"mode": "open", "rate": 200})
-    times = (
-        workload.arrivals(load, [shape.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64)
-        / 1e9
-    )
+    load, stages = shape.Load.model_validate({"mode": "open", "rate": 200}), [shape.Stage(duration_s=100, rate=200)]
+    times = workload.arrivals(load, stages, np.random.default_rng(1)).astype(np.float64) / 1e9
     gaps = np.diff(times)
     assert len(times) == pytest.approx(20_000, rel=0.03)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
@@ -165,12 +147,8 @@ def test_poisson_arrivals_have_the_requested_rate_and_exponential_gaps() -> None
 
 def test_constant_arrivals_are_evenly_spaced() -> None:
     load = shape.Load.model_validate({"mode": "open", "rate": 4, "duration_s": 1, "arrivals": "constant"})
-    assert workload.arrivals(load, load.timeline[:1], np.random.default_rng(1)).tolist() == [
-        0,
-        250_000_000,
-        500_000_000,
-        750_000_000,
-    ]
+    times = workload.arrivals(load, load.timeline[:1], np.random.default_rng(1))
+    assert times.tolist() == [n * 250_000_000 for n in range(4)]
 
 
 def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
@@ -217,33 +195,35 @@ def test_the_prompt_of_a_load_is_one_that_the_server_reports() -> None:
         plan.Plan.model_validate({"name": "p", "load": {"query_share": 1}}).for_task("rerank")
 
 
-def test_custom_corpora_are_accepted_and_invalid_lines_reported(tmp_path: Path) -> None:
-    own = tmp_path / "own.txt"
-    own.write_text("one\n\ntwo\n")
-    assert workload.read_corpus(str(own))[0] == ["one", "two"]
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    with pytest.raises(UsageError, match=r"bad\.jsonl:2"):
-        workload.read_corpus(str(bad))
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("own.txt", b"one\n\ntwo\n", ["one", "two"]),
+        ("own.txt", "one\u2028two\r\nthree\r\n".encode(), ["one\u2028two", "three"]),
+        (
+            "own.jsonl",
+            '{"text": "one\u2028two"}\r\n{"text": "three\x85four"}\n'.encode(),
+            ["one\u2028two", "three\x85four"],
+        ),
+        ("own.jsonl", b'{"text": "fine"}\n{"txt": "not"}\n', r"own\.jsonl:2"),
+        ("own.txt", "fine\ncaf\xe9\n".encode("latin-1"), r"own\.txt:2: not UTF-8"),
+    ],
+)
+def test_custom_corpora_are_accepted_and_invalid_lines_reported(
+    tmp_path: Path, name: str, content: bytes, texts: list[str] | str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    if isinstance(texts, list):
+        assert workload.read_corpus(str(tmp_path / name))[0] == texts
+        return
+    with pytest.raises(UsageError, match=texts):
+        workload.read_corpus(str(tmp_path / name))
+
+
+def test_an_unknown_corpus_has_a_hint() -> None:
     with pytest.raises(UsageError) as caught:
         workload.read_corpus("mixd")
     assert caught.value.hint == "did you mean mixed?"
-
-
-def test_line_separators_within_a_text_do_not_end_it(tmp_path: Path) -> None:
-    own = tmp_path / "own.jsonl"
-    own.write_text('{"text": "one\u2028two"}\r\n{"text": "three\x85four"}\n', encoding="utf-8", newline="")
-    assert workload.read_corpus(str(own))[0] == ["one\u2028two", "three\x85four"]
-    plain = tmp_path / "own.txt"
-    plain.write_text("one\u2028two\r\nthree\r\n", encoding="utf-8", newline="")
-    assert workload.read_corpus(str(plain))[0] == ["one\u2028two", "three"]
-
-
-def test_a_corpus_that_is_not_utf_8_is_reported_with_its_line(tmp_path: Path) -> None:
-    own = tmp_path / "own.txt"
-    own.write_bytes("fine\ncafé\n".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"own\.txt:2: not UTF-8"):
-        workload.read_corpus(str(own))
 
 
 def test_the_warm_ups_schedule_outlasts_the_warm_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -48,21 +49,15 @@ def ran(
 def processes_in(folder: Path) -> list[int]:
     """Return the processes whose working folder is below `folder`."""
     found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cwd").readlink().is_relative_to(folder):
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink().is_relative_to(folder):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
 
 
 def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:
     return result.collect(work, outcomes, write_all(work, outcomes), work.output / "report.html")
-
-
-def document(work: Bench, outcomes: list[Outcome]) -> dict[str, Any]:
-    return collected(work, outcomes).as_dict()
 
 
 def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_share(tmp_path: Path) -> None:
@@ -76,7 +71,7 @@ def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_s
     load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(load)}))
     outcomes = ran(work, notify)
-    document(work, outcomes)
+    write_all(work, outcomes)
     assert seen == ["fp32 1", "bf16 2", "bf16 3", "fp32 4"]
     fp32, bf16 = (receipt.load(tmp_path / "receipts" / f"{name}.json") for name in ("fp32", "bf16"))
     sent = [
@@ -128,11 +123,8 @@ def test_requests_that_a_server_rejects_are_counted_and_invalidate_a_closed_loop
 
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     work = bench(tmp_path, "int8", "bf16", options=("--refuse", "int8"))
-    found = document(work, ran(work))
-    rows = {row["configuration"]: row for row in found["rows"]}
-    assert rows["int8"]["outcome"] == "not run"
-    assert rows["int8"]["reason"] == "int8 cannot run on this device"
-    assert rows["bf16"]["outcome"] == "measured"
+    rows = {row.configuration: (row.outcome, row.reason) for row in collected(work, ran(work)).rows}
+    assert rows == {"int8": ("not run", "int8 cannot run on this device"), "bf16": ("measured", None)}
 
 
 def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path: Path) -> None:

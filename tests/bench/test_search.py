@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -51,6 +50,7 @@ def waits(rate: float, seconds: float, seed: int, noise: float = 0.0) -> tuple[n
     return arrivals, work + np.maximum.accumulate(arrivals - (work - services))
 
 
+@dataclasses.dataclass
 class Simulated:
     """A server of one queue; from `refuses_from` requests/s it fails every tenth request.
 
@@ -58,21 +58,15 @@ class Simulated:
     `failing` is the share of requests that fail at every rate, of an error budget of 0.1%.
     """
 
-    def __init__(
-        self,
-        slo_ms: float,
-        seconds: float = 30,
-        refuses_from: float = math.inf,
-        answers: int | None = None,
-        seed: int = 0,
-        noise: float = 0.0,
-        failing: float = 0.0,
-    ) -> None:
-        self.failing = failing
-        self.slo_ms, self.seconds, self.refuses_from, self.noise = slo_ms, seconds, refuses_from, noise
-        self.answers, self.seed = answers, seed
-        self.parts: dict[int, summary.RunRecords] = {}
-        self.asked: list[tuple[str, float]] = []
+    slo_ms: float
+    seconds: float = 30
+    refuses_from: float = math.inf
+    answers: int | None = None
+    seed: int = 0
+    noise: float = 0.0
+    failing: float = 0.0
+    parts: dict[int, summary.RunRecords] = dataclasses.field(default_factory=dict)
+    asked: list[tuple[str, float]] = dataclasses.field(default_factory=list)
 
     def __call__(self, rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
         seed = self.seed + len(self.asked)
@@ -110,17 +104,13 @@ def found(settings: dict[str, Any], server: Simulated, ceiling: float | None = 1
 
 
 def test_the_goodput_is_close_to_the_true_one_and_not_over_it() -> None:
-    truth = true_goodput(80)
-    results = [found({"resolution": 0.02, "max_probes": 40}, Simulated(80, seconds=120))]
-    for result in results:
-        assert result["verdict"] == "found"
-        assert 0.85 * truth < result["max_goodput_rps"] < 1.03 * truth
-        assert result["limited_by"] == "p99"
-        assert result["max_goodput_rps"] < result["first_failing_rps"] < 1.12 * truth
-        last = [probe for probe in result["probes"] if probe["stage"] == "confirm"][-1]
-        assert last["rate"] == result["max_goodput_rps"]
-        assert last["holds"]
-        assert last["p99_interval_ms"][1] <= 80
+    truth, result = true_goodput(80), found({"resolution": 0.02, "max_probes": 40}, Simulated(80, seconds=120))
+    assert (result["verdict"], result["limited_by"]) == ("found", "p99")
+    assert 0.85 * truth < result["max_goodput_rps"] < 1.03 * truth
+    assert result["max_goodput_rps"] < result["first_failing_rps"] < 1.12 * truth
+    last = [probe for probe in result["probes"] if probe["stage"] == "confirm"][-1]
+    assert last["rate"] == result["max_goodput_rps"] and last["holds"]
+    assert last["p99_interval_ms"][1] <= 80
 
 
 def test_a_rate_meets_the_slo_only_with_a_sufficient_effective_sample_size() -> None:
@@ -232,18 +222,27 @@ def failing(made: Probe, limited_by: str = "p99") -> Probe:
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
-def test_the_failing_rate_must_fail_twice() -> None:
-    server = Simulated(80, seconds=180)
-    stalled: list[float] = []
+def disturbed(
+    seconds: float, stalls: Callable[[str, float, int], bool], limited_by: str = "p99"
+) -> tuple[dict[str, Any], list[float]]:
+    """Search a simulated server whose probe (stage, rate, number of stalls so far) a stall may spoil.
 
-    def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+    Return the result and the rates that stalled.
+    """
+    server, stalled = Simulated(80, seconds=seconds), list[float]()
+
+    def take(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
         made = server(rate, stage, earlier)
-        if rate == 60 and not stalled:
-            stalled.append(rate)
-            return failing(made)
-        return made
+        if not stalls(stage, rate, len(stalled)):
+            return made
+        stalled.append(rate)
+        return failing(made, limited_by)
 
-    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
+    return goodput.find(sections.Search.model_validate({}), 80, 100.0, take).as_dict(), stalled
+
+
+def test_the_failing_rate_must_fail_twice() -> None:
+    result, stalled = disturbed(180, lambda _, rate, earlier: rate == 60 and not earlier)
     assert stalled
     assert result["max_goodput_rps"] > 60
     first = result["first_failing_rps"]
@@ -251,35 +250,16 @@ def test_the_failing_rate_must_fail_twice() -> None:
 
 
 def test_one_failure_below_rates_that_hold_does_not_decide() -> None:
-    server = Simulated(80, seconds=180)
-
-    def stalled(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
-        made = server(rate, stage, earlier)
-        return failing(made) if rate == 20 else made
-
-    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, stalled).as_dict()
+    result, _ = disturbed(180, lambda _, rate, __: rate == 20)
     assert result["verdict"] == "found"
     assert result["max_goodput_rps"] > 60
     assert result["first_failing_rps"] > result["max_goodput_rps"]
     assert result["failed_below"] == [20]
-    assert (
-        "x also failed at 20 requests/s, below rates within the SLO: the machine was unsteady."
-        in search_findings.sentences("x", result)
-    )
+    assert any("also failed at 20 requests/s" in one for one in search_findings.sentences("x", result))
 
 
 def test_a_rate_that_held_and_fails_once_is_probed_a_third_time() -> None:
-    server = Simulated(80, seconds=60)
-    failed: list[float] = []
-
-    def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
-        made = server(rate, stage, earlier)
-        if stage == "confirm" and not failed:
-            failed.append(rate)
-            return failing(made)
-        return made
-
-    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
+    result, failed = disturbed(60, lambda stage, _, earlier: stage == "confirm" and not earlier)
     assert [p["rate"] for p in result["probes"] if p["stage"] == "confirm"][:2] == failed * 2
     if result["max_goodput_rps"] != failed[0]:
         # The third had no luck either: then what lies between it and the next lower one is searched, not skipped.
@@ -360,24 +340,14 @@ def test_a_failing_rate_that_was_probed_once_is_said_to_be() -> None:
 def test_an_slo_that_no_rate_holds_is_said_to_be_held_by_none() -> None:
     server = Simulated(5)
     result = found({}, server)
-    assert result["verdict"] == "none holds"
-    assert result["limited_by"] == "p99"
+    assert (result["verdict"], result["limited_by"]) == ("none holds", "p99")
     assert min(rate for _, rate in server.asked) == 2.5
-    said = search_findings.sentences("x", result)[0]
-    unknown = "2.5 requests/s is inconclusive (not enough samples)."
-    assert said == f"x: no rate within the SLO (p99 5 ms) was confirmed; {unknown}"
+    assert "no rate within the SLO (p99 5 ms) was confirmed" in search_findings.sentences("x", result)[0]
 
 
 def test_the_generators_limit_is_not_blamed_on_the_server() -> None:
-    measured = Simulated(80)
-
-    def limited(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
-        made = measured(rate, stage, earlier)
-        return made if rate < 45 else failing(made, "generator")
-
-    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, limited).as_dict()
-    assert result["verdict"] == "at least"
-    assert result["limited_by"] == "generator"
+    result, _ = disturbed(30, lambda _, rate, __: rate >= 45, "generator")
+    assert (result["verdict"], result["limited_by"]) == ("at least", "generator")
     assert "at least" in search_findings.sentences("x", result)[0]
 
 
@@ -489,19 +459,12 @@ def test_a_search_says_what_its_time_buys() -> None:
     assert search.forecast(settings, load, small.seconds).enough
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("300", 300),
-        ("90s", 90),
-        ("5m", 300),
-        ("1.5h", 5400),
-        *((text, None) for text in ("", "0", "-5", "5d", "m", "1e3")),
-    ],
-)
-def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float | None) -> None:
-    with contextlib.nullcontext() if seconds else pytest.raises(UsageError, match="is not a time"):
-        assert bench_options.parse_seconds(text) == seconds
+@pytest.mark.parametrize(("text", "seconds"), [("300", 300), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
+    assert bench_options.parse_seconds(text) == seconds
+    for wrong in ("", "0", "-5", "5d", "m", "1e3"):
+        with pytest.raises(UsageError, match="is not a time"):
+            bench_options.parse_seconds(wrong)
 
 
 def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path: Path) -> None:

@@ -49,34 +49,18 @@ def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], 
     golden("bench-view.txt", text)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (0.123, "0.12"),
-        (8.456, "8.46"),
-        (84.26, "84.3"),
-        (842.4, "842"),
-        (8421.0, "8,421"),
-        (84210.0, "84.2k"),
-    ],
-)
-def test_numbers_fit_their_columns(value: float | None, text: str) -> None:
-    assert terminal.short(value) == text
+def test_numbers_fit_their_columns() -> None:
+    values = (None, 0.123, 8.456, 84.26, 842.4, 8421.0, 84210.0)
+    assert [terminal.short(value) for value in values] == ["-", "0.12", "8.46", "84.3", "842", "8,421", "84.2k"]
 
 
 class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.cells: list[str] = []
-        self.loaded: list[str] = []
-        self.ids: list[str] = []
         self._open = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.loaded += [value for name in ("src", "href") if (value := given.get(name))]
-        self.ids += [given["id"]] if given.get("id") else []  # type: ignore[list-item]
         if tag == "td":
             self.cells.append("")
             self._open = True
@@ -112,17 +96,6 @@ def test_large_latencies_have_no_decimals() -> None:
     assert [html.milliseconds(value) for value in (0.5, 99.994, 99.996, 123.45, 999.94, 999.96, 13631.22)] == (
         ["0.50", "99.99", "100.0", "123.5", "999.9", "1,000", "13,631"]
     )
-
-
-def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Path) -> None:
-    found, receipts = made(tmp_path)
-    text = html.render(found, receipts)
-    page = Page()
-    page.feed(text)
-    assert page.loaded == []
-    figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
-    assert set(figures) == set(page.ids)
-    assert set(figures) == {"percentiles", "timeline"}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +165,10 @@ def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_netwo
     found, receipts = made(tmp_path)
     page = html.write(tmp_path / "report.html", found, receipts)
     assert page.stat().st_size < 1_000_000
-    assert not re.findall(r"(?:src|href)=", page.read_text())
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=", text)
+    figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
+    assert set(figures) == set(re.findall(r'id="(\w+)"', text)) == {"percentiles", "timeline"}
     drawn = in_browser(page)
     for name in charts.all_charts(receipts):
         chart = drawn[drawn.index(f'id="{name}"') :].partition("</section>")[0]

@@ -18,11 +18,8 @@ def test_throughput_counts_answers_within_the_window_only() -> None:
     within, draining = [row(1010, 20), row(1500, 20)], row(2990, 20)
     part = summary.RunRecords(table(before, across, *within, draining), SECOND, 3 * SECOND, 4)
     found = summary.summarize([part])
-    assert found["requests_per_s"] == 1.5
-    assert found["texts_per_s"] == 6.0
-    assert found["tokens_per_s"] == 15.0
-    assert found["requests"] == 3
-    assert found["latency_ms"]["n"] == 3
+    assert (found["requests_per_s"], found["texts_per_s"], found["tokens_per_s"]) == (1.5, 6.0, 15.0)
+    assert found["requests"] == found["latency_ms"]["n"] == 3
 
 
 def test_latency_counts_from_the_intended_send() -> None:
@@ -34,17 +31,12 @@ def test_latency_counts_from_the_intended_send() -> None:
 
 
 def test_failed_and_dropped_requests_are_counted_and_not_timed() -> None:
-    rows = [row(10 * i, 5) for i in range(40)] + [
-        row(410, 1, error=HTTP_ERROR),
-        row(420, 0, error=DROPPED),
-        row(430, 0, error=DROPPED),
-    ]
+    bad = [row(410 + i, 0, error=error) for i, error in enumerate((HTTP_ERROR, DROPPED, DROPPED))]
+    rows = [*(row(10 * i, 5) for i in range(40)), *bad]
     found = summary.summarize([summary.RunRecords(table(*rows), 0, SECOND, 1)])
     assert found["errors"] == {"HTTP status": 1, "dropped": 2}
-    assert found["dropped"] == 2
-    assert found["requests"] == 43
-    assert found["latency_ms"]["n"] == 40
-    assert found["requests_per_s"] == 40.0
+    assert (found["dropped"], found["requests"]) == (2, 43)
+    assert (found["latency_ms"]["n"], found["requests_per_s"]) == (40, 40.0)
 
 
 def test_percentiles_that_the_sample_does_not_support_have_no_value() -> None:

@@ -82,13 +82,9 @@ def test_a_run_is_judged_by_its_figures(
 def test_more_failed_requests_than_the_error_budget_make_a_configuration_invalid(failed: int, valid: bool) -> None:
     rows = [row(2 * i, 1) for i in range(2000 - failed)] + [row(4100, 5, error=TIMEOUT) for _ in range(failed)]
     found = judged(summary.RunRecords(table(*rows), 0, 5 * SECOND, 1))
-    said = f"{failed} of 2000 requests failed (timeout: {failed})"
-    assert found.valid is valid
-    percent = f"{failed / 20:g}%"
-    over = f"{said}, {percent} with an error budget of 0.1%: see the log of the server"
-    assert found.reasons == (() if valid else (over,))
-    within = f"{said}, and latencies are those of the others: see the log of the server"
-    assert found.cautions == ((within,) if valid else ())
+    (said,) = found.cautions if valid else found.reasons
+    assert found.valid is valid and f"{failed} of 2000 requests failed (timeout: {failed})" in said
+    assert (f"{failed / 20:g}% with an error budget of 0.1%" in said) is not valid
 
 
 def test_the_error_budget_is_of_all_runs_together() -> None:
@@ -113,25 +109,10 @@ def test_rejected_requests_are_an_outcome_of_their_own() -> None:
     part = rejecting(20, offered=1000)
     found = summary.summarize([part])
     assert (found["rejected"], found["rejected_percent"]) == (50, 5.0)
-    assert summary.failures(found) == {}
-    assert summary.lost_requests(found) == 50
+    assert (summary.failures(found), summary.lost_requests(found)) == ({}, 50)
     assert found["latency_ms"]["min"] == 5  # not the latency of a rejected request
-    assert judged(part) == validity.Validity(
-        (),
-        (
-            "the server rejected 50 of 1000 requests (429, 5%), and latencies are those of accepted requests: "
-            "lower the load",
-        ),
-    )
-
-
-def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_slo(tmp_path: Path) -> None:
-    part = rejecting(20)
-    fast = document("int8", 300, 4, slo={"p99_ms": 50}) | {"summary": summary.summarize([part])}
-    fast["summary"]["requests_per_s"] = 300
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), 0.1)
-    assert found[0].startswith("Only fp32 can be recommended")
-    assert "SLO (p99 50 ms) at this load: met by fp32; not met by int8." in found
+    (caution,) = judged(part).cautions
+    assert "rejected 50 of 1000 requests (429, 5%)" in caution and judged(part).valid
 
 
 @pytest.mark.parametrize(
@@ -162,9 +143,6 @@ def test_configurations_that_all_reject_many_requests_are_not_ranked(tmp_path: P
     made = [document(name, 100, 10) | {"summary": summary.summarize([part])} for name, part in parts.items()]
     found = findings.describe(rows_of(tmp_path, *made, mode="open"), 0.1)
     assert found[0].endswith("rejects over 1% of the requests: none is recommended.")
-    # Before, it was `1e+02%`.
-    (caution,) = validity.judge_requests(made[0]["summary"] | {"rejected": 1000, "errors": {}}, 0.1).cautions
-    assert "(429, 100%), and latencies are those of accepted requests" in caution
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
@@ -179,10 +157,8 @@ def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Pa
 def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     part = steady(100, 10)
     each = [alone(part, other_cores=cores) for cores in (0.19, 0.5, 1.72, 1.0)]
-    found = summary.summarize([part] * 4)
-    assert validity.combine(each, found, 0.1).cautions == (
-        "other processes used up to 86% of the cores (limit 10%), which raises latencies: stop them and measure again",
-    )
+    (caution,) = validity.combine(each, summary.summarize([part] * 4), 0.1).cautions
+    assert caution.startswith("other processes used up to 86% of the cores (limit 10%)")
 
 
 def test_a_warning_that_differs_in_a_share_only_is_given_once_for_all_configurations() -> None:
@@ -239,42 +215,30 @@ def alone(part: summary.RunRecords, **resources: float) -> validity.Validity:
     return validity.judge(summary.summarize([part]), resources, {"steady": True}, cores=2)
 
 
-@pytest.mark.parametrize("rate", [3, 30])  # 30 answers are too few for a p90, 300 for a p99
-def test_pooling_runs_can_make_n_large_enough(rate: float) -> None:
-    parts = [steady(rate, 10)] * 15
+# 30 answers are too few for a p90, 300 for a p99.
+@pytest.mark.parametrize(("rate", "runs", "reasons"), [(3, 15, 0), (30, 15, 0), (1, 2, 1)])
+def test_pooling_runs_can_make_n_large_enough(rate: float, runs: int, reasons: int) -> None:
+    parts = [steady(rate, 10)] * runs
     whole = validity.combine([alone(part) for part in parts], summary.summarize(parts), 0.1)
-    assert whole == validity.Validity((), ())
-
-
-def test_a_pool_that_is_too_small_is_said_once() -> None:
-    parts = [steady(1, 10), steady(1, 10)]
-    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts), 0.1)
-    assert whole.reasons == ("20 of the 36 responses that a p90 needs: use a longer `--duration`",)
+    assert (len(whole.reasons), whole.cautions) == (reasons, ())
+    assert all("20 of the 36 responses that a p90 needs" in reason for reason in whole.reasons)
 
 
 @pytest.mark.parametrize(
-    ("other", "what"),
+    ("key", "first", "second", "what"),
     [
-        ({"model": {"sha256": "b"}}, "the model's sha256 (a, b)"),
-        ({"precision": {"effective": "bf16"}}, "effective precision (fp32, bf16)"),
-        ({"attention": "padded"}, "attention (packed, padded)"),
-        ({"image": None}, "image (sha256:1, None)"),
-        ({"device": {"name": "T4"}}, "device (CPU, T4)"),
+        ("model", {"sha256": "a"}, {"sha256": "b"}, "the model's sha256 (a, b)"),
+        ("precision", {"effective": "fp32"}, {"effective": "bf16"}, "effective precision (fp32, bf16)"),
+        ("attention", "packed", "padded", "attention (packed, padded)"),
+        ("image", {"digest": "sha256:1"}, None, "image (sha256:1, None)"),
+        ("device", {"name": "CPU"}, {"name": "T4"}, "device (CPU, T4)"),
+        ("ready_seconds", 1.0, 2.0, None),
     ],
 )
-def test_runs_of_different_servers_are_not_one_configuration(other: dict[str, Any], what: str) -> None:
-    info = {
-        "model": {"sha256": "a"},
-        "precision": {"effective": "fp32"},
-        "attention": "packed",
-        "image": {"digest": "sha256:1"},
-        "device": {"name": "CPU"},
-        "ready_seconds": 1.0,
-    }
-    assert validity.judge_identity([info, {**info, "ready_seconds": 2.0}]).valid
-    assert validity.judge_identity([{}, {}]).valid
-    (reason,) = validity.judge_identity([info, {**info, **other}]).reasons
-    assert reason == f"the runs differ in {what}: do not change the server during a benchmark"
+def test_runs_of_different_servers_are_not_one_configuration(key: str, first: Any, second: Any, what: str) -> None:
+    reasons = validity.judge_identity([{key: first}, {key: second}]).reasons
+    said = f"the runs differ in {what}: do not change the server during a benchmark"
+    assert reasons == ((said,) if what else ())
 
 
 def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bool = True) -> summary.RunRecords:
@@ -302,11 +266,8 @@ def test_a_server_that_falls_behind_is_found_by_its_growing_delay(slower_by: flo
 def test_one_invalid_run_makes_the_configuration_invalid() -> None:
     parts = [steady(100, 10), steady(100, 10)]
     each = [alone(parts[0]), alone(parts[1], client_cpu_percent=99)]
-    assert (
-        validity.combine(each, summary.summarize(parts), 0.1)
-        .reasons[0]
-        .startswith("run 2: the load generator used 99% of its core")
-    )
+    (reason,) = validity.combine(each, summary.summarize(parts), 0.1).reasons
+    assert reason.startswith("run 2: the load generator used 99% of its core")
 
 
 def test_equal_vectors_are_perfect_whatever_their_length() -> None:
@@ -331,12 +292,6 @@ def test_cosine_and_recall_of_known_vectors(monkeypatch: pytest.MonkeyPatch) -> 
     assert cosine and cosine["min"] == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
 
 
-def test_a_configuration_under_the_limits_fails() -> None:
-    vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
-    noisy = vectors + np.random.default_rng(2).normal(size=vectors.shape).astype(np.float32)
-    assert quality.compare(vectors, noisy, LIMITS).passes is False
-
-
 def rows_of(folder: Path, *documents: dict[str, Any], mode: str = "closed") -> list[MeasuredRow]:
     """Return the measured rows of receipts."""
     found = [rows.of_outcome(Outcome(BenchTarget(one.name, one.name)), one) for one in sealed(folder, *documents)]
@@ -345,22 +300,15 @@ def rows_of(folder: Path, *documents: dict[str, Any], mode: str = "closed") -> l
 
 def repeated(name: str, rate: float, factors: Sequence[float], latency_ms: float = 10) -> dict[str, Any]:
     """Return a receipt with a run per factor: its rate is multiplied by the factor, its latency divided."""
-    made = document(name, rate, latency_ms)
-    found = summary.summarize([steady(rate, latency_ms)])
-    figures = {key: found["latency_ms"][key] for key in ("p50", "p90", "p99")}
-    made["runs"] = [
-        {
-            "repeat": repeat,
-            "records": [],
-            "timeline": [],
-            "summary": {
-                "requests_per_s": rate * factor,
-                "latency_ms": {key: {**one, "value": one["value"] / factor} for key, one in figures.items()},
-            },
-        }
-        for repeat, factor in enumerate(factors)
-    ]
-    return made
+    found = summary.summarize([steady(rate, latency_ms)])["latency_ms"]
+
+    def run(repeat: int, factor: float) -> dict[str, Any]:
+        latencies = {key: {**found[key], "value": found[key]["value"] / factor} for key in ("p50", "p90", "p99")}
+        figures = {"requests_per_s": rate * factor, "latency_ms": latencies}
+        return {"repeat": repeat, "records": [], "timeline": [], "summary": figures}
+
+    runs = [run(repeat, factor) for repeat, factor in enumerate(factors)]
+    return document(name, rate, latency_ms) | {"runs": runs}
 
 
 CALM = [1.0, 1.01, 0.99, 1.005, 0.995]
@@ -381,65 +329,38 @@ def one_run(folder: Path, figures: dict[str, tuple[float, ...]], **level: str) -
     ]
 
 
-AGAIN = "For a winner, run again with `--repeats 5`."
-SAME_QUALITY = "at cosine 0.99991 and recall@10 0.987 to fp32"
-
-
 @pytest.mark.parametrize(
-    ("figures", "headline"),
+    ("figures", "words"),
     [
         (
-            {"fp32": (50, 48, 52), "bf16": (100, 96, 104)},
-            f"bf16 is fastest in this run: 2.00x the requests/s of fp32 (1.85x to 2.17x), {SAME_QUALITY}.",
-        ),
-        (
             {"fp32": (50, 48, 52), "bf16": (100, 96, 104), "int8": (80, 78, 82)},
-            "bf16 is fastest in this run: 1.25x the requests/s of int8 (1.17x to 1.33x), 2.00x that of fp32 "
-            f"(1.85x to 2.17x), {SAME_QUALITY}.",
+            ("bf16 is fastest in this run: 1.25x", "of int8 (1.17x to 1.33x), 2.00x", "(1.85x to 2.17x), at cosine"),
         ),
         # A difference under 5% is not clear, whatever its interval.
-        (
-            {"fp32": (100, 99.9, 100.1), "bf16": (104, 103.9, 104.1)},
-            "No clear difference between bf16 and fp32 in this run: bf16 has 1.04x the requests/s of fp32 (1.04x to "
-            "1.04x).",
-        ),
-        (
-            {"fp32": (100, 90, 160), "bf16": (150, 90, 160)},
-            "No clear difference between bf16 and fp32 in this run: bf16 has 1.50x the requests/s of fp32 (0.56x to "
-            "1.78x).",
-        ),
+        ({"fp32": (100, 99.9, 100.1), "bf16": (104, 103.9, 104.1)}, ("No clear difference between bf16 and fp32",)),
+        ({"fp32": (100, 90, 160), "bf16": (150, 90, 160)}, ("No clear difference", "1.50x", "(0.56x to 1.78x).")),
         (
             {"fp32": (100, 90, 110), "bf16": (110, 100, 120), "int8": (100, 80, 120)},
-            "No clear difference between bf16, fp32 and int8 in this run: bf16 has 1.10x the requests/s of fp32 "
-            "(0.91x to 1.33x) and 1.10x that of int8 (0.83x to 1.50x).",
+            ("No clear difference between bf16, fp32 and int8", "(0.91x to 1.33x) and", "of int8 (0.83x to 1.50x)."),
         ),
         (
             {"fp16": (16.0, 15.0, 17.0), "bf16": (86.9, 70.0, 104.0), "int8": (73.2, 60.0, 86.0)},
-            "bf16 is faster in this run: 5.43x the requests/s of emulated fp16 (4.12x to 6.93x); no clear difference "
-            "between bf16 and int8 in this run: bf16 has 1.19x the requests/s of int8 (0.81x to 1.73x).",
+            ("bf16 is faster in this run: 5.43x", "emulated fp16", "no clear difference between bf16 and int8"),
         ),
         # Without an interval, the figures are still a finding: it was a bare `inconclusive`, also at 10x.
         (
-            {"fp16": (10,), "bf16": (100, 96, 104)},
-            "bf16 has 10.0x the requests/s of emulated fp16 in this run, which has too few samples for an interval.",
-        ),
-        (
             {"fp16": (10,), "bf16": (100, 96, 104), "int8": (80, 78, 82)},
-            "bf16 is faster in this run: 1.25x the requests/s of int8 (1.17x to 1.33x); bf16 has 10.0x the "
-            "requests/s of emulated fp16 in this run, which has too few samples for an interval.",
+            ("bf16 is faster in this run: 1.25x", "10.0x", "which has too few samples for an interval."),
         ),
-        (
-            {"fp16": (10, 0, 20), "bf16": (100, 96, 104)},
-            f"bf16 is fastest in this run: 10.0x the requests/s of emulated fp16 (4.80x or more), {SAME_QUALITY}.",
-        ),
+        ({"fp16": (10, 0, 20), "bf16": (100, 96, 104)}, ("bf16 is fastest in this run: 10.0x", "(4.80x or more)")),
     ],
 )
 def test_one_run_has_a_finding_with_its_interval_and_no_winner(
-    tmp_path: Path, figures: dict[str, tuple[float, ...]], headline: str
+    tmp_path: Path, figures: dict[str, tuple[float, ...]], words: tuple[str, ...]
 ) -> None:
     found = findings.describe(one_run(tmp_path, figures, fp16="emulated"), 0.1)
-    assert found[0] == headline
-    assert AGAIN in found
+    assert found[0].startswith(words[0]) and all(each in found[0] for each in words), found[0]
+    assert "For a winner, run again with `--repeats 5`." in found
 
 
 def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
@@ -477,19 +398,28 @@ def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: i
     assert wins >= least
 
 
-def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) -> None:
-    bad = document("int8", 300, 4)
-    bad["quality"] = {**bad["quality"], "passes": False, "recall_at_10": 0.5}
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), 0.1)
-    assert found[0].startswith("Only fp32 can be recommended")
-    assert any("int8 fails the quality check" in sentence and "is not recommended" in sentence for sentence in found)
+BAD_QUALITY = {**document("x", 1, 1)["quality"], "passes": False, "recall_at_10": 0.5}
+INVALID_RUN = {"valid": False, "reasons": ["client too busy"], "cautions": []}
+REJECTING = {"summary": {**summary.summarize([rejecting(20)]), "requests_per_s": 300}}
 
 
-def test_an_invalid_configuration_cannot_win(tmp_path: Path) -> None:
-    invalid = document("bf16", 300, 4, validity={"valid": False, "reasons": ["client too busy"], "cautions": []})
-    rows = rows_of(tmp_path, document("fp32", 100, 10), invalid)
-    assert findings.describe(rows, 0.1)[0].startswith("fp32: 100.0 requests/s, cosine")
-    assert caveats.caveats(rows)[0] == Caveat("invalid", "bf16: client too busy")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quality": BAD_QUALITY}, ("Only fp32 can be recommended", "int8 fails the quality check")),
+        (REJECTING, ("Only fp32 can be recommended", "met by fp32; not met by int8.")),
+        ({"validity": INVALID_RUN}, ("fp32: 100.0 requests/s, cosine",)),
+    ],
+)
+def test_a_faster_configuration_that_is_not_sound_cannot_win(
+    tmp_path: Path, change: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    limit = {"p99_ms": 50}
+    rows = rows_of(tmp_path, document("fp32", 100, 10, slo=limit), document("int8", 300, 4, slo=limit) | change)
+    found = findings.describe(rows, 0.1)
+    assert found[0].startswith(said[0])
+    assert all(words in " ".join(found) for words in said)
+    assert (caveats.caveats(rows)[:1] == [Caveat("invalid", "int8: client too busy")]) == ("validity" in change)
 
 
 def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
@@ -500,13 +430,6 @@ def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -
     # The first finding says it if fp32 is the best one.
     without = one_run(tmp_path, {name: figures[name] for name in ("fp32", "fp16")}, fp16="emulated")
     assert not any(text.startswith("fp32 has") for text in findings.describe(without, 0.1))
-
-
-def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 100, 10), mode="open")
-    assert findings.describe(rows, 0.1)[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
-    rows = rows_of(tmp_path, repeated("fp32", 100, CALM, 20), repeated("bf16", 100, CALM, 10), mode="open")
-    assert findings.describe(rows, 0.1)[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
 
 
 def lognormal(name: str, median: float, sigma: float, responses: int, random: Any, repeats: int = 5) -> MeasuredRow:
@@ -607,22 +530,6 @@ def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> Non
     assert f"b at 5x the rate: {before}, 80.0 ms (56.0 to 128.0) in spike (1 repeat)." in found
 
 
-def test_receipts_are_sealed_and_come_back_as_written(tmp_path: Path) -> None:
-    (written,) = sealed(tmp_path, document("bf16", 100, 10))
-    assert receipt.load(written.path).data == written.data
-    assert written.data["schema"] == "inferctl.receipt/1"
-
-
-@pytest.mark.parametrize("key", ["summary", "validity", "created", "model"])
-def test_an_altered_receipt_is_refused(tmp_path: Path, key: str) -> None:
-    (written,) = sealed(tmp_path, document("bf16", 100, 10))
-    altered = json.loads(written.path.read_text())
-    altered[key] = "better"
-    written.path.write_text(json.dumps(altered))
-    with pytest.raises(InvalidRunError, match="altered"):
-        receipt.load(written.path)
-
-
 def test_layout_of_a_receipts_file_is_not_sealed(tmp_path: Path) -> None:
     (written,) = sealed(tmp_path, document("bf16", 100, 10))
     written.path.write_text(json.dumps(json.loads(written.path.read_text()), sort_keys=True))
@@ -661,17 +568,11 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
 
 def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_path: Path) -> None:
     p99 = document("d", 100, 15)["summary"]["latency_ms"]["p99"]
-    low, high = p99["low"], p99["high"]
-    limit = (low + high) / 2
-    documents = [
-        document(*one, slo={"p99_ms": limit}) for one in (("a", 100, 20), ("b", 100, 10), ("c", 8, 10), ("d", 100, 15))
-    ]
-    rows = rows_of(tmp_path, *documents)
-    assert (
-        f"SLO (p99 {limit:g} ms) at this load: met by b; not met by a; inconclusive for "
-        f"c (not enough samples for a p99: 80 of 368), d (p99 {p99['value']:.1f} ms ({low:.1f} - {high:.1f}) "
-        f"is not shown to be within {limit:g} ms: its interval contains it)."
-    ) in findings.describe(rows, 0.1)
+    slo = {"p99_ms": (p99["low"] + p99["high"]) / 2}
+    figures = {"a": (100, 20), "b": (100, 10), "c": (8, 10), "d": (100, 15)}
+    rows = rows_of(tmp_path, *(document(name, *values, slo=slo) for name, values in figures.items()))
+    (said,) = [text for text in findings.describe(rows, 0.1) if text.startswith("SLO ")]
+    assert "met by b; not met by a; inconclusive for c (not enough samples for a p99: 80 of 368), d (p99 " in said
     assert [row.slo.met for row in rows if row.slo] == [False, True, None, None]
 
 
@@ -725,21 +626,9 @@ def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
 
 
 def outcome_of(folder: Path, *parts: summary.RunRecords, subject: BenchTarget | None = None, **info: Any) -> Outcome:
-    given = subject or BenchTarget("bf16", "bf16")
-    runs = [
-        Measurement(
-            plan.Run(given.name, i),
-            0.0,
-            part,
-            {"steady": True},
-            {},
-            folder,
-            info,
-            100_002,
-            workload=WorkloadRecord(corpus="own.txt"),
-        )
-        for i, part in enumerate(parts)
-    ]
+    given, sent = subject or BenchTarget("bf16", "bf16"), WorkloadRecord(corpus="own.txt")
+    rest = ({"steady": True}, {}, folder, info, 100_002)
+    runs = [Measurement(plan.Run(given.name, i), 0.0, part, *rest, workload=sent) for i, part in enumerate(parts)]
     return Outcome(given, runs, planned=len(runs))
 
 
@@ -830,20 +719,18 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
     outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10), model={"sha256": "a"})
     change(outcome, 1, info={"model": {"sha256": "b"}})
     (written,) = write_all(context(tmp_path), [outcome])
-    assert [run["server"]["model"]["sha256"] for run in written.data["runs"]] == ["a", "b"]
-    assert [run["serial"] for run in written.data["runs"]] == [100_002, 100_002]
-    assert written.data["validity"]["reasons"] == [
-        "the runs differ in the model's sha256 (a, b): do not change the server during a benchmark"
-    ]
+    runs = [(run["server"]["model"]["sha256"], run["serial"]) for run in written.data["runs"]]
+    assert runs == [("a", 100_002), ("b", 100_002)]
+    (reason,) = written.data["validity"]["reasons"]
+    assert reason.startswith("the runs differ in the model's sha256 (a, b)")
 
 
-def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sha256", "valid"), [("a", True), ("b", False)])
+def test_runs_that_were_sent_different_requests_are_not_one_configuration(
+    tmp_path: Path, sha256: str, valid: bool
+) -> None:
     outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10))
-    for sha256, valid in (("a", True), ("b", False)):
-        for number, sent in enumerate(("a", sha256)):
-            change(outcome, number, workload=WorkloadRecord(sha256=sent, corpus="own.txt"))
-        (written,) = write_all(context(tmp_path), [outcome])
-        assert written.data["validity"]["valid"] is valid
-    assert written.data["validity"]["reasons"] == [
-        "the runs differ in what was sent, because a corpus changed: measure again"
-    ]
+    for number, sent in enumerate(("a", sha256)):
+        change(outcome, number, workload=WorkloadRecord(sha256=sent, corpus="own.txt"))
+    (written,) = write_all(context(tmp_path), [outcome])
+    assert any("a corpus changed" in reason for reason in written.data["validity"]["reasons"]) is not valid

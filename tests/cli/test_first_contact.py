@@ -152,13 +152,6 @@ def test_without_network_there_is_one_error_with_a_hint(here: Path, tmp_path: Pa
     assert "check the network" in done.stderr.partition("hint: ")[2]
 
 
-def test_a_gated_model_names_its_page_and_the_token(here: Path, hub: Hub, tmp_path: Path) -> None:
-    done = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", "org/gated")
-    assert done.returncode == 3, done.stderr
-    assert f"{hub.url}/org/gated" in done.stderr
-    assert "HF_TOKEN" in done.stderr
-
-
 def test_the_progress_of_a_download_is_lines_on_stderr_and_a_bar_on_a_terminal(
     here: Path, hub: Hub, tmp_path: Path
 ) -> None:
@@ -166,6 +159,9 @@ def test_the_progress_of_a_download_is_lines_on_stderr_and_a_bar_on_a_terminal(
     piped = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", DEFAULT, "--port", "0")
     assert piped.stdout == ""
     assert piped.stderr.startswith(f"downloading {DEFAULT}: 4.0 MB\ndownloaded {DEFAULT}: 4.0 MB\n")
+    serve = ("serve", "--model", DEFAULT, "--port", "0", "--log", "json")
+    logged = inferctl(here, online(hub, tmp_path / "third"), *serve).stderr.splitlines()[:2]
+    assert [json.loads(line)["message"] for line in logged] == piped.stderr.splitlines()[:2]
     master, slave = pty.openpty()
     hub.bytes_per_second = 8_000_000
     environment = {**online(hub, tmp_path / "other"), "TERM": "xterm", "COLUMNS": "100"}
@@ -190,12 +186,6 @@ def test_the_progress_of_a_download_is_lines_on_stderr_and_a_bar_on_a_terminal(
     os.close(master)
     assert b"/4.0 MB" in shown, shown
     assert f"downloaded {DEFAULT}".encode() in shown
-
-
-def test_json_logs_stay_json_during_a_download(here: Path, hub: Hub, tmp_path: Path) -> None:
-    done = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", DEFAULT, "--port", "0", "--log", "json")
-    first = [json.loads(line)["message"] for line in done.stderr.splitlines()[:2]]
-    assert first == [f"downloading {DEFAULT}: 4.0 MB", f"downloaded {DEFAULT}: 4.0 MB"]
 
 
 def test_an_interrupted_download_ends_with_130_and_the_next_one_continues(here: Path, hub: Hub, tmp_path: Path) -> None:

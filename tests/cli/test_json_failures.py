@@ -72,12 +72,9 @@ def test_the_check_keeps_its_own_keys_next_to_the_error(capsys: Captured, tmp_pa
     assert (document["ok"], document["file"]) == (False, "inferctl.yaml")
     assert document["problems"][0]["path"] == document["error"]["problems"][0]["path"] == "nmae"
     assert "error: " in err
-
-
-def test_a_result_that_fails_is_the_only_document(capsys: Captured, tmp_path: Path) -> None:
+    # A result that fails is the only document.
     (tmp_path / "inferctl.yaml").write_text("name: m\nmodel: {source: org/m}\nserve: {precision: bf16}\n")
-    code = cli.run(["check", "--hardware", "t4", "--driver", "300", "--json"])
-    assert code == 2
+    assert cli.run(["check", "--hardware", "t4", "--driver", "300", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 

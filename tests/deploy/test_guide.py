@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from inferctl.deploy.objects.scaling import DEFAULT_PROMETHEUS
 from tests.conftest import ROOT
 from tests.deploy.conftest import objects
 from tests.deploy.validation import VERSIONS, problems
+from tests.processes import execute, python
 
 GUIDE = ROOT / "docs/guides/kubernetes.md"
 EXAMPLE = ROOT / "docs/examples/kubernetes"
@@ -47,27 +48,14 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    example = tmp_path / "example"
-    example.mkdir()
-    for file in EXAMPLE.rglob("*"):
-        if file.is_file():
-            target = example / file.relative_to(EXAMPLE)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
+    example = shutil.copytree(EXAMPLE, tmp_path / "example", copy_function=shutil.copyfile)
     kubectl = Path(sys.executable).with_name("kubectl")
     wanted = [words for words in commands("inferctl") if words[1] == "deploy" and "--preview" not in words]
     for words in wanted:
         if "--lint" in words:
-            done = subprocess.run(
-                [kubectl, "kustomize", "manifests/overlays/aws-eu-central-1"],
-                cwd=example,
-                capture_output=True,
-                check=True,
-            )
-            (example / "all.yaml").write_bytes(done.stdout)
-        run = [sys.executable, "-m", *words]
-        done = subprocess.run(run, cwd=example, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
+            done = execute(kubectl, "kustomize", "manifests/overlays/aws-eu-central-1", cwd=example, code=0)
+            (example / "all.yaml").write_text(done.stdout)
+        python("-m", *words, cwd=example, code=0)
     words = {word for program in ("kubectl", "helm") for words in commands(program) for word in words}
     paths = {word for word in words if word.startswith(("manifests/", "cluster/"))}
     assert {path.split("/")[1] for path in paths} >= {"base", "bench", "overlays", "weights.yaml"}

@@ -43,36 +43,29 @@ def required(built: Objects, name: str) -> dict[str, Any]:
     return {each["key"]: each.get("values", each["operator"]) for each in term["matchExpressions"]}
 
 
-@pytest.mark.parametrize("name", ["namespace", "kustomization", "network"])
-def test_a_model_cannot_replace_a_file_of_the_manifests(name: str) -> None:
-    """The model `namespace` would replace the policy that forbids all other connections."""
-    with pytest.raises(UsageError, match=f"the name {name} is that of a file"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        # The model `namespace` would replace the policy that forbids all other connections.
+        *((name, f"the name {name} is that of a file") for name in ("namespace", "kustomization", "network")),
+        ("3d-embed", "3d-embed starts with a digit"),  # the name of a Service starts with a letter
+    ],
+)
+def test_names_that_the_manifests_cannot_have_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         layout.files(plans.plan(named_as(name)))
 
 
-def test_the_name_of_a_service_starts_with_a_letter() -> None:
-    with pytest.raises(UsageError, match="3d-embed starts with a digit"):
-        plans.plan(named_as("3d-embed"))
-
-
 @pytest.mark.parametrize(
-    ("specs", "message"),
+    ("specs", "name"),
     [
-        (
-            [
-                plans.embed(flavors=[L4, {**T4, "name": "l4-overflow"}], overflow=1),
-            ],
-            "two objects would be the Deployment embed-l4-overflow",
-        ),
-        (
-            [plans.embed(flavors=[{**L4, "name": "x-l4"}]), named_as("embed-x")],
-            "two objects would be the Deployment embed-x-l4",
-        ),
+        ([plans.embed(flavors=[L4, {**T4, "name": "l4-overflow"}], overflow=1)], "embed-l4-overflow"),
+        ([plans.embed(flavors=[{**L4, "name": "x-l4"}]), named_as("embed-x")], "embed-x-l4"),
     ],
     ids=["overflow", "two models"],
 )
-def test_two_objects_with_one_name_are_an_error(specs: list[Spec], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_two_objects_with_one_name_are_an_error(specs: list[Spec], name: str) -> None:
+    with pytest.raises(UsageError, match=f"two objects would be the Deployment {name}"):
         layout.files(plans.plan(*specs, clusters=plans.ONE_CLUSTER))
 
 
@@ -104,14 +97,13 @@ def test_metrics_are_scraped_also_if_prometheus_is_outside_of_the_cluster(build:
     assert source["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
 
 
-def test_one_prometheus_of_several_clusters_is_a_warning() -> None:
-    def warned(url: str) -> bool:
-        clusters = [{"name": name, "prometheus": url} for name in ("a", "b")]
-        made = plans.plan(plans.embed(), clusters=clusters)
-        return any("each would count the traffic of all" in warning for warning in made.warnings)
-
-    assert warned("https://thanos.example.com")
-    assert not warned("http://prometheus.monitoring:9090")  # a Service of each cluster
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [("https://thanos.example.com", True), ("http://prometheus.monitoring:9090", False)],  # a Service of each cluster
+)
+def test_one_prometheus_of_several_clusters_is_a_warning(url: str, warned: bool) -> None:
+    made = plans.plan(plans.embed(), clusters=[{"name": name, "prometheus": url} for name in ("a", "b")])
+    assert any("each would count the traffic of all" in warning for warning in made.warnings) is warned
 
 
 def test_gke_gives_no_slice_or_shared_gpu_to_a_pod_that_wants_a_whole_one(build: Build) -> None:

@@ -75,6 +75,9 @@ def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: 
     for each in built:
         if each["kind"] not in ("Namespace", "PriorityClass"):
             assert each["metadata"]["namespace"] == "inference"
+    # The second cluster has max_replicas: {t4: 0}.
+    assert ("embed-t4" in {name for _, _, name in names}) == (overlay != OVERLAYS[1])
+    assert named(built, "Service", "embed")["spec"]["trafficDistribution"] == "PreferClose"
 
 
 @pytest.mark.parametrize("omitted", get_args(Omitted))
@@ -222,20 +225,6 @@ def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: 
     assert all(pod["tolerations"][0]["key"] == "nvidia.com/gpu" for pod in (aws, gcp))
     # The patch of a cluster keeps the rest of the affinity.
     assert all("podAntiAffinity" in pod["affinity"] for pod in (aws, gcp))
-
-
-def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
-    files = plans.files()
-    names = {
-        overlay: {each["metadata"]["name"] for each in build(files, overlay) if each["kind"] == "Deployment"}
-        for overlay in OVERLAYS
-    }
-    assert "embed-t4" in names[OVERLAYS[0]]
-    assert "embed-t4" not in names[OVERLAYS[1]]  # max_replicas: {t4: 0}
-
-
-def test_requests_stay_in_their_zone(build: Build) -> None:
-    assert named(build(plans.files(), OVERLAYS[0]), "Service", "embed")["spec"]["trafficDistribution"] == "PreferClose"
 
 
 def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:

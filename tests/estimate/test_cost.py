@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from inferctl.core.errors import UsageError
@@ -56,20 +58,14 @@ def test_every_kernel_reads_its_inputs_and_writes_its_output_once() -> None:
     assert sum(kernel.flop for kernel in model.kernels) * 6 == model.per_token
 
 
-def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
-    model = Transformer(
-        per_token=100.0,
-        per_token2=0.0,
-        name="x",
-        layers=1,
-        weights=0,
-        width=1,
-        kernels=(Kernel(100.0, 1), Kernel(0.0, 30)),
-    )
-    assert Cost.of(model, 100.0, 0.0, 10.0).per_token == pytest.approx(1.0 + 3.0)
-    assert Cost.of(model, 1000.0, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0)
-    assert Cost.of(model, 1e9, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0, rel=1e-3)
-    assert Cost.of(model, 100.0, 0.0).per_token == pytest.approx(1.0)
+@pytest.mark.parametrize(
+    ("flops", "bytes_per_s", "seconds"), [(100.0, 10.0, 1 + 3), (1000.0, 10.0, 0.1 + 3), (100.0, None, 1.0)]
+)
+def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic(
+    flops: float, bytes_per_s: float | None, seconds: float
+) -> None:
+    model = dataclasses.replace(BERT_LARGE, per_token=100.0, layers=1, kernels=(Kernel(100.0, 1), Kernel(0.0, 30)))
+    assert Cost.of(model, flops, 0.0, *([bytes_per_s] if bytes_per_s else [])).per_token == pytest.approx(seconds)
 
 
 def test_attention_of_short_sequences_is_bound_by_memory() -> None:

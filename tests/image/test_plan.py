@@ -102,16 +102,12 @@ def test_what_others_put_into_the_temporary_folder_stays(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found, target = tmp_path / f".inferctl-context.{'0' * 32}.partial", tmp_path / "target"
     target.mkdir()
-    if kind == "pipe":
-        os.mkfifo(found)
-    elif kind == "link":
-        found.symlink_to(target)
-    else:
-        found.mkdir()
+    {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(target)}.get(kind, os.mkdir)(found)
+    if kind == "folder of another user":
         user = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    os.utime(target, (0, 0))
-    os.utime(found, (0, 0))
+    for path in (target, found):
+        os.utime(path, (0, 0))
     with staged(RENDERED, {}):
         pass
     assert os.path.lexists(found) and target.is_dir()
@@ -189,9 +185,8 @@ GOOD = [[0.6, 0.8], [1.0, 0.0]]
 
 def test_the_lowest_cosine_counts() -> None:
     assert output_checks.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
-    assert output_checks.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(
-        0.96
-    )
+    turned = [GOOD[0][::-1], GOOD[1]]
+    assert output_checks.check_vectors(GOOD, turned, 2, 0.9) == pytest.approx(0.96)
 
 
 @pytest.mark.parametrize(
@@ -240,20 +235,13 @@ def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:
 
 
 def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> None:
-    blob = tmp_path / "blobs" / "abc"
-    blob.parent.mkdir()
+    """Those that a server reads: no README, and no exports."""
+    blob, snapshot_, plain = tmp_path / "blobs" / "abc", tmp_path / "snapshots" / "1", tmp_path / "plain"
+    for folder in (blob.parent, plain, snapshot_ / "1_Pooling", snapshot_ / "onnx"):
+        folder.mkdir(parents=True)
     blob.write_text("{}")
-    snapshot_ = tmp_path / "snapshots" / "1"
-    (snapshot_ / "1_Pooling").mkdir(parents=True)
-    (snapshot_ / "1_Pooling" / "config.json").symlink_to(blob)
-    (snapshot_ / "vocab.txt").symlink_to(blob)
-    (snapshot_ / "README.md").symlink_to(blob)
-    (snapshot_ / "onnx").mkdir()
-    (snapshot_ / "onnx" / "config.json").symlink_to(blob)
-    assert running_container.mounts_of({"/model": snapshot_}) == {
-        "/model/1_Pooling/config.json": str(blob),
-        "/model/vocab.txt": str(blob),
-    }
-    plain = tmp_path / "plain"
-    plain.mkdir()
+    for name in ("1_Pooling/config.json", "vocab.txt", "README.md", "onnx/config.json"):
+        (snapshot_ / name).symlink_to(blob)
+    mounted = dict.fromkeys(("/model/1_Pooling/config.json", "/model/vocab.txt"), str(blob))
+    assert running_container.mounts_of({"/model": snapshot_}) == mounted
     assert running_container.mounts_of({"/model": plain}) == {"/model": str(plain)}

@@ -47,13 +47,6 @@ def test_a_step_has_its_own_seconds_and_not_those_of_the_cache_lookup(style: str
     assert run.error is None
 
 
-def test_cached_steps_are_marked() -> None:
-    events, _ = read(recorded("cached.txt", "indented"))
-    cached = [e.name for e in events if isinstance(e, StepFinished) and e.cached]
-    assert [name for name in cached if "RUN --mount" in name]
-    assert [name for name in cached if "COPY --link a.txt" in name]
-
-
 def test_logs_are_whole_lines_with_progress_bars_at_their_last_state() -> None:
     events, _ = read(recorded("fresh.txt", "indented"))
     assert [e.text for e in events if isinstance(e, StepLog)] == ["one", "100%", "no newline"]

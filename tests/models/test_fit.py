@@ -125,12 +125,8 @@ def test_memory_is_parameters_times_bytes_plus_one_layer_and_overhead() -> None:
     assert need.overhead == fit.CUDA_OVERHEAD_BYTES
     assert need.total == need.weights + need.activations + need.overhead
     assert fit.memory(MINILM, "fp32", 16384, t4).weights == 22_713_216 * 4
+    assert fit.memory(MINILM, "int8", 16384, t4).weights == 22_713_216 + 30522 * 384  # the table keeps 16 bits
     assert fit.memory(MINILM, "fp32", 16384, catalog.hardware("cpu")).overhead == 0
-
-
-def test_int8_keeps_the_embedding_table_in_16_bits() -> None:
-    need = fit.memory(MINILM, "int8", 16384, catalog.hardware("t4"))
-    assert need.weights == 22_713_216 + 30522 * 384
 
 
 @pytest.mark.parametrize(
@@ -159,19 +155,16 @@ def test_the_load_of_a_slice_is_planned_by_its_compute() -> None:
     assert finding(quarter, "slice").hint is None
 
 
-def test_a_hub_model_without_a_revision_is_unpinned_and_a_folder_is_not() -> None:
-    assert image()["revision"].level == "warn"
-    assert "revision" not in image(model={"source": "org/model", "revision": "0" * 40})
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "abc", "0" * 39, "0" * 40])
+def test_a_revision_that_is_not_a_commit_is_unpinned(revision: str | None) -> None:
+    model = {"source": "org/model", **({"revision": revision} if revision else {})}
     assert "revision" not in image(hub_model=False)
-
-
-@pytest.mark.parametrize("revision", ["main", "v1.0", "abc", "0" * 39])
-def test_a_revision_that_is_not_a_commit_is_unpinned(revision: str) -> None:
-    found = image(model={"source": "org/model", "revision": revision})["revision"]
-    assert repr(revision) in found.what
-    assert "--allow-floating" not in (found.hint or "")
-    baked = image(model={"source": "org/model", "revision": revision, "weights": "bake"})["revision"]
-    assert "--allow-floating" in (baked.hint or "")
+    if revision == "0" * 40:
+        assert "revision" not in image(model=model)
+        return
+    found, baked = (image(model=model | more)["revision"] for more in ({}, {"weights": "bake"}))
+    assert found.level == "warn" and (not revision or repr(revision) in found.what)
+    assert "--allow-floating" not in (found.hint or "") and "--allow-floating" in (baked.hint or "")
 
 
 def test_a_base_without_a_digest_is_a_warning_and_a_pinned_mirror_is_not() -> None:

@@ -42,17 +42,13 @@ def test_the_activations_agree_with_what_vllm_measured() -> None:
 
 
 def test_the_rest_of_the_share_holds_the_kv_cache() -> None:
-    judged = on("a100-80gb-sxm")
-    assert judged.verdict == "ok"
-    assert judged.memory
-    assert judged.capacity
+    judged, half = on("a100-80gb-sxm"), on("a100-80gb-sxm", gpu_memory_share=0.45).capacity
+    assert judged.verdict == "ok" and judged.memory and judged.capacity and half
     assert judged.capacity.kv_cache_bytes == 72_000_000_000 - judged.memory.total
+    assert half.kv_cache_bytes == 36_000_000_000 - judged.memory.total
     per_sequence = 131072 * 131072
     assert judged.capacity.sequences == judged.capacity.kv_cache_bytes // per_sequence == 3
     assert judged.capacity.context_tokens == judged.capacity.longest_context_tokens == 131072
-    half = on("a100-80gb-sxm", gpu_memory_share=0.45).capacity
-    assert half
-    assert half.kv_cache_bytes == 36_000_000_000 - judged.memory.total
 
 
 def test_a_context_that_does_not_fit_is_an_error_with_what_does() -> None:
@@ -86,10 +82,7 @@ def test_nothing_helps_a_model_that_is_much_too_large() -> None:
 
 def test_the_weights_and_the_kv_heads_are_divided_among_gpus() -> None:
     one, two = on("a100-80gb-sxm"), on("a100-80gb-sxm", gpus=2)
-    assert one.memory
-    assert two.memory
-    assert one.capacity
-    assert two.capacity
+    assert one.memory and two.memory and one.capacity and two.capacity
     assert two.memory.weights == one.memory.weights // 2
     assert two.capacity.kv_bytes_per_token == one.capacity.kv_bytes_per_token // 2
     assert two.capacity.sequences > 2 * one.capacity.sequences
@@ -209,12 +202,7 @@ def test_settings_of_another_task_are_a_warning_only_if_they_are_set() -> None:
 
 @pytest.mark.parametrize(
     ("task", "processes", "error"),
-    [
-        ("generate", 1, False),
-        ("generate", "auto", False),
-        ("generate", 2, True),
-        ("embed", 2, False),
-    ],
+    [("generate", 1, False), ("generate", "auto", False), ("generate", 2, True), ("embed", 2, False)],
 )
 def test_several_api_processes_are_an_error_for_generation(task: str, processes: int | str, error: bool) -> None:
     found = list(generation_fit.check_settings(spec(api_processes=processes), task))

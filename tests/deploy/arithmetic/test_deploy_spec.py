@@ -13,15 +13,16 @@ from inferctl.deploy import clusters
 HEAD = "name: a\nmodel: {source: a/b}\n"
 
 
+PLAIN = "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"
+FULL = "serve: {precision: bf16, port: 9000}\nhardware: [t4]\nslo: {p99_ms: 70}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "digest"),
     [
-        (HEAD, "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
-        (f"{HEAD}deploy: {{}}\n", "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
-        (f"{HEAD}deploy:\n", "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
+        *((f"{HEAD}{deploy}", PLAIN) for deploy in ("", "deploy: {}\n", "deploy:\n")),
         (
-            "name: a\nmodel: {source: a/b, weights: bake}\nserve: {precision: bf16, port: 9000}\n"
-            "hardware: [t4]\nslo: {p99_ms: 70}\n",
+            "name: a\nmodel: {source: a/b, weights: bake}\n" + FULL,
             "12d59517ed78ee63530f096d98da419e09be566e98871699043cc6f62f4c1257",
         ),
     ],
@@ -29,6 +30,7 @@ HEAD = "name: a\nmodel: {source: a/b}\n"
 def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -> None:
     """The digests are those of the version before the section had keys."""
     assert parse(text).digest() == digest
+    assert parse(f"{HEAD}deploy: {{namespace: x}}\n").digest() != digest
 
 
 @pytest.mark.parametrize(
@@ -71,10 +73,6 @@ def test_wrong_settings_are_named(deploy: str, message: str) -> None:
 )
 def test_settings_at_a_bound_are_accepted(deploy: str) -> None:
     assert parse(f"{HEAD}deploy:\n  {deploy}\n").deploy.model_fields_set
-
-
-def test_a_deployment_changes_the_digest() -> None:
-    assert parse(f"{HEAD}deploy: {{namespace: x}}\n").digest() != parse(HEAD).digest()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ def one(**keys: Any) -> dict[str, Any]:
     return {"flavors": [flavor(**keys)], "traffic": TRAFFIC}
 
 
+RECEIPT = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+
+
 def test_a_receipt_gives_the_rate_precision_load_drain_memory_and_cores(tmp_path: Path) -> None:
     resources = {"server_peak_bytes": 3_900_000_000, "server_cores": 2.4}
     write_receipt(tmp_path / "r.json", HALF, 400.0, resources=resources)
@@ -49,36 +52,33 @@ def test_a_receipt_gives_the_rate_precision_load_drain_memory_and_cores(tmp_path
 
 
 def test_a_closed_loop_gives_a_rate_with_a_warning_and_an_open_one_none(tmp_path: Path) -> None:
-    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
     write_receipt(tmp_path / "r.json", "l4", 200.0, search=None, plan={"load": {"task": "embed", "mode": "closed"}})
-    found = plan(spec(deploy), tmp_path).models[0]
+    found = plan(spec(RECEIPT), tmp_path).models[0]
     assert found.flavors[0].rate
     assert found.flavors[0].rate.tokens_per_second == 50_000
     assert any("throughput of a closed loop" in warning for warning in found.warnings)
     write_receipt(tmp_path / "r.json", "l4", 200.0, search=None)
     with pytest.raises(NotEnoughEvidenceError, match="open loop without a search"):
-        plan(spec(deploy), tmp_path)
+        plan(spec(RECEIPT), tmp_path)
 
 
 def test_a_search_of_generation_gives_tokens_of_prompts_and_answers(tmp_path: Path) -> None:
     summary = {"requests_per_s": 4.0, "tokens_per_request": 512.0, "output_tokens_per_request": 128.0}
     load = {"load": {"task": "generate", "mode": "open"}}
     write_receipt(tmp_path / "r.json", "l4", 4.0, plan=load, summary=summary)
-    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
     unknown = UnknownSize("no network", "")
-    (found,) = plan(spec(deploy), tmp_path, task="generate", size=unknown).models[0].flavors
+    (found,) = plan(spec(RECEIPT), tmp_path, task="generate", size=unknown).models[0].flavors
     assert found.rate
     assert found.rate.tokens_per_second == 2560  # 4 x (512 + 128)
     # Weights of unknown size count as 150 GB: the probe waits for 900 + 1,500 + 60 s.
     assert found.startup_failures.value * found.startup_period_s.value == 2460
     with pytest.raises(UsageError, match="is of the task generate, but the model is for embed"):
-        plan(spec(deploy), tmp_path)
+        plan(spec(RECEIPT), tmp_path)
 
 
 def test_a_sample_receipt_does_not_count_as_measured(tmp_path: Path) -> None:
     write_receipt(tmp_path / "r.json", "l4", 200.0, sample=True)
-    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
-    found = plan(spec(deploy), tmp_path).models[0]
+    found = plan(spec(RECEIPT), tmp_path).models[0]
     assert found.flavors[0].rate
     assert not found.flavors[0].rate.measured
     assert found.flavors[0].rate.source.startswith("sample receipt ")
@@ -102,9 +102,8 @@ def test_receipts_that_do_not_fit_are_refused(
     changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     write_receipt(tmp_path / "r.json", "l4", 200.0, **changes)
-    flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}]
     with pytest.raises(error, match=message) as caught:
-        plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
+        plan(spec(RECEIPT), tmp_path)
     assert str(caught.value).startswith("deploy.flavors[0]: ")
 
 
@@ -128,8 +127,7 @@ def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs:
 def test_a_model_on_this_machine_is_compared_with_its_receipts(
     minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
-    data = {"name": "embed", "model": {"source": str(minilm), "weights": "bake"}, "deploy": deploy}
+    data = {"name": "embed", "model": {"source": str(minilm), "weights": "bake"}, "deploy": RECEIPT}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(data))
     for digest, differs in ((model.find(str(minilm)).digest, False), ("cd" * 32, True)):
         write_receipt(tmp_path / "r.json", "l4", 200.0, model={"source": "test", "sha256": digest})
@@ -223,17 +221,17 @@ def test_what_is_missing_is_named(deploy: dict[str, Any], sections: dict[str, An
         plan(spec(deploy, **sections))
 
 
-def test_an_image_without_a_digest_is_a_warning() -> None:
-    made = spec(one(image=None), image={"repository": "registry.example.com/ml/embed", "tag": "1"})
-    found = plan(made).models[0]
-    assert found.flavors[0].image == "registry.example.com/ml/embed:1"
-    assert any("has no digest" in warning for warning in found.warnings)
-
-
-def test_a_peak_that_the_limits_do_not_serve_is_a_warning() -> None:
-    # One replica serves 0.7 x 50,000 = 35,000 of 250,000 tokens/s: 14%.
-    (warning,) = plan(spec(one(max_replicas=1))).models[0].warnings
-    assert warning.startswith("default: all replicas at their maximum serve 14% of the peak of embed")
+@pytest.mark.parametrize(
+    ("deploy", "image", "words"),
+    [
+        (one(image=None), {"repository": "registry.example.com/ml/embed", "tag": "1"}, "ml/embed:1 has no digest"),
+        # One replica serves 0.7 x 50,000 = 35,000 of 250,000 tokens/s: 14%.
+        (one(max_replicas=1), {}, "all replicas at their maximum serve 14% of the peak of embed"),
+    ],
+)
+def test_what_limits_or_floats_is_a_warning(deploy: dict[str, Any], image: dict[str, str], words: str) -> None:
+    found = plan(spec(deploy, **({"image": image} if image else {}))).models[0]
+    assert any(words in warning for warning in found.warnings), found.warnings
 
 
 def test_hardware_that_a_cluster_lacks_is_left_out_there() -> None:
@@ -277,10 +275,6 @@ def test_the_gpu_has_the_name_and_labels_of_the_cluster(
     assert {label: (value,) for label, value in labels.items()}.items() <= values.items()
     # A node whose slices are not made yet offers the whole GPU. GKE makes slices before a node joins.
     assert ("mig.config.state" in values) == (key == HALF and keys != GKE)
-
-
-def test_a_cpu_has_no_gpu() -> None:
-    assert gpu.resource(catalog.hardware("cpu"), 1) is None
 
 
 def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) -> None:
@@ -365,12 +359,9 @@ def test_the_limit_of_a_key_is_divided_among_the_replicas_at_the_peak() -> None:
     assert keys.key_servers == found.key_servers
     assert not any("access.broker" in each for each in keys.warnings)
     assert plan(spec(deploy), clusters=clusters).models[0].key_servers is None
-
-
-def test_without_a_rate_the_servers_of_a_key_are_those_that_run() -> None:
-    made = spec(one(tokens_per_second=None, min_replicas=2, max_replicas=5), access={"tokens_per_minute": 9})
-    assert (figure := plan(made).models[0].key_servers)
-    assert figure.value == 2
+    # Without a rate, the servers of a key are those that run.
+    fixed = spec(one(tokens_per_second=None, min_replicas=2, max_replicas=5), access={"tokens_per_minute": 9})
+    assert (figure := plan(fixed).models[0].key_servers) and figure.value == 2
 
 
 def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> None:

@@ -59,14 +59,6 @@ def test_keda_gets_the_limits_and_never_its_harmful_defaults() -> None:
     assert half["spec"]["fallback"]["replicas"] == 2
 
 
-def test_replicas_are_removed_only_after_a_cold_start() -> None:
-    (half, _) = scalers(planned(cold_start_s=900))
-    behavior = half["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 900
-    assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
-    assert half["spec"]["cooldownPeriod"] == 900
-
-
 def test_without_a_rate_or_autoscaler_nothing_scales_a_flavor() -> None:
     assert scalers(planned(scaling="none")) == []
     flavors = [

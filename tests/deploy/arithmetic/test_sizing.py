@@ -40,13 +40,6 @@ def replicas(
     return [(each.least.value, each.most.value) for each in found]
 
 
-def test_traffic_is_requests_times_tokens_and_the_slope_is_their_rise() -> None:
-    found = traffic(40, 300)
-    # 40 x 120, 300 x 120, (36,000 - 4,800) / 60
-    assert (found.base.value, found.peak.value, found.slope.value) == (4_800, 36_000, 520)
-    assert found.slope.formula == "(36,000 - 4,800) / 60"
-
-
 A100, L4 = Demand("a100", FAST), Demand("l4", SLOW)
 
 
@@ -243,10 +236,3 @@ def test_without_limits_the_maxima_always_serve_the_peak(
     # The first flavor has no more than it needs.
     needed = load.peak.value * share / (utilization * speeds[0])
     assert counts[0][1] <= max(2, math.ceil(needed) if needed > 1e-6 else 1)
-
-
-@given(rates, loads, loads, loads)
-def test_more_traffic_never_needs_fewer_replicas(speed: float, base: float, peak: float, more: float) -> None:
-    low, high = min(base, peak), max(base, peak)
-    chain = [Demand("x", Rate(speed, True, ""))]
-    assert replicas(chain, traffic(low, high))[0][1] <= replicas(chain, traffic(low, high + more))[0][1]

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from inferctl.manifests import lint, manifests_file
-from inferctl.manifests.lint import observability
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.versions import OLDEST_SUPPORTED
@@ -128,17 +127,6 @@ def test_a_recorded_series_is_a_known_metric() -> None:
         }
     )
     assert rules(objects) == set()
-
-
-def test_findings_name_the_place_and_what_differs_there() -> None:
-    faults = {(fault.rule, fault.what): fault for fault in FAULTS}
-
-    def finding(rule: str, what: str) -> lint.LintFinding:
-        fault = faults[rule, what]
-        (found,) = (f for f in lint.lint(seeded.located(fault.objects), fault.minor) if f.rule == rule)
-        return found
-
-    assert finding("placeholder-differs", "a placeholder for other nodes").what.endswith(": nvidia.com/gpu.product")
 
 
 def test_a_client_with_the_address_of_a_server_is_none() -> None:
@@ -365,8 +353,3 @@ def test_findings_of_namesakes_are_told_apart() -> None:
     built = [Located(_pool("a", ignore=None, namespace=name), "kustomization.yaml") for name in ("one", "two")]
     found = [each for each in lint.lint(built) if each.rule == RULE]
     assert [each.namespace for each in found] == ["one", "two"]
-
-
-def test_metrics_that_no_server_has_are_named() -> None:
-    expression = 'sum(inferctl_b{job="inferctl_x"}) / on (inferctl_y) inferctl_a + other + inferctl_tokens_total'
-    assert observability.unknown_metrics(expression) == ["inferctl_a", "inferctl_b"]

@@ -76,17 +76,6 @@ def test_a_spike_evicts_placeholders_only_when_no_node_is_free() -> None:
     assert shown == {"deployment": "overflow", "placeholder": True, "placed_again": 0, "waiting": 1}
 
 
-def test_an_evicted_pod_may_fit_elsewhere() -> None:
-    # The server fits only on a1, where the placeholder is; the placeholder fits on b1 too.
-    nodes = [node("a1", "a", 1), node("b1", "b", 1)]
-    nodes[0]["metadata"]["labels"]["pool"] = "server"
-    outcome = simulate(
-        nodes, LOW, deployment("embed", nodeSelector={"pool": "server"}), scaled("embed", 0, 1),
-        deployment("overflow", 1, PAUSE, priorityClassName="low"),
-    )  # fmt: skip
-    assert [(pod.owner, pod.node) for pod in outcome.again] == [("overflow", "b1")]
-
-
 def test_losing_a_node_or_a_zone() -> None:
     # 5 of 8 slices serve 500 of the peak of 500, with 2, 1, 1 and 1 pods on the nodes.
     losses = drills.run([simulate(FOUR, deployment("embed", 5))])
@@ -116,18 +105,29 @@ def test_losing_a_cluster_and_a_region() -> None:
     assert (first.cluster, first.before, first.demand) == ("one", 200, 500)
 
 
+@pytest.mark.parametrize(
+    ("slow_rate", "found"),
+    [
+        ("50", ("tokens/s", 500, 300, 300)),  # 2 x 100 + 2 x 50: flavors of a model add up
+        ("100", ("tokens/s", 500, 400, 400)),
+        (None, ("tokens/s", 500, 200, 200)),  # a gateway does not count next to servers with a rate
+    ],
+)
+def test_the_rates_of_a_model_add_up(slow_rate: str | None, found: tuple[Any, ...]) -> None:
+    fast, slow = deployment("fast", 2), deployment("slow", 2)
+    annotations = slow["metadata"]["annotations"]
+    annotations["inferctl.io/tokens-per-second"] = slow_rate
+    if slow_rate is None:
+        annotations.clear()
+    loss = lost(drills.run([simulate(FOUR, fast, slow)]), "a")
+    assert (loss.unit, loss.demand, loss.before, loss.full) == found
+
+
 def test_without_a_rate_replicas_are_counted() -> None:
     plain = deployment("embed", 4)
     del plain["metadata"]["annotations"]
     loss = lost(drills.run([simulate(FOUR, plain)]), "a")
     assert (loss.unit, loss.demand, loss.full, loss.at_once) == ("replicas", None, 4, 2)
-
-
-def test_flavors_of_a_model_add_up() -> None:
-    fast, slow = deployment("fast", 2), deployment("slow", 2)
-    slow["metadata"]["annotations"]["inferctl.io/tokens-per-second"] = "50"
-    loss = lost(drills.run([simulate(FOUR, fast, slow)]), "a")
-    assert (loss.before, loss.full) == (300, 300)
 
 
 def chain(first: int, second: int, **annotations: str) -> list[dict[str, Any]]:
@@ -176,14 +176,6 @@ def test_the_next_flavor_makes_up_for_pods_that_wait() -> None:
     assert sum(attempt.node is None for attempt in outcome.spike) == 3
 
 
-def test_gateways_do_not_count_next_to_servers_with_a_rate() -> None:
-    gateway = deployment("gateway", 1)
-    del gateway["metadata"]["annotations"]
-    losses = drills.run([simulate(FOUR, deployment("embed", 4), gateway)])
-    assert {loss.unit for loss in losses} == {"tokens/s"}
-    assert {loss.before for loss in losses} == {400}
-
-
 ONE = {"containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]}
 LABELS = {"app.kubernetes.io/name": "embed", "flavor": "embed"}
 
@@ -204,9 +196,3 @@ def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
         (cluster,) = report.document([outcome], drills.run([outcome]))["clusters"]
         places.append([group["nodes"] for each in cluster["deployments"] for group in each["pods"]])
     assert places[0] == places[1]
-
-
-@pytest.mark.parametrize(("image", "placeholder"), [(PAUSE, True), ("server:1", False)])
-def test_placeholders_are_known_by_their_image(image: str, placeholder: bool) -> None:
-    (found,) = workloads.find([deployment("x", image=image)])
-    assert found.placeholder is placeholder

@@ -30,25 +30,16 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def deployment(result: dict[str, Any], cluster: str, name: str) -> dict[str, Any]:
-    (found,) = (
-        each
-        for part in result["clusters"]
-        if part["name"] == cluster
-        for each in part["deployments"]
-        if each["name"] == name
-    )
+    parts = (part["deployments"] for part in result["clusters"] if part["name"] == cluster)
+    (found,) = (each for deployments in parts for each in deployments if each["name"] == name)
     return dict(found)
 
 
 def test_each_cluster_has_its_overlay(result: dict[str, Any]) -> None:
     assert [part["name"] for part in result["clusters"]] == ["aws-eu-central-1", "aws-us-east-1", "gcp-europe-west4"]
     assert result["fits_at_rest"]
-    requests = {
-        cluster: deployment(result, cluster, "embed-a100-half")["requests"]
-        for cluster in ("aws-eu-central-1", "gcp-europe-west4")
-    }
-    assert "nvidia.com/mig-3g.20gb" in requests["aws-eu-central-1"]
-    assert "nvidia.com/gpu" in requests["gcp-europe-west4"]
+    for cluster, gpu in (("aws-eu-central-1", "nvidia.com/mig-3g.20gb"), ("gcp-europe-west4", "nvidia.com/gpu")):
+        assert gpu in deployment(result, cluster, "embed-a100-half")["requests"]
 
 
 def test_the_peak_needs_what_the_annotations_say(result: dict[str, Any]) -> None:

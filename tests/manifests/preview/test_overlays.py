@@ -41,17 +41,16 @@ def tree(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_each_cluster_gets_its_overlay(tmp_path: Path) -> None:
-    found = overlays.read([tree(tmp_path, "one", "two")], ["one", "two"])
-    assert {name: [each.data["spec"]["replicas"] for each in objects] for name, objects in found.items()} == {
-        "one": [5],
-        "two": [1],
-    }
-
-
-def test_a_single_overlay_needs_no_name(tmp_path: Path) -> None:
-    (objects,) = overlays.read([tree(tmp_path, "one")], ["cluster"]).values()
-    assert [each.data["spec"]["replicas"] for each in objects] == [5]
+@pytest.mark.parametrize(
+    ("names", "clusters", "replicas"),
+    [(("one", "two"), ["one", "two"], [[5], [1]]), (("one",), ["cluster"], [[5]])],  # a single one needs no name
+)
+def test_each_cluster_gets_its_overlay(
+    names: tuple[str, ...], clusters: list[str], replicas: list[list[int]], tmp_path: Path
+) -> None:
+    found = overlays.read([tree(tmp_path, *names)], clusters)
+    assert list(found) == clusters
+    assert [[each.data["spec"]["replicas"] for each in objects] for objects in found.values()] == replicas
 
 
 def test_a_cluster_without_an_overlay_is_an_error(tmp_path: Path) -> None:
@@ -125,18 +124,15 @@ def test_a_failure_of_kubectl_is_never_a_finding(
     assert "goroutine" not in error and "kubectl.go" not in error and "Warning" not in error
 
 
-def test_a_kubectl_that_this_machine_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "kubectl"
-    program.write_bytes(b"\x7fELF of another machine")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(NotReadyError, match="kubectl"):
-        overlays.read([tree(tmp_path / "tree", "one")], ["one"])
-
-
-def test_without_kubectl_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", [b"\x7fELF of another machine", None])
+def test_a_kubectl_that_is_absent_or_cannot_run(
+    program: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if program:
+        (tmp_path / "kubectl").write_bytes(program)
+        (tmp_path / "kubectl").chmod(0o755)
     with pytest.raises(NotReadyError, match="kubectl"):
         overlays.read([tree(tmp_path / "tree", "one")], ["one"])
 
