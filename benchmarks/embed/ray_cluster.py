@@ -33,10 +33,10 @@ def start(folder: Path, model: Path, ranges: int, *options: str) -> subprocess.P
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def receipt(process: subprocess.Popen[str], what: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(process.communicate()[0])["receipt"]
+def seconds_of(process: subprocess.Popen[str], what: str) -> float:
+    found = json.loads(process.communicate()[0])["receipt"]
     print(f"{what}: {found['output_sha256']}, {found['wall_s']:.1f} s computing", flush=True)
-    return found
+    return float(found["wall_s"])
 
 
 def cluster_of(nodes: int, cores: int) -> tuple[Cluster, list[Any]]:
@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         texts = (" ".join(draw.choices(WORDS, k=draw.randint(3, 40))) for _ in range(given.rows))
-        lines = (json.dumps({"id": number, "text": text}) for number, text in enumerate(texts))
+        lines = (json.dumps({"text": text}) for text in texts)
         (root / "texts.jsonl").write_text("\n".join(lines) + "\n")
 
         cluster, nodes = cluster_of(3, 1)
@@ -62,7 +62,7 @@ def main() -> None:
         while process.poll() is None and len(list((root / "killed").glob("part-?????.json"))) < given.ranges / 3:
             time.sleep(0.2)
         cluster.remove_node(nodes[0], allow_graceful=False)
-        receipt(process, "three nodes, one killed after a third")
+        seconds_of(process, "three nodes, one killed after a third")
         cluster.shutdown()
 
         cluster, _ = cluster_of(1, os.cpu_count() or 1)
@@ -71,8 +71,9 @@ def main() -> None:
             seconds: dict[str, float] = {"local": 0.0, "Ray": 0.0}
             for place, where in enumerate(("local", "Ray", "Ray", "local")):
                 options = ("--ray", cluster.address) if where == "Ray" else ()
-                process = start(root / f"{number}-{place}", given.model, given.ranges, *options)
-                seconds[where] += receipt(process, where)["wall_s"]
+                seconds[where] += seconds_of(
+                    start(root / f"{number}-{place}", given.model, given.ranges, *options), where
+                )
             ratios.append(seconds["Ray"] / seconds["local"] - 1)
         cluster.shutdown()
         print(f"Ray takes {statistics.median(ratios):+.1%}; rounds: {[f'{ratio:+.1%}' for ratio in ratios]}")

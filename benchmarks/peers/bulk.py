@@ -1,12 +1,13 @@
 """Measure what a batch costs those who wait: latency of interactive requests with and without bulk requests.
 
-    python benchmarks/peers/bulk.py [--loads 0.2,0.5] [--seconds 15] [--rounds 6] [--checkout DIR] [--json FILE]
+    python benchmarks/peers/bulk.py [--through url|batches] [--loads 0.2,0.5] [--seconds 15] [--rounds 6] [--json FILE]
 
 An open loop sends interactive requests, Poisson arrivals of single texts of about 50 tokens, at parts of what the
-server can carry. In every second phase (A B B A), `inferctl embed --url` computes in addition, whose sender is
-`RemoteComputer`. It runs in idle time, because clients are elsewhere in production; what it uses counts for the batch.
+server can carry. In every second phase (A B B A), a batch runs in addition: `inferctl embed --url`, or with `--through
+batches`, one of `/v1/batches` with a text per line. The sender of `--url` runs in idle time, because in production it
+is elsewhere; what it uses counts for the batch.
 
-- "p99": of all interactive requests with the batch, relative to without it, in the same round; the median of rounds.
+- "p99 x": of all interactive requests with the batch, relative to without it, in one round; the median of rounds.
 - "idle": which part of the CPU time that a batch alone gets is left without it, by all processes of this script.
 - "batch": the tokens/s of the batch, relative to a batch without interactive requests.
 - "of idle": the batch, relative to what was idle. The goal is 0.85.
@@ -16,57 +17,75 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import peers
 from load import requests, run_closed
 from recorder import OpenLoop, latencies, quantile
 
 sys.path.insert(0, str(peers.ROOT))
 TEXTS = peers.texts(4000, mean_tokens=50)
+SHOWN = (("with", "p99"), ("alone", "tokens"))
 
 
-def send_bulk(url: str, tokens: Any) -> None:
-    """Compute ranges of texts that never repeat, and count their tokens, until the process ends."""
+def send_ranges(url: str) -> None:
+    """Compute ranges of texts that never repeat, until the process ends."""
     from inferctl.embed.remote import RemoteComputer
 
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
-    async def count(computer: RemoteComputer) -> None:
-        while True:
-            tokens.value = computer.progress.tokens
-            await asyncio.sleep(0.02)
-
     async def run() -> None:
         computer = RemoteComputer(url, truncate=True)
         await computer.start()
-        counting = asyncio.create_task(count(computer))
         for number in range(10**6):
             computed = await computer.compute([f"{number} {text}" for text in TEXTS])
             assert not computed.errors, computed.errors
-        await counting
 
     asyncio.run(run())
 
 
+def start_batch(url: str) -> Callable[[], object]:
+    """Start a batch of 40,000 texts, and return what ends it."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    body = {"method": "POST", "url": "/v1/embeddings"}
+    lines = [body | {"custom_id": f"{n}", "body": {"input": f"{n} {TEXTS[n % len(TEXTS)]}"}} for n in range(40_000)]
+    file = client.files.create(file=("lines.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+
+    def end() -> None:
+        client.batches.cancel(batch.id)
+        peers.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
+
+    return end
+
+
 @contextlib.contextmanager
-def bulk(url: str, runs: bool) -> Iterator[Any]:
-    """Run the batch if `runs`, and yield the counter of its tokens."""
-    tokens = multiprocessing.Value("q", 0)
-    process = multiprocessing.Process(target=send_bulk, args=(url, tokens), daemon=True)
-    if runs:
+def bulk(server: peers.Server, through: str) -> Iterator[None]:
+    """Run a batch."""
+    if through == "url":
+        process = multiprocessing.Process(target=send_ranges, args=(server.url,), daemon=True)
         process.start()
-        peers.wait_until(lambda: tokens.value > 20_000)
-    yield tokens
-    if runs:
-        process.terminate()
-        process.join()
+        end: Callable[[], object] = process.terminate
+    else:
+        end = start_batch(server.url)
+    before = tokens(server)
+    peers.wait_until(lambda: tokens(server) > before + 20_000)
+    yield
+    end()
+
+
+def tokens(server: peers.Server) -> float:
+    """Return the tokens of all requests so far."""
+    return peers.metrics(server)["inferctl_tokens_total"]
 
 
 def cpu_s() -> float:
@@ -80,8 +99,11 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=15, rounds=6)
     parser.add_argument("--loads", default="0.2,0.5", help="interactive load as parts of the peak, with commas")
+    parser.add_argument("--through", default="url", choices=("url", "batches"), help="how the batch is sent")
     parser.add_argument("--checkout", type=Path, default=peers.ROOT, help="folder of the project that serves")
     options = parser.parse_args()
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["INFERCTL_SERVE_BATCHES_FOLDER"] = folder.name
     server = peers.inferctl(peers.free_port(), name="inferctl-bulk", checkout=options.checkout.resolve())
     with contextlib.suppress(PermissionError):  # else the load generator waits for cores, as no client elsewhere does
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -89,14 +111,15 @@ def main() -> None:
     rows = []
 
     def measure(rate: float, with_bulk: bool) -> dict[str, float]:
-        with bulk(server.url, with_bulk) as tokens:
-            before, used, started = tokens.value, cpu_s(), time.monotonic()
+        with bulk(server, options.through) if with_bulk else contextlib.nullcontext():
+            before, used, started = tokens(server), cpu_s(), time.monotonic()
             with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds) as load:
                 time.sleep(options.seconds)
                 took = time.monotonic() - started
-                found = {"tokens": (tokens.value - before) / took, "cores": (cpu_s() - used) / took}
+                found = {"tokens": (tokens(server) - before) / took, "cores": (cpu_s() - used) / took}
         if rate >= 1:
             assert all(record.status == 200 for record in load.records)
+            found["rate"] = len(load.records) / took
             found |= {f"p{q}": quantile(latencies(load.records), q / 100) for q in (50, 90, 99)}
         return found
 
@@ -112,14 +135,16 @@ def main() -> None:
             pairs = list(zip(found["without"], found["with"], found["alone"], strict=True))
             ratios = [peers.median([b[q] / a[q] for a, b, _ in pairs]) for q in ("p50", "p90", "p99")]
             idle = [1 - a["cores"] / c["cores"] for a, _, c in pairs]
-            batch = [b["tokens"] / c["tokens"] for _, b, c in pairs]
-            p99, speed = (peers.median([each[name] for each in found["with"]]) for name in ("p99", "tokens"))
+            length = sum(a["tokens"] for a, _, _ in pairs) / sum(a["rate"] for a, _, _ in pairs)
+            batch = [(b["tokens"] - length * b["rate"]) / c["tokens"] for _, b, c in pairs]
+            p99, speed = (peers.median([b[name] for b in found[kind]]) for kind, name in SHOWN)
             of_idle = peers.median([got / left for got, left in zip(batch, idle, strict=True)])
             name = f"{load:g} of {peak:.0f}/s"
             rows.append((name, p99, *ratios, speed, peers.median(idle), peers.median(batch), of_idle))
     finally:
         server.end()
-    peers.table(("load", "p99 ms", "p50 x", "p90 x", "p99 x", "bulk tokens/s", "idle", "batch", "of idle"), rows)
+        folder.cleanup()
+    peers.table(("load", "p99 ms", "p50 x", "p90 x", "p99 x", "alone, tokens/s", "idle", "batch", "of idle"), rows)
     peers.write(options.json, figures)
 
 

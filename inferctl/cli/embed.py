@@ -178,9 +178,12 @@ def embed(
         console.document(found) if as_json else console.report(embed_view.table(found))
         return
     work = job.Job(run_options, None if ray else source.make())
+
+    def left() -> list[int]:
+        return [number for number in work.missing() if number % parts == index]
+
     with console.progress("reading the inputs"):
-        plan = work.plan()
-        missing = [number for number in work.missing() if number % parts == index]
+        plan, missing = work.plan(), left()
     total = len(range(index, len(plan.ranges), parts))
     try:
         if missing and ray:
@@ -188,14 +191,13 @@ def embed(
                 from inferctl.embed import ray_pipeline
             # Ray prints messages of its nodes.
             with redirect_stdout(sys.stderr), console.progress("computing on the Ray cluster") as show:
-                for _ in ray_pipeline.run(ray, run_options, source.make, list(missing)):
-                    missing.pop()
-                    show(f"{len(missing):,} ranges are left for the Ray cluster")
+                for count, _ in enumerate(ray_pipeline.run(ray, run_options, source.make, missing), 1):
+                    show(f"{len(missing) - count:,} ranges are left for the Ray cluster")
         elif missing:
             _finish(_run(work, missing))
     finally:
-        if 0 < len(missing) < total:
-            console.note(f"{total - len(missing):,} of {total:,} ranges are done: repeat the command to continue")
+        if missing and 0 < (count := len(left())) < total:
+            console.note(f"{total - count:,} of {total:,} ranges are done: repeat the command to continue")
     receipt = work.finish(embed_view.price)
     summary = {"output": str(folder), "ranges": total, "complete": receipt is not None, "receipt": receipt}
     console.result(summary, embed_view.summary(summary), as_json=as_json)
@@ -260,14 +262,14 @@ def _of_inputs(asked: _Asked, default: tuple[Output, ...], possible: tuple[Outpu
 
 
 async def _run(work: Job, missing: list[int]) -> None:
-    """Compute ranges, and remove those that are done from `missing`."""
+    """Compute ranges."""
     try:
         with console.progress("starting the engine"):
             await work.start()
         with console.progress("computing") as show:
             rows = sum(work.plan().ranges[number].rows for number in missing)
             following = asyncio.create_task(embed_view.follow(work, rows, show))
-            await work.run(list(missing), missing.remove)
+            await work.run(missing)
             following.cancel()
     finally:
         await work.close()

@@ -91,8 +91,8 @@ class Job:
         with suppress(OSError):
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    async def run(self, numbers: Iterable[int], on_done: Callable[[int], None] = lambda _: None) -> None:
-        """Compute ranges in this order, several at a time. `on_done` gets the number of each.
+    async def run(self, numbers: Iterable[int]) -> None:
+        """Compute ranges in this order, several at a time.
 
         Raises the first error; what is not done then is not lost, only missing.
         """
@@ -102,7 +102,6 @@ class Job:
             for number in waiting:
                 if await asyncio.to_thread(shards.done, self.options.output, number) is None:
                     await self.run_range(number)
-                on_done(number)
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -103,7 +103,7 @@ class RemoteComputer:
         self._own = "inferctl" in info
         if not self._own and (self.outputs != ("dense",) or self.role or server.task != "embed"):
             raise UsageError(f"{self.url} is not a server of inferctl, so it gets texts for dense vectors only")
-        probe = await asyncio.to_thread(server.request, ["ready", "ready"])
+        probe: Any = await asyncio.to_thread(server.request, ["ready", "ready"])
         # The names of text-embeddings-inference, which inferctl has too, and its defaults.
         self._inputs = min(_MAX_INPUTS, info.get("max_client_batch_size", 32))
         self._characters = min(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * info.get("max_batch_tokens", 2048))

@@ -25,6 +25,8 @@ OPTIONS = {
     "compare A B": "--floor-ms",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
+    "deploy --embed texts": "--parts",
+    "embed a.jsonl --model ./absent -o out": "--max-batch-tokens --max-input-tokens --engines --range-rows --range-bytes",
     "gateway --server 127.0.0.1:9": "--port --timeout --drain --metrics-port",
     "build --dry-run --model org/m": "--ready-timeout",
     "verify localhost:5000/a:b": "--ready-timeout",

@@ -109,10 +109,15 @@ class BatchRun:
                     tasks.add(asyncio.create_task(self._send(*line)))
                 if tasks:
                     finished, tasks = await asyncio.wait(tasks, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
-                    for task in finished:
-                        task.result()
-                    output.flush()
-                    errors.flush()
+                    try:
+                        for task in finished:
+                            task.result()
+                        output.flush()
+                        errors.flush()
+                    except OSError:  # as of a full disk; the next run cuts off what was not written to its end
+                        for task in tasks:
+                            task.cancel()
+                        raise
                 elif self._waiting and not (self._code or stopping.is_set()):
                     await asyncio.sleep(max(0.0, min(self._not_before, look) - now))
                 else:

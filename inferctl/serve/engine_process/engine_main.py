@@ -27,7 +27,7 @@ from inferctl.core.errors import InferctlError
 from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import engine_frames, failures
 from inferctl.serve.engine_process.engine_frames import Kind
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig, EngineInfo, Prepare
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig, Prepare
 from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.engines.cpu import use_idle_time
 from inferctl.serve.observe import logs
@@ -73,7 +73,9 @@ def serve(stream: BufferedIOBase) -> int:
     gc.collect()
     gc.freeze()
     _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
-    return _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info)
+    return (
+        _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info.parallel, info.idle_parallel)
+    )
 
 
 def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
@@ -117,16 +119,16 @@ def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
         return receiving.result()
 
 
-def _loop(stream: BufferedIOBase, engine: Engine, info: EngineInfo) -> int:
-    """Run batches on this thread, or on several; those for idle cores on others."""
-    idle_threads = ThreadPoolExecutor(info.idle_parallel or 1, "idle batch", use_idle_time)
-    with ThreadPoolExecutor(info.parallel, "batch") as pool, idle_threads as idle_pool:
+def _loop(stream: BufferedIOBase, engine: Engine, parallel: int, idle_parallel: int = 0) -> int:
+    """Run batches on this thread, or on `parallel` threads; those for idle cores on others."""
+    idle_threads = ThreadPoolExecutor(idle_parallel or 1, "idle batch", use_idle_time)
+    with ThreadPoolExecutor(parallel, "batch") as pool, idle_threads as idle_pool:
         while (frame := engine_frames.receive(stream)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
             batch = engine_frames.unpack_batch(body)
-            if info.parallel == 1 and not batch.idle:
+            if parallel == 1 and not batch.idle:
                 _run_batch(stream, engine, batch)
             else:
                 (idle_pool if batch.idle else pool).submit(_run_batch, stream, engine, batch)
