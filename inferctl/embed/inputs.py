@@ -21,6 +21,7 @@ _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04")
 MAX_RECORD_BYTES = 16 * 2**20
 _SAMPLE_ROWS = 1000  # that decide of which type ids are
 _CHUNK = 2**20
+_READ_AGAIN = 7  # as a power of two: how often an open quote may let bytes be read again
 # Rows of Parquet that are read at a time, and the bytes of a range, relative to those that the file states.
 _BATCH_ROWS, _MOST_EXPANSION, _LEAST_EXPANDED = 512, 64, 256 * 2**20
 
@@ -83,10 +84,13 @@ class JsonLines:
     start, line = 0, 1
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stop = path, path.stat().st_size
+        self.path, self.stop, names = path, path.stat().st_size, dict[str, None]()
         with path.open("rb") as stream:
-            found = [_object(line) for line, _ in islice(_lines(stream, 0, self.stop), 100)]
-        self.names = list(dict.fromkeys(name for each in found if isinstance(each, dict) for name in each))
+            for line, _ in islice(_lines(stream, 0, self.stop), 100):
+                found = _object(line)
+                names |= dict.fromkeys(found if isinstance(found, dict) else ())
+                del found  # before the next one, which can take a gigabyte
+        self.names = list(names)
 
     def records(self, start: int, stop: int, wanted: Sequence[str] | None) -> Iterator[Record]:
         """Yield the records between two places, with the values of some columns; None only counts them."""
@@ -134,28 +138,37 @@ class Csv(JsonLines):
     def _fields(self, start: int, stop: int) -> Iterator[tuple[list[str] | Problem, int, int]]:
         """Yield the fields of each record as Latin-1, so that one that is not UTF-8 ends where it should."""
         size = count = 0
-        second = start, count  # the second line of a record
+        ends: list[tuple[int, int]] = []  # of lines of a record: the first one after each power of two bytes
 
         def lines(stream: BinaryIO) -> Iterator[str]:
-            nonlocal start, size, count, second
-            for line, end in _lines(stream, start, stop):
-                start, count = end, count + 1
-                second, size = second if size else (start, count), size + len(line)
+            nonlocal start, size, count
+            for line, end in _lines(stream, start, self.stop):
+                start, count, size = end, count + 1, size + len(line)
+                while size >> len(ends):
+                    ends.append((start, count))
                 if size > MAX_RECORD_BYTES:
-                    raise csv.Error
+                    raise csv.Error("it has no end")
                 yield line.decode("latin-1")
 
         with self.path.open("rb") as stream:
             while start < stop:
                 size = 0
+                ends.clear()
                 try:
                     for fields in csv.reader(lines(stream), delimiter=self._delimiter, strict=True):
                         yield fields, start, count
+                        if start >= stop:
+                            return
                         size = 0
+                        ends.clear()
                 except csv.Error as error:
-                    start, count = second  # else an open quote would hide what follows it
-                    found = Problem("not_csv", f"the record is not CSV: {error}")
-                    yield _TOO_LARGE if size > MAX_RECORD_BYTES else found, start, count
+                    # It ends with its first line, else an open quote would hide what follows. After a long search for
+                    # its end, it has the first lines of that too, else a file takes the square of its size.
+                    _, first = ends[0]
+                    start, count = ends[max(0, len(ends) - _READ_AGAIN)]
+                    hidden = f", so {count - first:,} more lines are left out" if count > first else ""
+                    found = Problem("not_csv", f"the record is not CSV: {error}{hidden}")
+                    yield _TOO_LARGE if size > MAX_RECORD_BYTES and not hidden else found, start, count
 
 
 class Parquet(JsonLines):
@@ -168,12 +181,12 @@ class Parquet(JsonLines):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema, meta = file.schema_arrow, file.metadata
+                kinds = {name: schema.field(name).type for name in {*wanted} & {*schema.names}}
                 groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError: two columns have the name
             raise UsageError(f"{path} cannot be read as Parquet: {shown(str(error))}", "write the file again") from None
         self.path, self.stop, self.names = path, meta.num_rows, schema.names
-        for name in {*wanted} & {*self.names}:
-            kind = schema.field(name).type
+        for name, kind in kinds.items():
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)):
                 raise UsageError(f"the column {name!r} of {path} has the type {kind}", "name a column of strings")
@@ -188,6 +201,15 @@ class Parquet(JsonLines):
             yield Range(number, start, stop, stop - start, first + start, start + 1)
 
     def records(self, start: int, stop: int, wanted: Sequence[str] | None) -> Iterator[Record]:
+        import pyarrow
+
+        try:
+            yield from self._records(start, stop, wanted)
+        except (pyarrow.ArrowException, OSError) as error:
+            problem = f"{self.path} has damaged rows from {start:,} to {stop:,}: {shown(str(error))}"
+            raise UsageError(problem, "write the file again") from None
+
+    def _records(self, start: int, stop: int, wanted: Sequence[str] | None) -> Iterator[Record]:
         import pyarrow.parquet
 
         group, skip, size, row = 0, start, 0, start
@@ -208,7 +230,9 @@ class Parquet(JsonLines):
                     row += 1
                     yield _checked(values), row, row - start
                 if row == stop:
-                    break
+                    return
+        if present:
+            raise UsageError(f"{self.path} ends after row {row:,}, and states {self.stop:,}", "write the file again")
 
 
 def _lines(stream: BinaryIO, start: int, stop: int) -> Iterator[tuple[bytes, int]]:
@@ -288,14 +312,18 @@ def columns_of(files: Sequence[JsonLines], texts: tuple[str, ...], id_: str | No
             known = did_you_mean(missing[0], file.names) or f"it has {shown(', '.join(file.names))}"
             option = "--id" if missing[0] == found.id else "--text"
             raise UsageError(f"{file.path} has no column {missing[0]!r}", f"{known}; name a column with `{option}`")
-        sample = [values for values, _, _ in islice(file.records(file.start, file.stop, found.names), _SAMPLE_ROWS)]
-        rows = [values for values in sample if values and not isinstance(values, Problem)]
-        if any(sample) and not rows:
-            reason = next(values for values in sample if isinstance(values, Problem))
-            problem = f"{file.path}: none of the first {len(sample):,} rows can be read: {reason.message}"
-            raise UsageError(problem, "check the format of the file, which its name says")
-        ids = [values[-1] for values in rows if found.id and values[-1] is not None]
-        whole &= all(_number(id_) is not None and (isinstance(file, Csv) or type(id_) is int) for id_ in ids)
+        seen, problem = 0, None
+        # One at a time: a thousand can take more than the memory.
+        for values, _, _ in islice(file.records(file.start, file.stop, found.names), _SAMPLE_ROWS):
+            if isinstance(values, Problem):
+                problem = problem or values
+            elif values:
+                seen, id_ = seen + 1, values[-1]
+                if found.id and id_ is not None:
+                    whole &= _number(id_) is not None and (isinstance(file, Csv) or type(id_) is int)
+        if problem and not seen:
+            what = f"{file.path}: none of the first rows can be read: {problem.message}"
+            raise UsageError(what, "check the format of the file, which its name says")
     return found._replace(whole=whole)
 
 

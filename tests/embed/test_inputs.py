@@ -41,6 +41,14 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def damaged(old: bytes, new: bytes) -> bytes:
+    """Return a file of 100 texts, with other bytes in their place."""
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    content = parquet({"text": [f"Text {n}" for n in range(1, 101)]}, **options)
+    assert old in content
+    return content.replace(b"\x08\x00\x00\x00" + old, bytes([255] * 4) + old).replace(old, new)
+
+
 OBJECTS = b"""\xef\xbb\xbf{"id": 1, "text": "a"}
 
 {"id": 2, "text": "\xff"}
@@ -140,6 +148,27 @@ def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_
     assert peak < 2**27
 
 
+@pytest.mark.parametrize("most", [7, 65_536])
+def test_quotes_that_stay_open_are_not_read_once_for_each_line(most: int, tmp_path: Path) -> None:
+    # Whether a record begins with a line or has it inside, its last quote is open.
+    (tmp_path / "a.csv").write_bytes(b"text,x\nb,\n" + b'a","\n' * 5000)
+    rows = rows_of(tmp_path / "a.csv", most=most)
+    assert rows.inputs[0] == "b"
+    assert len(rows.problems) < 500
+    assert "more lines are left out" in rows.problems[0].message
+
+
+def test_the_sample_of_large_records_takes_the_memory_of_one(tmp_path: Path) -> None:
+    record = {"text": "a" * 2**21, "x": [[]] * 100_000}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 64)
+    tracemalloc.start()
+    opened = inputs.open_file(tmp_path / "a.jsonl", ("text", "id"))
+    inputs.columns_of([opened], ("text",), None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
@@ -150,6 +179,8 @@ def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_
         ("a.txt", b"a", ".jsonl"),
         ("a.parquet", b"PAR1 and no more", "write the file again"),
         ("a.parquet", lambda: parquet({"text": [[1]]}), "strings"),
+        ("a.parquet", lambda: damaged(b"Text 100", bytes(8)), "write the file again"),
+        ("a.parquet", lambda: damaged(b"\x16\xc8\x01", b"\x16\xfe\x01"), "write the file again"),  # 100 rows -> 127
     ],
 )
 def test_a_file_without_the_text_is_refused_at_the_start(name: str, content: Any, named: str, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from openai.types import Batch
 
 from inferctl.core import outputs
 from inferctl.serve.batches.store import OwnerFolder
-from inferctl.serve.engines.echo import SLOW_TOKEN
+from inferctl.serve.engines.echo import CRASHING_TOKEN, SLOW_TOKEN
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.processes import start, until
+from tests.processes import is_ready, start, until
 from tests.tenancy.key_files import add
 
 WORKER = "inferctl.serve.batches.worker"
@@ -155,6 +155,7 @@ BAD = {
     "no object": (lines(["a"]).replace(b'{"input": "a"}', b"[]"), "invalid_request", 1, "body"),
     "a long line": (lines(["a" * 5_000_000]), "invalid_request", 1, None),
     "many": (lines(["a"] * 50_001), "too_many_tasks", 50_001, None),
+    "a deep body": (lines([[]]).replace(b"[]", b"[" * 500 + b"]" * 500), "invalid_request", 1, "body"),
     "empty": (b"\n \n", "empty_file", None, None),
 }
 
@@ -187,8 +188,12 @@ def test_bad_requests_are_refused(site: Site) -> None:
         client.files.create(file=GOOD, purpose="fine-tune")
     form = {"content-type": "multipart/form-data; boundary=b", "authorization": f"Bearer {client.api_key}"}
     part = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n%s\r\n--b--\r\n'
+    escapes = {"content-type": "multipart/form-data; boundary=b; charset=unicode_escape"}
+    content = b'--b\r\nContent-Disposition: form-data; name="file"; filename="\\ud800"\r\n\r\na\r\n'
     for method, headers, body, status in (
         ("POST", {}, part % b"batch", 400),  # without a file
+        ("POST", escapes, part % b"\\ud800", 400),
+        ("POST", escapes, content + part % b"batch", 200),
         ("POST", {}, part % bytes(2000), 400),
         ("POST", {}, b"nothing", 400),
         ("POST", {"content-length": "200100000"}, b"", 413),
@@ -248,6 +253,27 @@ def test_a_batch_obeys_the_limits_of_its_key_and_expires(site: Site) -> None:
     output, errors = results(site, site.known(batch.id))
     assert len(output) <= 12 and len(output) + len(errors) == 40
     assert {row["error"]["code"] for row in errors.values()} == {"batch_expired"}
+
+
+def test_a_line_that_ends_the_engine_is_an_error_and_not_sent_for_ever(site: Site) -> None:
+    client = site.client()
+    batch = waited(client, created(client, lines([[CRASHING_TOKEN], "a"])))
+    output, errors = results(site, batch)
+    assert (batch.status, output.keys(), errors["c0"]["response"]["status_code"]) == ("completed", {"c1"}, 503)
+    until(lambda: is_ready(site.server.url))
+
+
+def test_an_output_that_is_too_large_ends_its_batch(site: Site) -> None:
+    client = site.client()
+    batch = created(client, slow(200))
+    waited(client, batch, completed=1)
+    # A sparse file takes the space of the key, not of the disk.
+    with site.path(f"file-{batch.id[6:]}-output").with_name("file-sparse").open("wb") as file:
+        file.truncate(101_000_000_000)
+    batch = waited(client, batch)
+    assert batch.status == "cancelled" and batch.errors and batch.errors.data
+    assert batch.errors.data[0].code == "storage_full"
+    assert len(output := results(site, batch)[0]) and len(output) < 200
 
 
 def test_files_are_on_disk_and_not_in_memory(site: Site) -> None:

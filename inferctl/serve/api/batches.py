@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -117,7 +118,8 @@ class BatchApi:
             raise key_share("uploads")
         try:
             async with request.form(max_files=1, max_fields=16, max_part_size=1024) as form:
-                raw = orjson.dumps({name: value for name, value in form.items() if isinstance(value, str)})
+                # The charset of a form can make lone surrogates, which orjson refuses to write and then to read.
+                raw = json.dumps({name: value for name, value in form.items() if isinstance(value, str)}).encode()
                 fields, file = schemas.parse(_NewFile, raw, max_inputs=0), form.get("file")
                 if not isinstance(file, UploadFile):
                     raise ApiError(400, "file is missing", code="missing_field", param="file")
@@ -140,7 +142,8 @@ class BatchApi:
         except OSError:  # the disk is full
             folder.delete(file_id)
             raise
-        return folder.add_file(file_id, (file.filename or "")[:255], fields.seconds, fields.purpose)
+        name = (file.filename or "")[:255].encode(errors="replace").decode()
+        return folder.add_file(file_id, name, fields.seconds, fields.purpose)
 
     def _check_space(self, folder: OwnerFolder, size: int = 0) -> None:
         if folder.full(self._space, size):

@@ -46,8 +46,12 @@ def check(path: Path, endpoint: str) -> tuple[int, list[dict[str, Any]]]:
                 continue
             try:
                 line = _Line.model_validate(orjson.loads(raw))
+                orjson.dumps(line.body)
             except orjson.JSONDecodeError as error:
                 report("invalid_json_line", f"the line is not valid JSON: {error}")
+                continue
+            except orjson.JSONEncodeError as error:  # it reads deeper JSON than it writes
+                report("invalid_request", f"the body cannot be sent: {error}", "body")
                 continue
             except ValidationError as error:
                 first = error.errors(include_input=False, include_url=False)[0]

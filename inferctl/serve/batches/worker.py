@@ -19,9 +19,10 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +38,13 @@ log = logging.getLogger("inferctl.batches")
 _MOST_IN_FLIGHT = 64  # of all batches
 _TICK_S, _SWEEP_S, _RETRY_S, _PAUSE_S = 0.5, 3600.0, 1.0, 10.0
 _TIMEOUT_S = 600.0
+# A line that ends the engine does so for all clients. The message of a 503 because of the request itself has the words.
+_MOST_CRASHES, _OF_REQUEST = 3, b"this request"
+# Why a batch ends before its lines.
+_REASONS = {
+    "invalid_api_key": "the key of the batch is not valid any more",
+    "storage_full": "the files of the key leave no space for the output",
+}
 
 
 class Client:
@@ -55,9 +63,12 @@ class Client:
             self._host, timeout=_TIMEOUT_S
         )
         self._local.connection = None  # after an error, it cannot be used
-        headers = {"content-type": "application/json", "x-priority": "bulk", "x-request-id": request_id}
+        headers: dict[str, str | bytes] = {"content-type": "application/json", "x-priority": "bulk"}
+        headers["x-request-id"] = request_id
         if owner:
-            headers["authorization"] = f"Bearer {self._secret}{owner}"
+            headers["authorization"] = (
+                f"Bearer {self._secret}{owner}".encode()
+            )  # the name of a caller may be no Latin-1
         connection.request("POST", path, orjson.dumps(orjson.loads(raw)["body"]), headers)
         response = connection.getresponse()
         body = response.read()
@@ -73,6 +84,7 @@ class BatchRun:
         self._paths = [folder.path / name for name in output_ids(batch["id"])]
         self._window, self._not_before = 4.0, 0.0  # requests in flight; no other is sent before
         self._waiting: deque[tuple[int, bytes]] = deque()
+        self._crashes = Counter[int]()  # of the engine, by lines that ran alone
         self._status, self._code = "completed", ""  # at the end, and of lines without a response
 
     async def run(self) -> Document:
@@ -111,7 +123,7 @@ class BatchRun:
                 else:
                     break
             if not stopping.is_set():
-                await asyncio.to_thread(self._finish, [*self._waiting, *left])
+                await asyncio.to_thread(self._finish, chain(self._waiting, left))
         return self._batch
 
     async def _send(self, number: int, raw: bytes) -> None:
@@ -128,7 +140,10 @@ class BatchRun:
         pause = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
         if response.status == 401:
             self._status, self._code = "cancelled", "invalid_api_key"
-        if response.status in (401, 503) or (response.status == 429 and pause):
+        if response.status == 503 and _OF_REQUEST in body:
+            self._crashes[number] += 1
+        again = response.status in (401, 503) or (response.status == 429 and pause)
+        if again and self._crashes[number] < _MOST_CRASHES:
             self._retry(number, raw, pause or _RETRY_S)
             return
         self._window = min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
@@ -161,10 +176,12 @@ class BatchRun:
             self._status, self._code = "cancelled", "batch_cancelled"
         elif time.time() >= batch["expires_at"]:
             self._status, self._code = "expired", "batch_expired"
+        elif self._folder.full(self._worker.space):  # the output can be a thousand times the input
+            self._status, self._code = "cancelled", "storage_full"
         elif batch["request_counts"] != self._counts:
             self._folder.write(batch | {"request_counts": self._counts})
 
-    def _finish(self, left: list[tuple[int, bytes]]) -> None:
+    def _finish(self, left: Iterable[tuple[int, bytes]]) -> None:
         """Write the lines that did not run, make the outputs files of the API, and end the batch."""
         for number, raw in left:
             self._fail(number, raw, self._code, f"the batch is {self._status}, and this request did not run")
@@ -174,8 +191,8 @@ class BatchRun:
         now = int(time.time())
         batch = self._batch = self._batch | {"status": self._status, "finalizing_at": now, f"{self._status}_at": now}
         batch["request_counts"] = self._counts
-        if self._code == "invalid_api_key":
-            batch["errors"] = _errors({"code": self._code, "message": "the key of the batch is not valid any more"})
+        if self._code in _REASONS:
+            batch["errors"] = _errors({"code": self._code, "message": _REASONS[self._code]})
         seconds = (batch["output_expires_after"] or {}).get("seconds", KEPT_S)
         for name, path in zip(("output", "error"), self._paths, strict=True):
             if path.stat().st_size:
@@ -194,7 +211,7 @@ class BatchWorker:
 
     def __init__(self, root: Path, space: int, client: Client) -> None:
         self.stopping, self.client = asyncio.Event(), client
-        self._root, self._space = root, space
+        self._root, self.space = root, space
         self._turns: dict[str, str] = {}  # id of a batch -> whose turn it uses
 
     async def run(self) -> None:
@@ -245,8 +262,8 @@ class BatchWorker:
 
     def _validate(self, folder: OwnerFolder, batch: Document) -> Document:
         total, errors = lines.check(folder.path / batch["input_file_id"], batch["endpoint"])
-        if folder.full(self._space):
-            errors = [{"code": "storage_full", "message": "the files of the key leave no space for the output"}]
+        if folder.full(self.space):
+            errors = [{"code": "storage_full", "message": _REASONS["storage_full"]}]
         status = "failed" if errors else "in_progress"
         changes = {"status": status, f"{status}_at": int(time.time()), "errors": _errors(*errors) if errors else None}
         return folder.write(batch | changes | {"request_counts": batch["request_counts"] | {"total": total}})
@@ -265,6 +282,7 @@ async def _work(settings: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(worker.stopping.set)
 
     threading.Thread(target=follow, daemon=True).start()
+    root.mkdir(parents=True, exist_ok=True)
     with (root / "worker.lock").open("w") as lock:
         # Another one still writes what came before its server was killed, or another server has this folder.
         await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
