@@ -7,7 +7,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,33 +60,10 @@ def test_a_noisy_server_is_rarely_called_saturated() -> None:
     assert short <= 0.05 * 500
 
 
-@pytest.mark.parametrize(
-    ("measure", "users", "limited_by", "last"),
-    [
-        # One unlucky step does not end the steps.
-        (
-            lambda users: (dict(zip((8, 16, 32, 64, 128), (100, 101, 300, 303, 299), strict=True))[users], None),
-            32,
-            "server",
-            None,
-        ),
-        (lambda users: (10.0 * users, 2.0 * users), 32, "load generator", 64),
-        # With its SLO, fp16 once rejected 97% of the requests of 1,024 users, and set this number for all.
-        (lambda users: (10.0 * users, None, 0.4 if users < 64 else 30.0), 32, "rejections", 64),
-        (lambda users: (5.0, None, 2.0), concurrency.FIRST_USERS, "rejections", None),
-    ],
-)
-def test_what_ends_the_steps(
-    measure: Callable[[int], tuple[Any, ...]], users: int, limited_by: str, last: int | None
-) -> None:
-    found = concurrency.find(lambda users, _: Step(users, *measure(users)))
-    assert (found.users, found.limited_by) == (users, limited_by)
-    assert last is None or found.steps[-1].users == last
-    assert found.saturated == (limited_by == "server")
-    said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
-    assert ("a may not be saturated" in said) is not found.saturated
-    assert ("--workers" in said) == (limited_by == "load generator")
-    assert ("it rejected 30% of the requests of 64 users" in said) == (limited_by == "rejections" and last == 64)
+def test_one_unlucky_step_does_not_end_the_steps() -> None:
+    rates = {8: 100.0, 16: 101.0, 32: 300.0, 64: 303.0, 128: 299.0}
+    found = concurrency.find(lambda users, _: Step(users, rates[users], None))
+    assert (found.users, found.limited_by, len(found.steps)) == (32, "server", 8)
 
 
 def test_a_step_lasts_until_each_user_has_sent_ten_requests() -> None:
@@ -109,6 +86,23 @@ def test_requests_at_the_ends_of_a_window_count_by_their_share() -> None:
         rows["end_ns"] = rows["intended_ns"] + np.uint64(800_000_000)
         part = summary.RunRecords(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
         assert closed_loop.weighted_rate(part) == pytest.approx(2.5)
+
+
+def test_a_busy_load_generator_is_no_saturated_server() -> None:
+    found = concurrency.find(lambda users, _: Step(users, 10.0 * users, 2.0 * users))
+    assert (found.users, found.limited_by, found.steps[-1].users) == (32, "load generator", 64)
+    said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
+    assert "a may not be saturated" in said and "--workers" in said and "can show no difference" in said
+
+
+def test_a_server_that_rejects_requests_ends_the_steps() -> None:
+    """With its SLO, fp16 once rejected 97% of the requests of 1,024 users, and set this number for all."""
+    found = concurrency.find(lambda users, _: Step(users, 10.0 * users, None, 0.4 if users < 64 else 30.0))
+    assert (found.users, found.limited_by, found.steps[-1].users) == (32, "rejections", 64)
+    assert not found.saturated
+    said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
+    assert "it rejected 30% of the requests of 64 users" in said
+    assert concurrency.find(lambda users, _: Step(users, 5.0, None, 2.0)).users == concurrency.FIRST_USERS
 
 
 @pytest.mark.parametrize(("rate", "most"), [(2, 32), (25, 32), (100, 128), (400, 1024)])

@@ -36,6 +36,10 @@ def test_stages_set_the_duration_and_the_loop() -> None:
         {"stages": [{"duration_s": 2, "rate": 1}], "rate": 5},
         {"stages": [{"duration_s": 2, "rate": 0}]},
         {"mode": "open", "rate": 5, "spike": {"at_s": 10, "duration_s": 10, "times": 2}},
+        # A share of the capacity that means nothing.
+        {"mode": "closed", "rate": "50%"},
+        *({"rate": rate} for rate in ("0%", "150%", "half")),
+        {"rate": "50%", "stages": [{"duration_s": 1, "rate": 5}]},
     ],
 )
 def test_contradictory_loads_are_rejected(keys: dict[str, Any]) -> None:
@@ -55,10 +59,8 @@ def test_contradictory_loads_are_rejected(keys: dict[str, Any]) -> None:
 def test_a_single_stage_sends_the_same_requests_without_the_shape(shape: dict[str, Any]) -> None:
     requests = {"inputs": "zipf", "zipf_share": 0.5, "inputs_per_request": 2, "timeout_s": 9, "workers": 2}
     load = make_load(**shape, **requests)
-    assert load.as_single_stage(duration_s=3) == make_load(duration_s=3, **requests)
-    assert load.as_single_stage(mode="open", rate=7, duration_s=3) == make_load(
-        mode="open", rate=7, duration_s=3, **requests
-    )
+    for stage in ({"duration_s": 3}, {"mode": "open", "rate": 7, "duration_s": 3}):
+        assert load.as_single_stage(**stage) == make_load(**stage, **requests)
 
 
 def test_each_stage_has_its_own_rate() -> None:

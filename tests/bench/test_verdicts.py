@@ -292,6 +292,12 @@ def test_cosine_and_recall_of_known_vectors(monkeypatch: pytest.MonkeyPatch) -> 
     assert cosine and cosine["min"] == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
 
 
+def test_a_configuration_under_the_limits_fails() -> None:
+    vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
+    noisy = vectors + np.random.default_rng(2).normal(size=vectors.shape).astype(np.float32)
+    assert quality.compare(vectors, noisy, LIMITS).passes is False
+
+
 def rows_of(folder: Path, *documents: dict[str, Any], mode: str = "closed") -> list[MeasuredRow]:
     """Return the measured rows of receipts."""
     found = [rows.of_outcome(Outcome(BenchTarget(one.name, one.name)), one) for one in sealed(folder, *documents)]

@@ -50,19 +50,18 @@ def test_only_transient_failures_are_retried(
     assert pauses == [retry.delay for retry in retries] == slept
 
 
-@pytest.mark.parametrize(
-    ("left_over", "message", "hint"),
-    [(False, "Docker Engine not found", "apt-get install docker.io"), (True, "down", "systemctl start docker")],
-)
-def test_an_engine_that_is_missing_or_down_is_an_error(
-    left_over: bool, message: str, hint: str, tmp_path: Path
-) -> None:
-    if left_over:
-        with socket.socket(socket.AF_UNIX) as closed:
-            closed.bind(str(tmp_path / "docker.sock"))
-    with pytest.raises(NotReadyError, match=message) as caught:
+def test_a_missing_engine_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NotReadyError, match="Docker Engine not found") as caught:
+        DockerEngine.connect(f"unix://{tmp_path}/nothing.sock")
+    assert "apt-get install docker.io" in (caught.value.hint or "")
+
+
+def test_an_engine_that_is_down_is_an_error(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(tmp_path / "docker.sock"))
+    with pytest.raises(NotReadyError, match="down") as caught:
         DockerEngine.connect(f"unix://{tmp_path}/docker.sock")
-    assert hint in (caught.value.hint or "")
+    assert "systemctl start docker" in (caught.value.hint or "")
 
 
 def test_an_engine_without_permission_is_an_error(tmp_path: Path) -> None:

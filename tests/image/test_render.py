@@ -29,11 +29,15 @@ def known(spec: Spec, **facts: Any) -> list[WeightsFolder]:
     return [replace(each, **facts) for each in weights_folders(spec)]
 
 
-def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) -> render.Rendered:
+def rendered(
+    base: str = "cuda13.0", chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any
+) -> render.Rendered:
+    """Return what a spec renders. `flags`: its keys, as serve__precision. `weights`: the digest of its model."""
     paths = {"model.source": "sentence-transformers/all-MiniLM-L6-v2", "name": "minilm", "image.base": base}
     spec = settings.resolve(None, {}, {**paths, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
-    entry = catalog.base(base)
-    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE)
+    entry = catalog.base(spec.image.base)
+    folders = known(spec, sha256=weights)
+    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE, folders)
 
 
 @pytest.mark.parametrize("base", ["cuda13.0", "ngc25.12", "cpu", "vllm-cuda13.0"])
@@ -54,11 +58,12 @@ def test_heavy_layers_come_first_and_the_config_last() -> None:
 
 def test_the_labels_have_the_source_of_the_image() -> None:
     labels = rendered(serve__precision="bf16").labels
-    assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
-    assert labels["org.opencontainers.image.revision"] == "0123abc"
-    assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.3-base-ubuntu24.04"
+    names = ("source", "revision", "base.name", "version")
+    assert [labels[f"org.opencontainers.image.{name}"] for name in names] == [
+        *(PROVENANCE.source, PROVENANCE.revision, "nvidia/cuda:13.0.3-base-ubuntu24.04"),
+        f"bf16-{labels['io.inferctl.content.sha256'][:12]}",
+    ]
     assert labels["io.inferctl.precision"] == "bf16"
-    assert labels["org.opencontainers.image.version"] == f"bf16-{labels['io.inferctl.content.sha256'][:12]}"
 
 
 @pytest.mark.parametrize(
@@ -227,10 +232,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
 
 
 def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -> str:
-    paths = {"model.source": "org/m", "image.base": "cuda13.0", **{k.replace("__", "."): v for k, v in flags.items()}}
-    spec = settings.resolve(None, {}, paths).spec
-    entry = catalog.base(spec.image.base)
-    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE, known(spec, sha256=weights)).tag
+    return rendered(chosen=chosen, weights=weights, **{"name": "m", "model__source": "org/m", **flags}).tag
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from inferctl.manifests import lint, manifests_file
+from inferctl.manifests.lint import observability
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.versions import OLDEST_SUPPORTED
@@ -353,3 +354,8 @@ def test_findings_of_namesakes_are_told_apart() -> None:
     built = [Located(_pool("a", ignore=None, namespace=name), "kustomization.yaml") for name in ("one", "two")]
     found = [each for each in lint.lint(built) if each.rule == RULE]
     assert [each.namespace for each in found] == ["one", "two"]
+
+
+def test_metrics_that_no_server_has_are_named() -> None:
+    expression = 'sum(inferctl_b{job="inferctl_x"}) / on (inferctl_y) inferctl_a + other + inferctl_tokens_total'
+    assert observability.unknown_metrics(expression) == ["inferctl_a", "inferctl_b"]
