@@ -84,13 +84,10 @@ class JsonLines:
     start, line = 0, 1
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stop, names = path, path.stat().st_size, dict[str, None]()
-        with path.open("rb") as stream:
-            for line, _ in islice(_lines(stream, 0, self.stop), 100):
-                found = _object(line)
-                names |= dict.fromkeys(found if isinstance(found, dict) else ())
-                del found  # before the next one, which can take a gigabyte
-        self.names = list(names)
+        self.path, self.stop = path, path.stat().st_size
+        with path.open("rb") as stream:  # one at a time: a record of 16 MiB can take 400 MiB of objects
+            found = (_object(line) for line, _ in islice(_lines(stream, 0, self.stop), 100))
+            self.names = list(dict.fromkeys(name for each in found if isinstance(each, dict) for name in each))
 
     def records(self, start: int, stop: int, wanted: Sequence[str] | None) -> Iterator[Record]:
         """Yield the records between two places, with the values of some columns; None only counts them."""
@@ -313,14 +310,13 @@ def columns_of(files: Sequence[JsonLines], texts: tuple[str, ...], id_: str | No
             option = "--id" if missing[0] == found.id else "--text"
             raise UsageError(f"{file.path} has no column {missing[0]!r}", f"{known}; name a column with `{option}`")
         seen, problem = 0, None
-        # One at a time: a thousand can take more than the memory.
         for values, _, _ in islice(file.records(file.start, file.stop, found.names), _SAMPLE_ROWS):
             if isinstance(values, Problem):
                 problem = problem or values
             elif values:
-                seen, id_ = seen + 1, values[-1]
-                if found.id and id_ is not None:
-                    whole &= _number(id_) is not None and (isinstance(file, Csv) or type(id_) is int)
+                seen, value = seen + 1, values[-1]
+                if found.id and value is not None:
+                    whole &= _number(value) is not None and (isinstance(file, Csv) or type(value) is int)
         if problem and not seen:
             what = f"{file.path}: none of the first rows can be read: {problem.message}"
             raise UsageError(what, "check the format of the file, which its name says")

@@ -259,7 +259,8 @@ def test_a_line_that_ends_the_engine_is_an_error_and_not_sent_for_ever(site: Sit
     client = site.client()
     batch = waited(client, created(client, lines([[CRASHING_TOKEN], "a"])))
     output, errors = results(site, batch)
-    assert (batch.status, output.keys(), errors["c0"]["response"]["status_code"]) == ("completed", {"c1"}, 503)
+    assert [*output] == ["c1"]
+    assert errors["c0"]["response"]["status_code"] == 503
     until(lambda: is_ready(site.server.url))
 
 
