@@ -1,4 +1,4 @@
-"""Step 6, with Docker: build the image with the shipped lock, and verify it on the GPU."""
+"""Step 6, with Docker: build the image with the shipped lock, verify it on the GPU, and serve it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+import servers
 from results import STAND_IN, Step
 
 import models
@@ -28,6 +29,14 @@ def _image(step: Step, folder: Path, model: Path, base: str) -> None:
     command = [sys.executable, "-m", "inferctl", "build", "--model", str(model), "--base", base, "--tag", tag]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=step.left() - 60, cwd=folder)
     step.check("build and verification", ran.returncode == 0, " ".join((ran.stderr or ran.stdout).split())[-300:])
+    if ran.returncode:
+        return
+    with servers.serving(folder, "image", "--image", tag) as server:
+        info = server.info()
+        ok = info["device"]["kind"] == ("cpu" if STAND_IN else "cuda")
+        step.check(
+            "serve --image", ok and server.embed("a text") == 200, f"{info['device']['name']}, {info['attention']}"
+        )
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _verify_image(
     as_json: bool,
     against: str | None,
 ) -> None:
-    from inferctl.image import lint, server_container
+    from inferctl.image import lint, serve_image
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
@@ -170,15 +170,15 @@ def _verify_image(
     from inferctl.image.verify import verify as verified
 
     engine = DockerEngine.connect()
-    image = server_container.get_or_pull(engine, reference, console.note)
-    server_container.check_inferctl_image(image, reference)
+    image = serve_image.get_or_pull(engine, reference, console.note)
+    serve_image.check_inferctl_image(image, reference)
     findings = lint.check_built_image(image.environment, image.user)
     for finding in findings:
         console.warn(finding.text())
     raise_for([finding for finding in findings if finding.level == "error"])
     has_model = options.names_model(spec_file, {"model.source": model})
     spec = options.load(spec_file, {"model.source": model}, several=True).spec if has_model else None
-    mounts = server_container.weights(image, spec, download.weights, replaces_model=model is not None and not against)
+    mounts = serve_image.weights(image, spec, download.weights, replaces_model=model is not None and not against)
     compared = {}
     if against:
         # Weights in the image are not on this machine, so the library gets those that the user names.

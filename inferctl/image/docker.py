@@ -99,6 +99,16 @@ class Container:
         with _translate_errors("read the log of a container"):
             return bytes(self._api.logs(self.id, tail=lines)).decode("utf-8", "replace").strip()
 
+    def follow(self) -> Iterator[str]:
+        """Yield the lines of stdout and stderr until the container ends."""
+        partial = b""
+        with _translate_errors("follow the log of a container"):
+            for chunk in self._api.logs(self.id, stream=True, follow=True):
+                *lines, partial = (partial + bytes(chunk)).split(b"\n")
+                yield from (line.decode("utf-8", "replace") for line in lines)
+        if partial:
+            yield partial.decode("utf-8", "replace")
+
     def wait(self, seconds: float) -> int | None:
         """Wait until the container ends and return its exit code; None if it still runs after `seconds`."""
         with _translate_errors("wait for a container"):
@@ -112,6 +122,11 @@ class Container:
                 if any(isinstance(cause, urllib3.exceptions.ReadTimeoutError) for cause in error.args):
                     return None
                 raise
+
+    def stop(self, seconds: int) -> None:
+        """Send SIGTERM, and SIGKILL after `seconds`."""
+        with _translate_errors("stop a container"), suppress(docker.errors.NotFound):
+            self._api.stop(self.id, timeout=seconds)
 
     def remove(self) -> None:
         """Kill and remove the container. It may already be removed."""

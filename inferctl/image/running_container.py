@@ -1,4 +1,4 @@
-"""What a verification does with a container: mounts, a port, requests, why it ended."""
+"""What a verification and `inferctl serve --image` do with a container: mounts, a port, requests, why it ended."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ def mounts_of(folders: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def exit_error(container: Container) -> InferctlError | None:
-    """Return an error with the reason why the container exited, None if it runs."""
+def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
+    """Return an error with the reason why the container exited, None if it runs.
+
+    `hint`: for an exit whose reason is only in the log.
+    """
     state = container.state()
     if state.running:
         return None
@@ -66,7 +69,7 @@ def exit_error(container: Container) -> InferctlError | None:
     summary = f"the container ended with exit code {state.exit_code}"
     if state.exit_code in known:
         summary += f" ({known[state.exit_code]})"
-    return InferctlError(with_log(summary, log or state.error), NO_VERIFY)
+    return InferctlError(with_log(summary, log or state.error), hint)
 
 
 def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.image import library, next_tokens, server_container
+from inferctl.image import library, next_tokens, serve_image
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
 from inferctl.image.library import LibraryComparison
@@ -34,7 +34,7 @@ from inferctl.image.output_checks import (
 )
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, wait_ready, with_log
-from inferctl.image.server_container import Address
+from inferctl.image.serve_image import Address
 from inferctl.models import adapter_effect, divergence, output_vectors
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.models.weights_folders import WeightsFolder
@@ -195,7 +195,7 @@ def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     started = time.monotonic()
     notes: list[str] = []
     address = Address("127.0.0.1", free_port(), options.network)
-    container, address = server_container.start(
+    container, address = serve_image.start(
         engine, image, options.mounts, address, notes.append, environment=settings.OPEN_ACCESS
     )
     with container:
@@ -205,7 +205,7 @@ def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         yield Note(f"ready after {ready:.1f} s")
         info, found = _fetch(container, address, "/info"), []
         infos = {each["name"]: each for each in info.get("models", ())}
-        for folder in server_container.folders_of(image):
+        for folder in serve_image.folders_of(image):
             if folder.base is None:
                 library_texts = folder.name in options.library_models
                 served = _Served(infos.get(folder.name, info), folder, ready, list(TEXTS))

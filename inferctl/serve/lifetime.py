@@ -86,8 +86,8 @@ class ServerLifetime(ABC):
         showing = asyncio.create_task(self._progress.run())
         try:
             self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-            self._url = listener.url_of(self._socket, self._spec.serve.host)
-            for warning in self._warnings(self._spec.serve.host):
+            self._url, host = listener.reached_at(self._socket, self._spec.serve.host, self._options.published)
+            for warning in self._warnings(host):
                 self._notify(f"warning    {warning}")
             self._metering.open()
             relay = asyncio.create_task(self._relay.run()) if self._relay else None

@@ -1,6 +1,6 @@
 """The command line of `python -m inferctl.serve`, which a container starts. It uses argparse, so images need no Typer.
 
-`inferctl serve` has the same options.
+`inferctl serve` has the same options. `inferctl serve --image` passes those in `FORWARDED` on to the container.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from inferctl.core import streams
 from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, UsageError
@@ -33,6 +33,23 @@ SETTINGS = {
     "kv_cache": "serve.kv_cache",
     "keys": "access.keys",
 }
+# Options that `inferctl serve --image` passes on. Host, port, model and keys belong to the container.
+FORWARDED = (
+    *(name for name in SETTINGS if name not in ("model", "host", "port", "keys")),
+    *("device", "hang_seconds", "log", "engine", "engines", "truncate"),
+)
+
+
+def arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options in `values` (name -> value) that are in `FORWARDED`, as a command line."""
+    command_line: list[str] = []
+    for name in FORWARDED:
+        if name in values:
+            value = values[name]
+            # Not `value in (True, False)`: the value of `--engines 1` equals True.
+            is_flag = isinstance(value, bool)
+            command_line += [_option(name if value else f"no_{name}")] if is_flag else [_option(name), str(value)]
+    return tuple(command_line)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
     options.add_argument("--log", metavar="STYLE")
     options.add_argument("--image-reference", help=argparse.SUPPRESS)
+    options.add_argument("--published", help=argparse.SUPPRESS)
     options.add_argument("--engine", help=argparse.SUPPRESS)
     options.add_argument("--engines", type=_at_least(int, 1), help=argparse.SUPPRESS)
     return options

@@ -25,6 +25,7 @@ SPEC = "name: m\nmodel: {source: org/m}\n"
 # Each would take long, or fail for another reason, if the place were not looked at first.
 FILES = {
     "serve": "serve --model ./absent --announce {}",
+    "serve-image": "serve --image nobody/absent:1 --announce {}",
     "bench-report": "bench --url a=http://127.0.0.1:9 --report {}",
     "compare": "compare A B --output {}",
 }
@@ -114,14 +115,17 @@ def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path,
     assert (tmp_path / place).read_text() == before
 
 
+@pytest.mark.parametrize("command", [FILES["serve"], FILES["serve-image"]])
 @pytest.mark.parametrize("place", ["inferctl.yaml", "notes.json", "link", "dangling"])
-def test_only_an_announcement_is_removed_for_a_new_one(place: str, tmp_path: Path, capsys: Captured) -> None:
+def test_only_an_announcement_is_removed_for_a_new_one(
+    command: str, place: str, tmp_path: Path, capsys: Captured
+) -> None:
     (tmp_path / "notes.json").write_text('{"url": "http://127.0.0.1:1"}')
     (tmp_path / "old.json").write_text(ANNOUNCEMENT)
     (tmp_path / "link").symlink_to("old.json")
     (tmp_path / "dangling").symlink_to("absent")
     before = {file: file.readlink() if file.is_symlink() else file.read_text() for file in tmp_path.iterdir()}
-    refusal(FILES["serve"], place, capsys)
+    refusal(command, place, capsys)
     after = {file: file.readlink() if file.is_symlink() else file.read_text() for file in tmp_path.iterdir()}
     assert after == before
 

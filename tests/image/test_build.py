@@ -6,6 +6,9 @@ import hashlib
 import json
 import socket
 import subprocess
+import sys
+import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +29,7 @@ from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
 from tests.image import tiny
 from tests.image.tiny import run
+from tests.processes import inferctl
 
 pytestmark = pytest.mark.docker
 REGISTRY = "localhost:5000"
@@ -341,3 +345,32 @@ def test_a_container_that_runs_out_of_memory_is_an_error(docker: DockerEngine, b
         error = exit_error(container)
     assert isinstance(error, NotReadyError)
     assert "ran out of memory" in error.message
+
+
+def test_an_image_is_served_until_it_receives_a_signal(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
+    _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
+    announce = tmp_path / "ready.json"
+    options = ("--image", built.reference, "--port", "0", "--announce", str(announce))
+    command = [sys.executable, "-m", "inferctl", "serve", *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not announce.exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        url = json.loads(announce.read_text())["url"]
+        with urllib.request.urlopen(f"{url}/info") as answer:
+            assert json.load(answer)["name"] == "tiny"
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=90)[1]
+    assert "tiny server: works" in said
+    assert _output("docker", "ps", "--all", "--quiet", "--filter", f"ancestor={built.image}") == ""
+
+
+def test_a_server_container_that_exits_ends_with_its_log_and_exit_code(docker: DockerEngine, base_image: str) -> None:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "dies")), verify=False)
+    _, built = run(docker, made)
+    done = inferctl("serve", "--image", built.reference, "--port", "0", code=1)
+    assert "ended with exit code 1" in done.stderr
+    assert "there is no such model" in done.stderr
+    assert "hint: see the log above\n" in done.stderr

@@ -78,8 +78,11 @@ def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_ima
     assert tiny.created("ps", "--all") == []
 
 
-def test_an_image_not_built_by_inferctl_is_a_usage_error(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
-    done = inferctl("verify", base_image, cwd=tmp_path, code=2)
+@pytest.mark.parametrize("command", [("verify",), ("serve", "--port", "0", "--image")], ids=["verify", "serve"])
+def test_an_image_not_built_by_inferctl_is_a_usage_error(
+    docker: DockerEngine, base_image: str, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    done = inferctl(*command, base_image, cwd=tmp_path, code=2)
     assert "was not built by inferctl" in done.stderr
 
 

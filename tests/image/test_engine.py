@@ -94,6 +94,7 @@ ASKED: dict[str, Callable[[DockerEngine], object]] = {
     "start": lambda engine: engine.start("a:b", ContainerOptions()),
     "state": lambda engine: Container(engine._api, "c").state(),
     "log": lambda engine: Container(engine._api, "c").log(),
+    "follow": lambda engine: list(Container(engine._api, "c").follow()),
     "wait": lambda engine: Container(engine._api, "c").wait(60),
     "remove": lambda engine: Container(engine._api, "c").remove(),
 }

@@ -14,7 +14,7 @@ from inferctl.config import settings
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
-from inferctl.image import locks, render, server_container
+from inferctl.image import locks, render, serve_image
 from inferctl.image.records import ImageInfo
 from inferctl.models.weights_folders import WeightsFolder, weights_folders
 from tests.project.test_imports import imports
@@ -155,7 +155,7 @@ def test_each_model_and_each_adapter_is_a_layer_or_a_mount_of_its_own(
     inside = [each.model for each in settings.resolve(config, {}, {}).spec.each()]
     assert [source for each in inside for source in (each.source, *(a.source for a in each.adapters))] == sources
     image = ImageInfo("", (), (), 0, "", "", {}, (), (), found.labels, ())
-    listed = [(each.name or "x", each.base) for each in server_container.folders_of(image)]
+    listed = [(each.name or "x", each.base) for each in serve_image.folders_of(image)]
     assert listed == [(each.name, each.base) for each in folders]
     changed = made([*folders[:-1], replace(folders[-1], sha256="1" * 64)])
     assert (changed.tag != found.tag) == (folders[-1].weights == "bake")

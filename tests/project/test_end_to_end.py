@@ -78,19 +78,14 @@ def pushed(spec_file: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def container(pushed: str, minilm: Path) -> Iterator[str]:
+def container(pushed: str, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a container with the image from the registry. The local image is removed first."""
     subprocess.run(["docker", "image", "rm", "--force", inspect(pushed)["Id"]], capture_output=True, check=True)
-    docker, port = ["docker", "run", "--detach", "--network", "host"], str(free_port())
-    options = "--host", "127.0.0.1", "--port", port
-    server = execute(*docker, "--volume", f"{minilm}:/model:ro", pushed, *options, code=0).stdout.strip()
-    try:
-        until(lambda: is_ready(f"http://127.0.0.1:{port}"))
-        yield f"http://127.0.0.1:{port}"
-        execute("docker", "stop", "--time", "60", server, code=0)
-        assert execute("docker", "wait", server, code=0).stdout == "0\n"
-    finally:
-        subprocess.run(["docker", "rm", "--force", server], capture_output=True, check=True)
+    server = start(tmp_path_factory.mktemp("container"), "--image", pushed, "--model", str(minilm))
+    yield server.url
+    assert server.stop() == 0
+    running = execute("docker", "ps", "--quiet", "--filter", f"ancestor={pushed}", code=0)
+    assert running.stdout == ""
 
 
 def embed(url: str) -> Vectors:

@@ -72,7 +72,32 @@ def test_its_options_equal_those_of_inferctl_serve() -> None:
     expected = {
         name for option in command.params for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"
     }
-    assert accepted - {"--help"} == expected - {"--help"}
+    assert accepted - {"--help"} == expected - {"--image", "--help"}
+
+
+def test_forwarded_options_arrive_unchanged_in_the_container() -> None:
+    given = {
+        "precision": "bf16",
+        "allow_inaccurate": True,
+        "name": "m",
+        "aliases": "a,b",
+        "max_batch_tokens": 64,
+        "max_input_tokens": 32,
+        "max_queue_tokens": 99,
+        "max_context_tokens": 128,
+        "max_sequences": 2,
+        "kv_cache": "1GiB",
+        "device": "cpu",
+        "hang_seconds": 2.5,
+        "log": "json",
+        "engine": "echo",
+        "engines": 1,
+        "api_processes": "2",
+        "truncate": False,
+    }
+    assert set(given) == set(main.FORWARDED)
+    assert vars(main.parser().parse_args(main.arguments(given))) == given
+    assert main.arguments({"port": 8000, "announce": Path("x")}) == ()
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket, host: str) -> str:
-    """Return the URL of the listening socket for clients on this machine."""
+def reached_at(listener: socket.socket, host: str, published: str | None) -> tuple[str, str]:
+    """Return the URL of the listening socket for clients on this machine, and the host whose clients reach it.
+
+    `published`: the HOST:PORT of the machine that forwards to a container.
+    """
     port = listener.getsockname()[1]
+    if published:
+        host, _, port = published.rpartition(":")
     local = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+    return (f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"), host
 
 
 def raise_file_limit() -> None:
