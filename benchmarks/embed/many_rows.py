@@ -1,4 +1,4 @@
-"""Runs `inferctl embed` without an engine over many rows: seconds and memory of plan, run and restart, and the plan's size.
+"""Run `inferctl embed` without an engine over many rows: seconds and memory of plan, run and restart.
 
     python benchmarks/embed/many_rows.py FOLDER [ROWS]
 

@@ -5,9 +5,9 @@
 The texts of log-normal length have 20 tokens on average (short) and 160 (long). Each contender tokenizes and embeds all
 of them in its own process, interleaved A B C C B A. `inferctl embed` is the computer of the command, with its engine
 process, without reading and writing files. `inferctl` is its engine in the process that measures, in batches in the
-order of the texts, as benchmarks/peers/engine.py has it: the limit. CPU seconds are shown in addition, because other work
-on the machine affects them least. Memory is the most that was seen while texts were computed. Both are of all processes of
-a contender. Vectors are compared on the first texts of each kind.
+order of the texts, as benchmarks/peers/engine.py has it: the limit. CPU seconds are shown in addition, because other
+work on the machine affects them least. Memory is the most that was seen while texts were computed. Both are of all
+processes of a contender. Vectors are compared on the first texts of each kind.
 """
 
 from __future__ import annotations

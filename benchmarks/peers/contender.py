@@ -3,9 +3,9 @@
     python contender.py NAME MODEL TEXTS.json
 
 TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints an
-empty line when the model is loaded, and the vectors or scores as one line of JSON, of all or of the texts `compared`. Then, for each line on stdin, it
-computes them again and prints the wall-clock and the CPU seconds, tokenization included. CONTENDER_DEVICE is `cpu`
-[default] or `cuda`.
+empty line when the model is loaded, and the vectors or scores as one line of JSON, of all or of the texts `compared`.
+Then, for each line on stdin, it computes them again and prints the wall-clock and the CPU seconds, tokenization
+included. CONTENDER_DEVICE is `cpu` [default] or `cuda`.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class QueueLimits:
 
     `batch_tokens`: the largest batch. `queue_tokens`: the most of interactive requests in the queue. Bulk requests can
     have half as many, which reduce that limit. `window`: how many queued sequences are considered for a batch; more if
-    these do not fill it. Sequences that have waited for `overdue_s` run in arrival order. If no bulk sequence ran for so
-    long, they get `bulk_share` of one batch. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a
-    longer predicted latency than `slo_s`, are rejected; None turns a check off.
+    these do not fill it. Sequences that have waited for `overdue_s` run in arrival order. If no bulk sequence ran for
+    so long, they get `bulk_share` of one batch. Requests with a longer predicted wait than `max_wait_s`, and
+    interactive requests with a longer predicted latency than `slo_s`, are rejected; None turns a check off.
     """
 
     batch_tokens: int

@@ -177,7 +177,8 @@ class _Progress:
             return f"{console.duration(rest)} left"
         share = statistics.stdev(windows) / statistics.fmean(windows)
         half = 2 * share * rest * sqrt(1 / len(windows) + seconds / len(windows) / max(rest, 1.0))
-        return f"{console.duration(rest)} left ({console.duration(max(0.0, rest - half))} to {console.duration(rest + half)})"
+        least, most = console.duration(max(0.0, rest - half)), console.duration(rest + half)
+        return f"{console.duration(rest)} left ({least} to {most})"
 
 
 def summary(found: Mapping[str, Any]) -> str:

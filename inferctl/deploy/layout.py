@@ -178,7 +178,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
 
 
 def _check_names(folders: Sequence[Folder]) -> None:
-    """Raise `UsageError` if two objects have one name: flavor `l4-overflow` next to `l4`, or flavor `x-l4` and model `x`."""
+    """Raise `UsageError` if two objects have one name, as of flavor `l4-overflow` next to `l4`."""
     known: set[tuple[str, str]] = set()
     for each in (one for folder in folders for objects in folder.resources.values() for one in objects):
         found = (each["kind"], each["metadata"]["name"])

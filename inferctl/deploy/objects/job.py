@@ -33,7 +33,7 @@ def job(
     pod: Mapping[str, Any],
     volumes: Sequence[Object],
 ) -> Object:
-    """Return a Job. `settings`, `pod`: what its spec and its pod spec have of their own. `volumes`: its additional ones."""
+    """Return a Job. `settings`, `pod`: what its spec and its pod spec have of their own. `volumes`: its own ones."""
     labels, server = labels_of(model.name, component, flavor.label), workload.pod(model, flavor)
     affinity = {key: value for key, value in server["affinity"].items() if key == "nodeAffinity"}
     spec = {

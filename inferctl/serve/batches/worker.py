@@ -88,7 +88,7 @@ class BatchRun:
         self._status, self._code = "completed", ""  # at the end, and of lines without a response
 
     async def run(self) -> Document:
-        """Send the lines until none is left, the batch is cancelled or expires, or the worker stops. Return the batch."""
+        """Send lines until none is left, the batch is cancelled or expires, or the worker stops. Return it."""
         done = [await asyncio.to_thread(lines.finished, path) for path in self._paths]
         self._counts = self._batch["request_counts"] | {"completed": len(done[0]), "failed": len(done[1])}
         left: Iterator[tuple[int, bytes]] = iter(())  # of a batch that was cancelled before its lines were checked
