@@ -283,8 +283,9 @@ def test_a_single_body_in_parts_may_be_larger_than_what_all_bodies_may_have(tena
     with pytest.raises(ApiError) as rejected:
         edge.add_body(second, 100)
     assert rejected.value.code == "too_many_bytes"
+    edge.check_body(400, "/v1/embeddings")
     with pytest.raises(ApiError) as rejected:
-        edge.add_body(first, 101)
+        edge.check_body(401, "/v1/embeddings")
     assert rejected.value.status == 413
 
 

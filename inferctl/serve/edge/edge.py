@@ -203,9 +203,8 @@ class Edge:
     def _check_load(self, scope: Scope, context: RequestContext) -> None:
         """Reject a request that is too large, or more than this process can take, before its body is read."""
         limits = self._limits
-        self.check_body(
-            context.asked.content_length, scope["path"]
-        )  # first, since rejections count as demand of this size
+        # First, since rejections count as demand of this size.
+        self.check_body(context.asked.content_length, scope["path"])
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
             raise self._lifecycle.unavailable()
         self._check_metering()
