@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class RemoteComputer:
             timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S),
             limits=httpx.Limits(max_connections=None),
         )
-        self._places, self._window = asyncio.Semaphore(2), 2
+        self._places, self._window, self._shortest_s = asyncio.Semaphore(2), 2, math.inf
         self._checking, self._responded = asyncio.Lock(), time.monotonic()
         self._served = await self._describe()
         return self._served
@@ -104,6 +105,8 @@ class RemoteComputer:
         if not self._own and (self.outputs != ("dense",) or self.role or server.task != "embed"):
             raise UsageError(f"{self.url} is not a server of inferctl, so it gets texts for dense vectors only")
         probe: Any = await asyncio.to_thread(server.request, ["ready", "ready"])
+        parallel = max(info.get("parallel_batches", 1), info.get("idle_batches", 0))
+        self._parallel = parallel * (info.get("engines") or {}).get("count", 1)
         # The names of text-embeddings-inference, which inferctl has too, and its defaults.
         self._inputs = min(_MAX_INPUTS, info.get("max_client_batch_size", 32))
         self._characters = min(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * info.get("max_batch_tokens", 2048))
@@ -176,6 +179,7 @@ class RemoteComputer:
             body = server.body([f"{self.prompt or ''}{text}" for text in texts])
         change = 0
         await self._places.acquire()
+        sent = time.monotonic()
         try:
             response = await self._client.post(url, content=json.dumps(body | own).encode())
             if response.status_code == 429:
@@ -184,11 +188,14 @@ class RemoteComputer:
                 wait = response.headers.get("retry-after", "1")  # or a date
                 await self._wait(float(wait) if wait.isdigit() else _MAX_PAUSE_S, _reason(response))
             elif response.status_code == 200:
-                # Requests that wait for as long as others run keep the server busy. More would only wait longer.
-                queued, run = (float(response.headers.get(f"x-inferctl-{n}-ms", 0)) for n in ("queue", "inference"))
-                change = (queued <= run and self._window < _MAX_IN_FLIGHT) - (queued > 2 * run and self._window > 1)
-                self._window += change
+                # As TCP Vegas: requests wait for as long as they take more time than the fastest one. If there are one
+                # to three for each batch that the server runs at a time, it is busy, and more would only wait longer.
                 self._responded = time.monotonic()
+                seconds = self._responded - sent
+                self._shortest_s = min(self._shortest_s, seconds)
+                waiting = self._window * (1 - self._shortest_s / seconds) / self._parallel
+                change = (waiting < 1 and self._window < _MAX_IN_FLIGHT) - (waiting > 3 and self._window > 1)
+                self._window += change
             return response
         finally:
             for _ in range(1 + change):
