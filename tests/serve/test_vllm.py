@@ -195,6 +195,7 @@ def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict
     assert "Paris" in stream
 
 
+@pytest.mark.timeout(600)
 def test_llm_comply(server: ServerProcess) -> None:
     command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
     if command is None:
@@ -204,7 +205,8 @@ def test_llm_comply(server: ServerProcess) -> None:
     names = ("basic-response", "system-prompt", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
     # vLLM sends optional fields as null, where OpenAI's document has no null.
     options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
-    execute(command, *options, "--json", timeout=280, code=0)
+    # It limits no answer, so one can have all tokens of the context.
+    execute(command, *options, "--timeout", "240", "--json", timeout=580, code=0)
 
 
 @pytest.mark.timeout(600)
