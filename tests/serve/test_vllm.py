@@ -195,7 +195,7 @@ def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict
     assert "Paris" in stream
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_llm_comply(server: ServerProcess) -> None:
     command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
     if command is None:
@@ -206,7 +206,7 @@ def test_llm_comply(server: ServerProcess) -> None:
     # vLLM sends optional fields as null, where OpenAI's document has no null.
     options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
     # It limits no answer, so one can have all tokens of the context.
-    execute(command, *options, "--timeout", "240", "--json", timeout=580, code=0)
+    execute(command, *options, "--timeout", "600", "--json", timeout=1700, code=0)
 
 
 @pytest.mark.timeout(600)
