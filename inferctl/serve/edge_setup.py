@@ -48,7 +48,7 @@ class EdgeSetup:
     ) -> None:
         self._name, self._log, self._traces, self._batches = name, log, traces, batches
         self.metering = ServerMetering(recording, name, task, known_callers=keys.required, tasks=tasks)
-        self.access = access.create(keys, models, batch_secret)
+        self.access = access.create(keys, models, batch_secret if batches.folder else None)
         self.lifecycle = Lifecycle(ready, live, lambda: access.known(self.access))
 
     def edge(
