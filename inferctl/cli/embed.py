@@ -264,7 +264,7 @@ def _of_inputs(asked: _Asked, default: tuple[Output, ...], possible: tuple[Outpu
 async def _run(work: Job, missing: list[int]) -> None:
     """Compute ranges."""
     try:
-        with console.progress("starting the engine"):
+        with console.progress("starting"):
             await work.start()
         with console.progress("computing") as show:
             rows = sum(work.plan().ranges[number].rows for number in missing)

@@ -3,8 +3,8 @@
 A lock is a requirements file with the version and the hashes of each package. pip installs it with `--require-hashes
 --no-deps`. Its first line names the stack, the Python version and the platform of the lock. Several locks keep the
 layers of an image independent: torch and its dependencies, vLLM and its dependencies, the server's dependencies, int8,
-and what `inferctl embed` needs. The shipped locks are in `base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or
-a folder of wheels.
+and what `inferctl embed` needs. The shipped locks are in `base-images/locks/<stack>/`. `inferctl lock` resolves new
+ones with uv, from an index or a folder of wheels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One encoder model of a server: what computes for it, from its tokenizer to its engines, and what `/info` says of it."""
+"""One encoder model of a server: what computes for it, from tokenizer to engines, and what `/info` says of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.device_share import DeviceShare
-from inferctl.batching.latency_model import LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
 from inferctl.reading import task_config
@@ -52,7 +51,7 @@ class EncoderModel:
         self.objectives = objectives(spec.slo)
         # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
         self.metrics = metrics = Metrics(self.objectives, spec.name if share else None)
-        self.batcher = Batcher(_queue_limits(spec), LatencyModel())
+        self.batcher = Batcher(_queue_limits(spec))
         self.dispatcher = Dispatcher(self.batcher, metrics, share=share, weight=weight)
         self.pool = EnginePool(
             engine_config(spec, task, options, folder),

@@ -66,9 +66,8 @@ class Client:
         headers: dict[str, str | bytes] = {"content-type": "application/json", "x-priority": "bulk"}
         headers["x-request-id"] = request_id
         if owner:
-            headers["authorization"] = (
-                f"Bearer {self._secret}{owner}".encode()
-            )  # the name of a caller may be no Latin-1
+            # As bytes, because the name of a caller may be no Latin-1.
+            headers["authorization"] = f"Bearer {self._secret}{owner}".encode()
         connection.request("POST", path, orjson.dumps(orjson.loads(raw)["body"]), headers)
         response = connection.getresponse()
         body = response.read()

@@ -97,8 +97,9 @@ class Edge:
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `backend` admits and ends each POST; None if there is no engine for them.
     `check_metering()` raises `RejectedError` if the event of another request could not be recorded. `models`: path ->
-    the number of the model that has it, None for several; 0 for other paths. `uploads`: path -> the most bytes of a body
-    that `app` does not hold, so it counts in no limit. A path in `endpoints` that ends with a slash is for all below it.
+    the number of the model that has it, None for several; 0 for other paths. `uploads`: path -> the most bytes of a
+    body that `app` does not hold, so it counts in no limit. A path in `endpoints` that ends with a slash is for all
+    below it.
     """
 
     def __init__(

@@ -28,9 +28,9 @@ class ConnectionNotes:
     """What the connection and the edge tell each other about one request.
 
     `rejection`: status and code, if the connection rejected the request while the edge had it. `disconnected`: whether
-    the client gets no response. Then the connection calls `on_disconnect`. `paced`: the response waits for its client to
-    read. `header_lines` join the headers of the response. uvicorn would check each header with two regular expressions: 8 headers of limits took 6 us, 3% of a small
-    request.
+    the client gets no response. Then the connection calls `on_disconnect`. `paced`: the response waits for its client
+    to read. `header_lines` join the headers of the response. uvicorn would check each header with two regular
+    expressions: 8 headers of limits took 6 us, 3% of a small request.
     """
 
     rejection: tuple[int, str | None] | None = None

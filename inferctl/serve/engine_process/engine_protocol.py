@@ -27,10 +27,10 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `batch_threads`: of a batch on a CPU; None if they are chosen by what a text takes, as measured at the start.
-    `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
-    decides what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one
-    logit for each pair of texts, `classify` one for each label.
+    of a CPU. `batch_threads`: of a batch on a CPU; None if a measurement at the start chooses them.
+    `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task decides what the
+    rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one logit for each
+    pair of texts, `classify` one for each label.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"

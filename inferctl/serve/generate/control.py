@@ -1,9 +1,9 @@
 """The channel between the supervisor and the edge in vLLM's process: lines of JSON over a Unix socket.
 
 The edge sends `ready`, then `beat` each second. The supervisor answers `ready` with the listening socket, and sends
-`drain` and `close`. For an adapter that a client adds, the edge sends `add`, gets `load` or `refused`, and sends `added`
-when vLLM has it. It sends `removed` for one that gets no more requests. So the port is open from the start, and also
-while vLLM is replaced.
+`drain` and `close`. For an adapter that a client adds, the edge sends `add`, gets `load` or `refused`, and sends
+`added` when vLLM has it. It sends `removed` for one that gets no more requests. So the port is open from the start, and
+also while vLLM is replaced.
 """
 
 from __future__ import annotations
