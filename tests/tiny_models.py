@@ -152,7 +152,7 @@ def make_tokenizer(architecture: str) -> Any:
     )
 
 
-def make_generator(folder: Path, architecture: str = "llama", chat: bool = True) -> Path:
+def make_generator(folder: Path, architecture: str = "llama", chat: bool = True, **settings: object) -> Path:
     """Write a generative model of `architecture` with random weights, a tokenizer and a chat template into `folder`.
 
     Its predictions depend on all layers: with weights of the usual size, they would be nearly uniform.
@@ -167,12 +167,15 @@ def make_generator(folder: Path, architecture: str = "llama", chat: bool = True)
     config = AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.25,
+            **settings,
+        },
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -27,7 +27,7 @@ from tests.models.adapters import HOSTILE, WRONG, write_adapter, write_base
 from tests.processes import ServerProcess, python, until
 from tests.required import missing
 from tests.serve.test_generation import FAKE
-from tests.serve.test_vllm import MODEL, SPEC, greedy, serving
+from tests.serve.test_vllm import SPEC, greedy, serving
 from tests.tenancy.key_files import add
 from tests.tenancy.metering.test_metered_server import ledger_of
 from tests.tiny_models import make_generator
@@ -196,12 +196,14 @@ def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_th
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(900)
 def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path) -> None:
-    sources = {name: write_adapter(tmp_path / name, MODEL, seed=number) for number, name in enumerate(("one", "two"))}
+    # Small, because vLLM computes adapters slowly on CPUs.
+    base = make_generator(tmp_path / "base", num_hidden_layers=2, hidden_size=256)
+    sources = {name: write_adapter(tmp_path / name, base, seed=number) for number, name in enumerate(("one", "two"))}
     adapters = [{"name": name, "source": str(source)} for name, source in sources.items()]
     for number, name in enumerate(("three", "four"), 2):
-        write_adapter(tmp_path / "allowed" / name, MODEL, seed=number)
+        write_adapter(tmp_path / "allowed" / name, base, seed=number)
     secret = add(tmp_path / "keys.json", "admin", admin=True)[1]
-    spec = {**SPEC, "model": {**SPEC["model"], "adapters": adapters}}
+    spec = {**SPEC, "model": {"source": str(base), "adapters": adapters}}
     spec["serve"] = {**SPEC["serve"], "adapter_folders": [str(tmp_path / "allowed")], "spare_adapters": 1}
     spec["access"] = {"keys": str(tmp_path / "keys.json"), "open": ["info"]}
     headers = {"authorization": f"Bearer {secret}"}
