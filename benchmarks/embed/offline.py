@@ -30,6 +30,7 @@ CONTENDERS = (
     "inferctl embed bf16",
     "inferctl bf16",
     "sentence-transformers bf16",
+    "openvino bf16",
     "infinity torch bf16",
     "fastembed fp32",
     "inferctl embed int8",

@@ -3,7 +3,8 @@
     python benchmarks/engine/share.py [--before TREE] [--models minilm,bge-base,...] [--rounds 2] [--json FILE]
 
 `TREE` is another checkout of this repository, such as one that `git worktree add` made. The profile of each engine
-(`inferctl bench --profile`) runs in bf16 in both trees, interleaved A B B A. A share is that of the fastest round.
+(`inferctl bench --profile`) runs in bf16 in both trees, interleaved A B B A. A share is that of the fastest round, of
+the highest matrix rate: each process measures its own, and they differ by a seventh.
 "by CPU" divides by the CPU seconds of the engine's threads instead of the time of all cores: other work on the machine
 affects it less, and it leaves out that threads wait. The ratio is the median over the pairs of rounds, by CPU. For one
 core: `taskset -c 1`.
@@ -72,6 +73,12 @@ def profile(tree: Path, model: Path, task: str) -> dict[str, Any]:
     return found
 
 
+def shares(found: dict[str, Any], at: int, limit: float) -> tuple[float, float]:
+    """Return the shares of a point by time and by CPU, in percent, of another matrix rate than the process measured."""
+    point, factor = found["points"][at], found["matrix_rate"]["flops_per_s"] / limit
+    return factor * point["matrix_share_percent"], factor * point["cpu_share_percent"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="the tree to compare this one with")
@@ -87,14 +94,13 @@ def main() -> None:
             model = make(name, Path(folder) / "model")
             for index in peers.order(range(len(trees)), options.rounds):
                 figures[name][index].append(profile(trees[index], model, MODELS[name]))
-        rates = [found["matrix_rate"]["flops_per_s"] / 1e12 for found in figures[name][-1]]
-        print(f"{name}, of {', '.join(f'{rate:.2f}' for rate in rates)} TFLOP/s")
+        limit = max(found["matrix_rate"]["flops_per_s"] for of_tree in figures[name] for found in of_tree)
+        print(f"{name}, of {limit / 1e12:.2f} TFLOP/s")
         for at, (count, tokens) in enumerate(GRID):
-            points = [[found["points"][at] for found in of_tree] for of_tree in figures[name]]
-            keys = ("matrix_share_percent", "cpu_share_percent")
-            best = [[max(point[key] for point in of_tree) for key in keys] for of_tree in points]
+            points = [[shares(found, at, limit) for found in of_tree] for of_tree in figures[name]]
+            best = [map(max, zip(*of_tree, strict=True)) for of_tree in points]
             text = " -> ".join(f"{wall:5.1f}% ({by_cpu:5.1f}% by CPU)" for wall, by_cpu in best)
-            ratios = [after[keys[1]] / before[keys[1]] for before, after in zip(points[0], points[-1], strict=True)]
+            ratios = [after[1] / before[1] for before, after in zip(points[0], points[-1], strict=True)]
             print(f"{count:4} texts of {tokens:3}: {text}" + f", {statistics.median(ratios):.2f}x" * (len(trees) > 1))
         sys.stdout.flush()
     if options.json:

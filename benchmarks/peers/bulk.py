@@ -7,7 +7,8 @@ server can carry. In every second phase (A B B A), a batch runs in addition: `in
 batches`, one of `/v1/batches` with a text per line. The sender of `--url` runs in idle time, because in production it
 is elsewhere; what it uses counts for the batch.
 
-- "p99 x": of all interactive requests with the batch, relative to without it, in one round; the median of rounds.
+- "p99 x": of all interactive requests with the batch, relative to without it, in one round; the median of rounds, and
+  their range. The arrivals of a round are the same with and without it.
 - "idle": which part of the CPU time that a batch alone gets is left without it, by all processes of this script.
 - "batch": the tokens/s of the batch, relative to a batch without interactive requests.
 - "of idle": the batch, relative to what was idle. The goal is 0.85.
@@ -81,6 +82,7 @@ def bulk(server: peers.Server, through: str) -> Iterator[None]:
     peers.wait_until(lambda: tokens(server) > before + 20_000)
     yield
     end()
+    time.sleep(2)  # what is in flight ends before the next phase, in which it would raise the p99 without a batch
 
 
 def tokens(server: peers.Server) -> float:
@@ -110,10 +112,10 @@ def main() -> None:
     figures: dict[str, Any] = {}
     rows = []
 
-    def measure(rate: float, with_bulk: bool) -> dict[str, float]:
+    def measure(rate: float, with_bulk: bool, seed: int) -> dict[str, float]:
         with bulk(server, options.through) if with_bulk else contextlib.nullcontext():
             before, used, started = tokens(server), cpu_s(), time.monotonic()
-            with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds) as load:
+            with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds, seed) as load:
                 time.sleep(options.seconds)
                 took = time.monotonic() - started
                 found = {"tokens": (tokens(server) - before) / took, "cores": (cpu_s() - used) / took}
@@ -129,22 +131,26 @@ def main() -> None:
         figures["peak"] = peak
         for load in map(float, options.loads.split(",")):
             found: dict[str, list[dict[str, float]]] = {"without": [], "with": [], "alone": []}
-            for kind in peers.order(list(found), options.rounds):
-                found[kind].append(measure(0.01 if kind == "alone" else load * peak, kind != "without"))
+            for number, kind in enumerate(peers.order(list(found), options.rounds)):
+                rate = 0.01 if kind == "alone" else load * peak
+                found[kind].append(measure(rate, kind != "without", number // len(found)))
             figures[str(load)] = found
             pairs = list(zip(found["without"], found["with"], found["alone"], strict=True))
-            ratios = [peers.median([b[q] / a[q] for a, b, _ in pairs]) for q in ("p50", "p90", "p99")]
+            by_round = [[b[q] / a[q] for a, b, _ in pairs] for q in ("p50", "p90", "p99")]
+            spread = f"{min(by_round[-1]):.2f} to {max(by_round[-1]):.2f}"
             idle = [1 - a["cores"] / c["cores"] for a, _, c in pairs]
             length = sum(a["tokens"] for a, _, _ in pairs) / sum(a["rate"] for a, _, _ in pairs)
             batch = [(b["tokens"] - length * b["rate"]) / c["tokens"] for _, b, c in pairs]
             p99, speed = (peers.median([b[name] for b in found[kind]]) for kind, name in SHOWN)
             of_idle = peers.median([got / left for got, left in zip(batch, idle, strict=True)])
             name = f"{load:g} of {peak:.0f}/s"
-            rows.append((name, p99, *ratios, speed, peers.median(idle), peers.median(batch), of_idle))
+            ratios = (*map(peers.median, by_round), spread, speed)
+            rows.append((name, p99, *ratios, peers.median(idle), peers.median(batch), of_idle))
     finally:
         server.end()
         folder.cleanup()
-    peers.table(("load", "p99 ms", "p50 x", "p90 x", "p99 x", "alone, tokens/s", "idle", "batch", "of idle"), rows)
+    head = ("load", "p99 ms", "p50 x", "p90 x", "p99 x", "rounds", "alone, tokens/s", "idle", "batch", "of idle")
+    peers.table(head, rows)
     peers.write(options.json, figures)
 
 

@@ -132,10 +132,12 @@ FOUR = {
             SERVER,
             [
                 f"{exposition()}inferctl_engine_flops_total {flops:.1e}\n"
+                f'inferctl_engine_flops_total{{model="other"}} {flops:.1e}\n'
                 'inferctl_matrix_flops_per_second{source="measured"} 2e+12\n'
+                'inferctl_matrix_flops_per_second{model="other",source="measured"} 1e+12\n'
                 for flops in (1e12, 2e12)
             ],
-            {"matrix_share_percent": 25},
+            {"matrix_share_percent": 75},
         ),
         (SERVER, [f"{exposition()}inferctl_engine_flops_total {flops}\n" for flops in (1e12, 2e12)], {}),
         (SERVER, (EARLY, LATER.replace("created 5", "created 6")), {}),  # another replica, or a restart

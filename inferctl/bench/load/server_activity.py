@@ -14,7 +14,8 @@ from inferctl.core.errors import InferctlError
 # replicas behind one address.
 _SAMPLE = re.compile(
     r'^inferctl_(?:thread_seconds_total\{process="(\w+)",state="(\w+)",thread="(\w+)"\}'
-    r"|(batch_duration_seconds_sum|engine_flops_total|tokens_created|matrix_flops_per_second)(?:\{.*\})?) (\S+)$",
+    r"|(batch_duration_seconds_sum|tokens_created)(?:\{.*\})?"
+    r'|(engine_flops_total|matrix_flops_per_second)(?:\{(?:.*model="([^"]*)")?.*\})?) (\S+)$',
     re.MULTILINE,
 )
 _TIMEOUT_S = 2.0
@@ -70,17 +71,18 @@ class ServerActivity:
         if engines and "batch_duration_seconds_sum" in used:
             batches = engines * self._info.get("parallel_batches", 1)
             shares["engine_busy_percent"] = min(100.0, used["batch_duration_seconds_sum"] / batches)
-        if "engine_flops_total" in used and (rate := last.get("matrix_flops_per_second")):
-            shares["matrix_share_percent"] = used["engine_flops_total"] / rate
+        head = "matrix_flops_per_second "
+        if rates := {key.removeprefix(head): rate for key, rate in last.items() if key.startswith(head)}:
+            parts = (used.get(f"engine_flops_total {model}", 0.0) / rate for model, rate in rates.items())
+            shares["matrix_share_percent"] = sum(parts)
         return shares
 
 
 def read(text: str) -> dict[str, float]:
     """Return the seconds in an exposition that show how busy a server is, such as `api event_loop running`."""
     found: dict[str, float] = {}
-    for process, state, thread, name, value in _SAMPLE.findall(text):
-        key = name or f"{process} {thread} {state}"
-        # Each of several models has series of its own. All have the same rate.
-        before = 0.0 if name == "matrix_flops_per_second" else found.get(key, 0.0)
-        found[key] = before + float(value)
+    for process, state, thread, name, limit, model, value in _SAMPLE.findall(text):
+        # Each of several models has series of its own, and a limit of its own if their precisions differ.
+        key = name or (f"{limit} {model}" if limit else f"{process} {thread} {state}")
+        found[key] = found.get(key, 0.0) + float(value)
     return found
