@@ -1,8 +1,8 @@
-"""Validates Kubernetes objects without a cluster: strict schemas of a version, and the schemas of CRDs."""
+"""Validates Kubernetes objects without a cluster: strict schemas of a version, the schemas of CRDs, and the lint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import yaml
+
+from inferctl.manifests.lint import lint
+from inferctl.manifests.manifests_file import Located
 
 CRDS = Path(__file__).with_name("crds")
 VERSIONS = tuple(f"1.{minor}" for minor in range(32, 38))
@@ -24,6 +27,12 @@ def problems(found: Mapping[str, Any], version: str) -> list[str]:
     if key not in _found:
         _found[key] = _problems(found, version)
     return _found[key]
+
+
+def lint_findings(built: Iterable[dict[str, Any]], version: str) -> list[str]:
+    """Return what the lint finds in the objects of a folder."""
+    found = lint([Located(each) for each in built], int(version.removeprefix("1.")))
+    return [f"{each.rule} {each.object} {each.field}: {each.what}" for each in found]
 
 
 _found: dict[tuple[str, str], list[str]] = {}
