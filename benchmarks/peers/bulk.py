@@ -88,13 +88,6 @@ def tokens(server: peers.Server) -> float:
     return peers.metrics(server)["inferctl_tokens_total"]
 
 
-def cpu_s() -> float:
-    """Return the CPU seconds of this process, the server and the batch so far."""
-    files = [Path(f"/proc/{pid}/stat") for pid in peers.processes(os.getpid())]
-    ticks = [sum(map(int, file.read_text().rpartition(")")[2].split()[11:13])) for file in files]
-    return sum(ticks) / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=15, rounds=6)
@@ -108,15 +101,15 @@ def main() -> None:
     with contextlib.suppress(PermissionError):  # else the load generator waits for cores, as no client elsewhere does
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     figures: dict[str, Any] = {}
-    rows = []
+    rows, me = [], os.getpid()
 
     def measure(rate: float, with_bulk: bool) -> dict[str, float]:
         with bulk(server, options.through) if with_bulk else contextlib.nullcontext():
-            before, used, started = tokens(server), cpu_s(), time.monotonic()
+            before, used, started = tokens(server), peers.cpu_seconds(me), time.monotonic()
             with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds) as load:
                 time.sleep(options.seconds)
                 took = time.monotonic() - started
-                found = {"tokens": (tokens(server) - before) / took, "cores": (cpu_s() - used) / took}
+                found = {"tokens": (tokens(server) - before) / took, "cores": (peers.cpu_seconds(me) - used) / took}
         if rate >= 1:
             assert all(record.status == 200 for record in load.records)
             found["rate"] = len(load.records) / took
