@@ -88,6 +88,11 @@ def tokens(server: peers.Server) -> float:
     return peers.metrics(server)["inferctl_tokens_total"]
 
 
+def cpu_s() -> float:
+    """Return the CPU seconds of this process, the server and the batch so far."""
+    return peers.cpu_seconds(os.getpid())
+
+
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=15, rounds=6)
@@ -101,15 +106,15 @@ def main() -> None:
     with contextlib.suppress(PermissionError):  # else the load generator waits for cores, as no client elsewhere does
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     figures: dict[str, Any] = {}
-    rows, me = [], os.getpid()
+    rows = []
 
     def measure(rate: float, with_bulk: bool) -> dict[str, float]:
         with bulk(server, options.through) if with_bulk else contextlib.nullcontext():
-            before, used, started = tokens(server), peers.cpu_seconds(me), time.monotonic()
+            before, used, started = tokens(server), cpu_s(), time.monotonic()
             with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds) as load:
                 time.sleep(options.seconds)
                 took = time.monotonic() - started
-                found = {"tokens": (tokens(server) - before) / took, "cores": (peers.cpu_seconds(me) - used) / took}
+                found = {"tokens": (tokens(server) - before) / took, "cores": (cpu_s() - used) / took}
         if rate >= 1:
             assert all(record.status == 200 for record in load.records)
             found["rate"] = len(load.records) / took
