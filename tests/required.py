@@ -11,7 +11,7 @@ import pytest
 GROUPS = {
     "dev-clients": "cohere haystack haystack_integrations langchain_openai llama_index llm-comply schemathesis "
     "voyageai",
-    "dev-deploy": "cel check-jsonschema envoy kubectl kubernetes_validate shellcheck",
+    "dev-deploy": "check-jsonschema envoy kubectl kubernetes_validate shellcheck",
     "dev-docs": "plotly zensical",
     "dev-models": "peft sentence_transformers sentencepiece",
 }

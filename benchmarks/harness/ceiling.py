@@ -7,20 +7,15 @@ A bare server (asyncio on uvloop) responds to every request at once with the sam
 With two cores, the server uses one and the load generator the other, so more workers compete for the same cores.
 
 1. A closed loop with 1 and more workers: requests/s, and requests/s per core that the load generator used.
-2. Stock Locust (a FastHttpUser that posts one text) against the same server, for comparison.
-3. An open loop at rising rates, until the validity check gives a reason or a warning about the load generator: the
+2. An open loop at rising rates, until the validity check gives a reason or a warning about the load generator: the
    highest rate without a message, and the first rate with one and its text.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import resource
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ import known_server
 import loads
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load import load_run, locust
+from inferctl.bench.load import load_run
 
 OWN = "load generator"
 
@@ -49,33 +44,6 @@ def measure_closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
         "busiest_worker_percent": summary.client_cpu_percent(done.state),
         "p50_ms": found["latency_ms"]["p50"]["value"],
         "validity": loads.judge(done, part).as_dict(),
-    }
-
-
-def measure_stock(seconds: float, users: int) -> dict[str, Any]:
-    """Measure stock Locust, by its own count over its whole run, ramp included."""
-    with known_server.run_server("--bare") as server, tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("stock_locustfile.py"))]
-        command += ["--headless", "--users", str(users), "--spawn-rate", str(users), "--run-time", f"{round(seconds)}s"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # The server is a child too, but RUSAGE_CHILDREN counts only children that have ended.
-        subprocess.run(
-            [*command, "--csv", "stock", "--only-summary", "--loglevel", "ERROR"],
-            check=True,
-            cwd=folder,
-            env={**locust.clean_environment(), "STOCK_URL": server.url},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with (Path(folder) / "stock_stats.csv").open() as file:
-            total = next(row for row in csv.DictReader(file) if row["Name"] == "Aggregated")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    count = int(total["Request Count"])
-    return {
-        "requests_per_s": round(float(total["Requests/s"]), 1),
-        "requests": count,
-        "requests_per_cpu_s": round(count / cpu, 1),
     }
 
 
@@ -109,10 +77,9 @@ def main() -> int:
     parser.add_argument(
         "--rates", type=float, nargs="*", default=[2000, 5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 60_000]
     )
-    parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    document: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "closed": [], "open": [], "stock": None}
+    document: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "closed": [], "open": []}
     for workers in options.workers:
         run = measure_closed(options.seconds, options.users, workers)
         document["closed"].append(run)
@@ -122,9 +89,6 @@ def main() -> int:
             f"{run['requests_per_s_per_core']:,.0f} per core; {run['validity']['reasons'] or 'valid'}",
             flush=True,
         )
-    if not options.no_stock:
-        document["stock"] = measure_stock(options.seconds, options.users)
-        print(f"stock FastHttpUser: {document['stock']}", flush=True)
     for rate in options.rates:
         run = measure_open(rate, options.seconds, 1)
         document["open"].append(run)

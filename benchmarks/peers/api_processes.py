@@ -1,15 +1,14 @@
 """Measure the CPU time that API processes need per request: by their number, by checkout, or by both.
 
     python benchmarks/peers/api_processes.py [--processes 1,2,4] [--clients 16,64,256] [--with keys] [--json FILE]
-    python benchmarks/peers/api_processes.py --checkouts ../older,. --processes 1 [--load "32 texts"] [--requests N]
+    python benchmarks/peers/api_processes.py --checkouts ../older,. --processes 1 [--load "32 texts"]
 
 The engine computes nothing (`--engine echo`), and its process does not count. Clients send single texts of about 50
 tokens, or another load, in a closed loop; the servers are measured in alternating order (A B B A). "API" is the CPU
 time of all API processes per request, "backend" that of the process with limits, queue and cache. With one process,
 "API" is all. Ratios are to the first server, medians of those within one round: other work on the machine affects both.
 The CPU that a process needs falls with the requests that it handles at a time, so look at all numbers of clients.
-"full at" is the rate at which the backend would take a whole core. With `--requests N`, each server first gets N
-requests. "MB" is the memory (PSS) of its API processes before them, and after all measurements.
+"full at" is the rate at which the backend would take a whole core.
 """
 
 from __future__ import annotations
@@ -42,13 +41,6 @@ def cpu_seconds(server: peers.Server) -> list[float]:
     return [peers.cpu_s(part) for part in pids(server)]
 
 
-def memory_mb(server: peers.Server) -> float:
-    """Return the memory of the API processes (PSS)."""
-    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids(server)[0]]
-    found = [line.split()[1] for lines in rollups for line in lines if line.startswith("Pss:")]
-    return sum(map(int, found)) * 1024 / 1e6
-
-
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(rounds=6, seconds=2)
@@ -57,7 +49,6 @@ def main() -> None:
     parser.add_argument("--clients", default="16,64,256", help="numbers of clients, with commas")
     parser.add_argument("--with", dest="features", default="", help="features of the servers: keys, metering, cache")
     parser.add_argument("--load", default="1 text", choices=LOADS)
-    parser.add_argument("--requests", type=int, default=0, help="requests before the first measurement")
     options = parser.parse_args()
     checkouts = [Path(name).resolve() for name in options.checkouts.split(",")]
     kinds = [(checkout, int(count)) for count in options.processes.split(",") for checkout in checkouts]
@@ -68,29 +59,21 @@ def main() -> None:
     # The relay may still write when its server was killed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         servers: dict[str, tuple[peers.Server, list[bytes]]] = {}
-        first_mb = {}
-
-        def send(name: str, clients: int) -> int:
-            server, ready = servers[name]
-            outcome = run_closed(server.url, ready, clients, options.seconds, warm=0)
-            assert not outcome.failures, outcome.statuses
-            return outcome.statuses[200]
-
         try:
             for at, (name, (checkout, count)) in enumerate(zip(names, kinds, strict=True)):
                 place, more = Path(folder) / str(at), {"serve": {"api_processes": count}}
                 label = f"{name} processes"
                 server, headers = edge_cost.serve(place, peers.free_port(), label, features, checkout, more)
                 servers[name] = server, requests(server.url, server.path, LOADS[options.load], headers)
-                first_mb[name], done = memory_mb(server), 0
-                while done < options.requests:
-                    done += send(name, 64)
             for clients in map(int, options.clients.split(",")):
                 found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
                 for name in peers.order(names, options.rounds):
-                    before = cpu_seconds(servers[name][0])
-                    done = send(name, clients)
-                    after = cpu_seconds(servers[name][0])
+                    server, ready = servers[name]
+                    before = cpu_seconds(server)
+                    outcome = run_closed(server.url, ready, clients, options.seconds, warm=0)
+                    after = cpu_seconds(server)
+                    assert not outcome.failures, outcome.statuses
+                    done = outcome.statuses[200]
                     used = [1e6 * (b - a) / done for a, b in zip(before, after, strict=True)]
                     found[name].append((used[0], used[1], done / options.seconds))
                 figures[str(clients)] = found
@@ -98,12 +81,11 @@ def main() -> None:
                     api, backend, rate = (peers.median(values) for values in zip(*found[name], strict=True))
                     ratio = peers.median([b[0] / a[0] for a, b in zip(found[names[0]], found[name], strict=True)])
                     full = f"{1e6 / backend:,.0f}/s" if backend else ""
-                    memory = f"{first_mb[name]:.0f}, {memory_mb(servers[name][0]):.0f}"
-                    rows.append((clients, name, api, ratio, backend, full, f"{rate:,.0f}/s", memory))
+                    rows.append((clients, name, api, ratio, backend, full, f"{rate:,.0f}/s"))
         finally:
             for server, _ in servers.values():
                 server.end()
-    peers.table(("clients", "processes", "API us", "ratio", "backend us", "full at", "rate", "MB"), rows)
+    peers.table(("clients", "processes", "API us", "ratio", "backend us", "full at", "rate"), rows)
     peers.write(options.json, {"machine": peers.machine(), "features": features, "clients": figures})
 
 

@@ -92,9 +92,7 @@ def tokens(server: peers.Server) -> float:
 
 def cpu_s() -> float:
     """Return the CPU seconds of this process, the server and the batch so far."""
-    files = [Path(f"/proc/{pid}/stat") for pid in peers.processes(os.getpid())]
-    ticks = [sum(map(int, file.read_text().rpartition(")")[2].split()[11:13])) for file in files]
-    return sum(ticks) / os.sysconf("SC_CLK_TCK")
+    return peers.cpu_seconds(os.getpid())
 
 
 def main() -> None:

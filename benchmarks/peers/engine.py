@@ -1,9 +1,6 @@
 """Compare the engine, in-process, with other libraries: texts/s, the cosine and recall next to fp32, memory, start.
 
     python benchmarks/peers/engine.py [--texts 256] [--rounds 6] [--json FILE]
-    python benchmarks/peers/engine.py --decoder [--texts 32] [--rounds 4] [--json FILE]
-
-`--decoder` compares a decoder, SmolLM2-135M, that attends backwards, and whose vector is that of the last token.
 
 All contenders tokenize and embed the same texts of log-normal length (mean 55 tokens). Each runs in its own process,
 interleaved A B C C B A. CPU seconds are shown in addition, because other work on the machine affects them least. ONNX
@@ -13,14 +10,13 @@ precision that it selects for this CPU, and by itself in bf16 and, calibrated by
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +38,6 @@ CONTENDERS = (
     "infinity torch bf16",
     "infinity onnx int8",
 )
-
-DECODER_CONTENDERS = ("inferctl bf16", "sentence-transformers bf16", "inferctl fp32", "sentence-transformers fp32")
 
 
 def write_decoder(folder: Path) -> Path:
@@ -79,6 +73,7 @@ class Contender:
     start_seconds: float
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    pss_mb: float = 0.0
 
     def measure(self) -> None:
         assert self.process.stdin
@@ -90,7 +85,7 @@ class Contender:
         self.cpu.append(cpu)
 
 
-def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
+def start(name: str, file: Path, model: Path) -> Contender:
     library = name.rpartition(" ")[0]
     own = library.startswith("inferctl") or library == "transformers"
     interpreter = sys.executable if own else str(peers.python(library))
@@ -114,35 +109,37 @@ def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
     return Contender(name, process, np.array(json.loads(line)), seconds)
 
 
-def main() -> None:
-    parser = peers.options(__doc__ or "")
-    parser.add_argument("--texts", type=int, default=256)
-    parser.add_argument("--decoder", action="store_true", help="a decoder of 135M parameters instead of MiniLM")
-    parser.set_defaults(rounds=6)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = peers.MODEL
-        if options.decoder:
-            model = write_decoder(Path(folder) / "decoder")
-        compare(model, DECODER_CONTENDERS if options.decoder else CONTENDERS, options, Path(folder) / "texts.json")
-
-
-def compare(model: Path, contenders: Sequence[str], options: argparse.Namespace, file: Path) -> None:
-    """Measure the contenders in turns, and print and write the figures."""
-    texts = peers.texts(options.texts)
-    reference = peers.fp32(texts, model)
+def measure(names: Sequence[str], file: Path, model: Callable[[str], Path], rounds: int) -> list[Contender]:
+    """Start the contenders with the file and their model, measure them in turns, and end them."""
     running: list[Contender] = []
-    file.write_text(json.dumps({"texts": texts, "calibration": peers.texts(128, seed=8)}))
     try:
-        for name in contenders:
-            exported = " onnx " in name or name.startswith("fastembed")
-            running.append(start(name, file, peers.onnx(name.split()[-1]) if exported else model))
-        for contender in peers.order(running, options.rounds):
+        running.extend(start(name, file, model(name)) for name in names)
+        for contender in peers.order(running, rounds):
             contender.measure()
-        memory = {contender.name: peers.pss_mb(contender.process.pid) for contender in running}
+        for contender in running:
+            contender.pss_mb = peers.pss_mb(contender.process.pid)
     finally:
         for contender in running:
             contender.process.kill()
+    return running
+
+
+def main() -> None:
+    parser = peers.options(__doc__ or "")
+    parser.add_argument("--texts", type=int, default=256)
+    parser.set_defaults(rounds=6)
+    options = parser.parse_args()
+    texts = peers.texts(options.texts)
+    reference = peers.fp32(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "texts.json"
+        file.write_text(json.dumps({"texts": texts, "calibration": peers.texts(128, seed=8)}))
+
+        def model(name: str) -> Path:
+            exported = " onnx " in name or name.startswith("fastembed")
+            return peers.onnx(name.split()[-1]) if exported else peers.MODEL
+
+        running = measure(CONTENDERS, file, model, options.rounds)
     baseline, rows, figures = running[0], [], {}
     for contender in running:
         found = peers.quality(contender.vectors, reference)
@@ -151,7 +148,7 @@ def compare(model: Path, contenders: Sequence[str], options: argparse.Namespace,
             "inferctl_bf16_is": peers.median([a / b for a, b in zip(contender.wall, baseline.wall, strict=True)]),
             "by_cpu": peers.median([a / b for a, b in zip(contender.cpu, baseline.cpu, strict=True)]),
             **found,
-            "pss_mb": memory[contender.name],
+            "pss_mb": contender.pss_mb,
             "start_seconds": contender.start_seconds,
         }
         rows.append((contender.name, *figures[contender.name].values()))

@@ -5,15 +5,13 @@
 SPLADE has the shape of distilbert-base (6 layers, width 768, vocabulary of BERT), ColBERT that of MiniLM (6 layers,
 width 384, 128 numbers per token), both with random weights. The texts are those of `benchmarks/corpora/mixed.jsonl`.
 sentence-transformers encodes them in batches of 32, which it sorts by length. The figure is texts per CPU second, the
-median of the rounds. `--long` shows the peak memory of the process for one text of 8,192 tokens instead. Its logits alone have
-954 MiB.
+median of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -36,16 +34,15 @@ MINILM = ROOT / "models" / "all-MiniLM-L6-v2"
 BATCH_TOKENS = 4096
 
 
-def splade(folder: Path, positions: int = 512) -> Path:
+def splade(folder: Path) -> Path:
     """Write a random SPLADE of the shape of distilbert-base."""
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sparse_encoder.modules import SpladePooling
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
-    config = DistilBertConfig(vocab_size=30522, max_position_embeddings=positions)
-    DistilBertForMaskedLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(MINILM, model_max_length=positions).save_pretrained(folder / "model")
+    DistilBertForMaskedLM(DistilBertConfig(vocab_size=30522)).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(MINILM, model_max_length=512).save_pretrained(folder / "model")
     transformer = Transformer(str(folder / "model"), transformer_task="fill-mask")
     SparseEncoder(modules=[transformer, SpladePooling()], device="cpu").save(str(folder / "saved"))
     return folder / "saved"
@@ -101,23 +98,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--texts", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--long", action="store_true", help="the memory for one text of 8,192 tokens")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = (ROOT / "benchmarks" / "corpora" / "mixed.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines[: options.texts]]
     with tempfile.TemporaryDirectory() as place:
-        if options.long:
-            folder, text = splade(Path(place), positions=8192), ["word " * 8190]
-            runs = {"inferctl": lambda: ours(folder, "fp32")(text)}
-            runs["sentence-transformers"] = lambda: theirs("SparseEncoder", folder, torch.float32)(text)
-            for name, run_once in runs.items():  # the second one starts at the peak of the first one
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-                run_once()
-                print(
-                    f"{name}: peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB, was {before}"
-                )
-            return
         for kind, make in (("SparseEncoder", splade), ("MultiVectorEncoder", colbert)):
             folder = make(Path(place) / kind)
             contenders = {

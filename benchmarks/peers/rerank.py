@@ -127,7 +127,6 @@ def main() -> None:
         contenders, write = LANGUAGE_CONTENDERS, make_language_model
     sent = requests(options.requests, documents, tokens)
     pairs = [(query, text) for query, texts in sent for text in texts]
-    running: list[engine.Contender] = []
     with tempfile.TemporaryDirectory() as temporary:
         model, file = Path(temporary) / "model", Path(temporary) / "requests.json"
         write(model)
@@ -140,13 +139,7 @@ def main() -> None:
             check=True,
         )
         reference = np.array(json.loads(completed.stdout)["scores"])
-        try:
-            running.extend(engine.start(name, file, model) for name in contenders)
-            for contender in peers.order(running, options.rounds):
-                contender.measure()
-        finally:
-            for contender in running:
-                contender.process.kill()
+        running = engine.measure(contenders, file, lambda _: model, options.rounds)
     baseline, rows, figures = running[0], [], {}
     for contender in running:
         rate = len(pairs) / peers.median(contender.wall)

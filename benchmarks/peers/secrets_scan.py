@@ -2,15 +2,12 @@
 
     python benchmarks/peers/secrets_scan.py [--engine echo] [--vllm MODEL] [--json FILE] [PART ...]
 
-The parts are `server`, `core` and `fleet`; default: all. Exits with 1 if anything is found.
+The parts are `server` and `fleet`; default: both. Exits with 1 if anything is found.
 
 server: keys, JSON logs, metering, a ledger and a cache in an empty folder, where core files of any size are allowed.
 Marked texts and keys go in valid requests and in all kinds of wrong ones, and the engine is made to fail. Then engine
 and server are killed with SIGSEGV, and all files, the metrics and the error responses are searched, also for encoded
 forms of the marks and for token ids.
-
-core: a server without its limit of core files is killed. What its core file has is shown: it is what the limit
-prevents.
 
 fleet: a server of embeddings and one of generation, each behind a gateway, with keys in PostgreSQL and SQLite,
 passwords with characters like / and @ in all addresses, NATS for limits, keys and usage events, a ledger in PostgreSQL,
@@ -38,9 +35,9 @@ from typing import Any
 
 import peers
 import secrets_fleet
-from secret_marks import Client, Marks, children, search, search_all, serve
+from secret_marks import Client, Marks, children, search_all, serve
 
-PARTS = ("server", "core", "fleet")
+PARTS = ("server", "fleet")
 _FAILURES = ("found", "core_files", "unseen")
 
 
@@ -96,37 +93,14 @@ def run(folder: Path, engine: str | None, marks: Marks) -> dict[str, Any]:
     return {"statuses": statuses, "events": stored, **search_all(folder, client.errors, marks)}
 
 
-def forced_core(folder: Path, engine: str | None, marks: Marks) -> list[str] | None:
-    """Return what the core file of a server without the limit has; None if the kernel writes none here."""
-    key = peers.create_key(folder / "keys.json", "--admin")
-    marks.keys = {"key": key}
-    (folder / "sitecustomize.py").write_text(
-        "from inferctl.core import core_files\ncore_files.disable = lambda: None\n"
-    )
-    process, url = start(folder, engine)
-    client = Client(url, key, marks)
-    for _ in range(5):
-        client.send("/v1/embeddings", {"input": f"{marks.texts['text']} a text"})
-        client.send("/v1/embeddings", {"input": marks.token_ids})
-    process.send_signal(signal.SIGSEGV)
-    process.wait(120)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    cores = [file for file in folder.iterdir() if file.name.startswith("core")]
-    return sorted({name for core in cores for name in search(core, marks.needles())}) if cores else None
-
-
 def main() -> int:
     parser = peers.options(__doc__ or "")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: both")
     parser.add_argument("--engine", choices=["echo"], help="run without the model, which also injects failures")
     parser.add_argument("--vllm", type=Path, metavar="MODEL", help="run the real vLLM with this model in the fleet")
     options = parser.parse_args()
-    parts = options.parts or PARTS
     figures: dict[str, Any] = {}
-    for part in ("server", "fleet"):
-        if part not in parts:
-            continue
+    for part in options.parts or PARTS:
         with tempfile.TemporaryDirectory(prefix="secrets-scan-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             if part == "server":
@@ -140,18 +114,8 @@ def main() -> int:
             print(f"FOUND in {place}: {', '.join(names)}")
         if unseen := found.get("unseen"):
             print(f"NOT SEARCHED, because what must be there was not found: {', '.join(unseen)}")
-    if "core" in parts:
-        pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
-        with tempfile.TemporaryDirectory() as name:
-            forced = forced_core(Path(name), options.engine, Marks())
-        figures["core"] = {"core_pattern": pattern, "forced_core_file_has": forced}
-        if forced is None:
-            print(f"no core file without the limit either (core_pattern: {pattern})")
-        else:
-            print(f"a core file, without the limit, has: {', '.join(forced) or 'none of the marks'}")
     peers.write(options.json, figures)
-    failed = any(figures[part].get(what) for part in ("server", "fleet") if part in figures for what in _FAILURES)
-    return 1 if failed else 0
+    return 1 if any(found.get(what) for found in figures.values() for what in _FAILURES) else 0
 
 
 if __name__ == "__main__":

@@ -171,15 +171,11 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DeploymentPlan:
-    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32).
-
-    `warnings`: those about a cluster or several models. A `ModelPlan` has its own.
-    """
+    """All that is rendered. `warnings`: those about a cluster or several models. A `ModelPlan` has its own."""
 
     namespace: str
     models: tuple[ModelPlan, ...]
     clusters: tuple[Cluster, ...]
-    kubernetes: tuple[int, int] = (1, 35)
     warnings: tuple[str, ...] = ()
 
     @property

@@ -99,8 +99,7 @@ def make_plan(
             f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have "
             "no label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
         )
-    oldest = min(cluster.minor for cluster in clusters)
-    return DeploymentPlan(namespace, bounded.value, tuple(clusters), (1, oldest), tuple(warnings))
+    return DeploymentPlan(namespace, bounded.value, tuple(clusters), tuple(warnings))
 
 
 def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> list[str]:

@@ -43,7 +43,6 @@ FEATURES: Mapping[str, Feature] = {
         "HorizontalPodAutoscaler minReplicas: 0", 37, "a KEDA ScaledObject with minReplicaCount: 0, or minReplicas: 1"
     ),
     "prefer-same-zone": Feature("Service trafficDistribution: PreferSameZone", 34, "trafficDistribution: PreferClose"),
-    "pre-stop-sleep": Feature("lifecycle.preStop.sleep", 32, "preStop.exec with `sleep`"),
     "in-place-resize": Feature("containers[].resizePolicy", 33, "a rollout with new resources"),
 }
 

@@ -12,7 +12,7 @@ import yaml
 from inferctl import cli
 from inferctl.deploy import manifest
 from tests.deploy.conftest import ROOT, objects
-from tests.deploy.validation import VERSIONS, problems
+from tests.deploy.validation import VERSIONS, lint_findings, problems
 
 EXAMPLE = ROOT / "docs" / "examples" / "kubernetes"
 MODELS, FLAVORS = ("embed", "generate"), ("a100-half", "l4", "t4")
@@ -20,11 +20,15 @@ SPECS = ["-f", str(EXAMPLE / "embed.yaml"), "-f", str(EXAMPLE / "generate.yaml")
 
 
 @pytest.mark.parametrize("version", [VERSIONS[0], "1.35", VERSIONS[-1]])  # test_layout.py has all versions
-def test_every_manifest_of_the_example_is_valid(version: str, tmp_path: Path) -> None:
+def test_every_manifest_of_the_example_is_valid_and_the_lint_finds_nothing(version: str, tmp_path: Path) -> None:
     assert cli.run(["deploy", *SPECS, "--output", str(tmp_path), "--kubernetes-version", version]) == 0
-    overlays = sorted((tmp_path / "overlays").iterdir())
-    assert [folder.name for folder in overlays] == ["aws-eu-central-1", "aws-us-east-1", "gcp-europe-west4"]
-    built = {json.dumps(each, sort_keys=True): each for folder in overlays for each in objects(folder)}
+    folders = [*sorted((tmp_path / "overlays").iterdir()), *(tmp_path / "bench").iterdir()]
+    assert [each.name for each in folders[:-1]] == ["aws-eu-central-1", "aws-us-east-1", "gcp-europe-west4"]
+    built = {}
+    for folder in folders:
+        found = objects(folder)
+        assert lint_findings(found, version) == []
+        built |= {json.dumps(each, sort_keys=True): each for each in found}
     kinds = {each["kind"] for each in built.values()}
     assert kinds >= {"Deployment", "ScaledObject", "ServiceMonitor", "PriorityClass", "ResourceQuota"}
     assert [problem for each in built.values() for problem in problems(each, version)] == []

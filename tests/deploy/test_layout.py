@@ -18,7 +18,7 @@ from inferctl.manifests.kubernetes.fields import quantity
 from inferctl.manifests.kubernetes.resources import of_pod
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, Objects
-from tests.deploy.validation import VERSIONS, problems
+from tests.deploy.validation import VERSIONS, lint_findings, problems
 from tests.processes import execute
 
 Build = Callable[[dict[str, str], str], Objects]
@@ -53,11 +53,15 @@ def test_no_file_has_several_deletions() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_object_is_valid_in_every_version(version: str, build: Build) -> None:
+def test_every_object_is_valid_in_every_version_and_the_lint_finds_nothing(version: str, build: Build) -> None:
     files = layout.files(plans.plan(kubernetes=version))
     folders = sorted({name.rpartition("/")[0] for name in files if name.startswith(("overlays/", "bench/"))})
     assert len(folders) == 4
-    built = {json.dumps(each, sort_keys=True): each for folder in folders for each in build(files, folder)}
+    built = {}
+    for folder in folders:
+        found = build(files, folder)
+        assert lint_findings(found, version) == []
+        built |= {json.dumps(each, sort_keys=True): each for each in found}
     assert len(built) > 50
     assert [problem for each in built.values() for problem in problems(each, version)] == []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from inferctl.deploy import layout
 from inferctl.deploy.observe.objects import rules, watched
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-
-Build = Callable[[dict[str, str], str], Objects]
-OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
+from tests.deploy.test_layout import OVERLAYS, Build
 
 
 def of_kind(objects: Objects, kind: str) -> dict[str, dict[str, Any]]:
@@ -51,18 +48,14 @@ def test_alerts_name_objects_of_the_overlay(built: Objects) -> None:
         )
 
 
-def test_monitors_give_the_labels_that_queries_use(built: Objects) -> None:
+def test_the_sidecar_of_grafana_finds_a_dashboard_of_what_each_monitor_scrapes(built: Objects) -> None:
     for model in ("embed", "chat"):
-        monitor = of_kind(built, "ServiceMonitor")[model]
-        assert "inferctl.io/flavor" in monitor["spec"]["podTargetLabels"]
-        (data,) = of_kind(built, "ConfigMap")[f"{model}-dashboard"]["data"].values()
-        assert "inferctl_io_flavor" in data or model == "chat"
-
-
-def test_the_sidecar_of_grafana_finds_a_dashboard_for_each_model(built: Objects) -> None:
-    found = [each for each in of_kind(built, "ConfigMap").values() if "grafana_dashboard" in each["metadata"]["labels"]]
-    titles = [json.loads(text)["title"] for each in found for text in each["data"].values()]
-    assert sorted(titles) == ["inferctl chat (inference)", "inferctl embed (inference)"]
+        dashboard = of_kind(built, "ConfigMap")[f"{model}-dashboard"]
+        assert "grafana_dashboard" in dashboard["metadata"]["labels"]
+        (text,) = dashboard["data"].values()
+        assert json.loads(text)["title"] == f"inferctl {model} (inference)"
+        assert "inferctl_io_flavor" in text or model == "chat"
+        assert "inferctl.io/flavor" in of_kind(built, "ServiceMonitor")[model]["spec"]["podTargetLabels"]
 
 
 def test_what_is_watched_follows_the_plan() -> None:

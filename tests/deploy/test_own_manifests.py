@@ -1,4 +1,4 @@
-"""The lint finds nothing in the manifests that `inferctl deploy` writes."""
+"""The lint finds nothing in what `inferctl deploy` writes with other settings than those of test_layout.py."""
 
 from __future__ import annotations
 
@@ -7,37 +7,19 @@ from typing import Any
 
 import pytest
 
-from inferctl import cli
 from inferctl.deploy import layout
-from inferctl.manifests import manifests_file, versions
-from inferctl.manifests.lint import lint
 from tests.deploy import plans
-from tests.deploy.conftest import kustomize, write
-from tests.deploy.test_example import SPECS
+from tests.deploy.conftest import objects
+from tests.deploy.test_layout import OVERLAYS, Build
+from tests.deploy.validation import lint_findings
 
 CPU = {**plans.FLAVORS[1], "hardware": "cpu", "name": "cpu", "tokens_per_second": 5000}
 ONE_EACH = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
 
 
 def findings(folder: Path, minor: int) -> list[str]:
-    text = kustomize(folder)
-    found = lint(manifests_file.parse(text, folder.name), minor)
-    return [f"{each.rule} {each.object} {each.field}: {each.what}" for each in found]
-
-
-@pytest.mark.parametrize("minor", versions.TESTED)
-def test_the_lint_finds_nothing_in_any_version(minor: int, tmp_path: Path) -> None:
-    write(layout.files(plans.plan(kubernetes=f"1.{minor}")), tmp_path)
-    folders = [folder for part in ("overlays", "bench") for folder in (tmp_path / part).iterdir()]
-    assert len(folders) == 4
-    assert {folder.name: findings(folder, minor) for folder in folders} == {folder.name: [] for folder in folders}
-
-
-def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
-    assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 0
-    folders = [folder for part in ("overlays", "bench") for folder in sorted((tmp_path / part).iterdir())]
-    assert len(folders) == 4
-    assert {str(folder): findings(folder, 35) for folder in folders} == {str(folder): [] for folder in folders}
+    """Return what the lint finds in the objects that kustomize builds from `folder`."""
+    return lint_findings(objects(folder), f"1.{minor}")
 
 
 @pytest.mark.parametrize(
@@ -50,28 +32,26 @@ def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
     ],
     ids=["fixed", "time-slicing", "cpu-first", "one-replica"],
 )
-def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], tmp_path: Path) -> None:
+def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], build: Build) -> None:
     files = layout.files(plans.plan(plans.embed(**deploy), kubernetes="1.35"))
-    write(files, tmp_path)
-    overlays = sorted((tmp_path / "overlays").iterdir())
-    assert {folder.name: findings(folder, 35) for folder in overlays} == {folder.name: [] for folder in overlays}
+    for overlay in OVERLAYS:
+        assert lint_findings(build(files, overlay), "1.35") == []
 
 
-def test_the_lint_finds_nothing_with_slices_of_the_strategy_single(tmp_path: Path) -> None:
+def test_the_lint_finds_nothing_with_slices_of_the_strategy_single(build: Build) -> None:
     """With MIG's strategy `single`, slices have the resource name of whole GPUs, and another product."""
     clusters = [{**plans.ONE_CLUSTER[0], "mig_strategy": "single"}]
-    write(layout.files(plans.plan(clusters=clusters, kubernetes="1.35")), tmp_path)
-    assert findings(tmp_path / "overlays" / "aws-us-east-1", 35) == []
+    files = layout.files(plans.plan(clusters=clusters, kubernetes="1.35"))
+    assert lint_findings(build(files, OVERLAYS[0]), "1.35") == []
 
 
-def test_a_cluster_without_hardware_for_a_model_has_none_of_its_objects(tmp_path: Path) -> None:
+def test_a_cluster_without_hardware_for_a_model_has_none_of_its_objects(build: Build) -> None:
     clusters = [
         {**plans.CLUSTERS[0], "share": 0.5},
         {**plans.CLUSTERS[2], "share": 0.5, "max_replicas": {"l4": 0}},
     ]
-    write(layout.files(plans.plan(plans.embed(), plans.generate(), clusters=clusters)), tmp_path)
-    folders = [tmp_path / "overlays" / each["name"] for each in clusters]
-    assert {folder.name: findings(folder, 35) for folder in folders} == {folder.name: [] for folder in folders}
-    here, there = (kustomize(folder).count("app.kubernetes.io/name: chat") for folder in folders)
-    assert here > 10
-    assert there == 0
+    files = layout.files(plans.plan(plans.embed(), plans.generate(), clusters=clusters))
+    here, there = (build(files, f"overlays/{each['name']}") for each in clusters)
+    assert lint_findings(here, "1.35") == lint_findings(there, "1.35") == []
+    assert repr(here).count("'app.kubernetes.io/name': 'chat'") > 10
+    assert "'chat'" not in repr(there)

@@ -15,11 +15,9 @@ CONTAINER = {"name": "a", "image": "a:1", "resources": {"limits": {"cpu": "1"}},
 
 
 TRIGGER = {"type": "prometheus", "metadata": {"query": "x", "threshold": "1"}}
-ROUTE = {"parentRefs": [{"name": "g"}], "rules": [{"backendRefs": [{"name": "s", "port": 80}]}]}
 GOOD: dict[str, dict[str, Any]] = {
     "deployment": kube.deployment("a", {"a": "b"}, {"containers": [CONTAINER]}),
     "scaled": kube.thing("ScaledObject", "a", {"scaleTargetRef": {"name": "a"}, "triggers": [TRIGGER]}),
-    "route": kube.thing("HTTPRoute", "a", ROUTE) | {"apiVersion": "gateway.networking.k8s.io/v1"},
 }
 
 
@@ -34,7 +32,6 @@ FAULTS: dict[str, tuple[str, str, Any, str]] = {
     "unknown field of a custom resource": ("scaled", "spec.replica", 3, "replica"),
     "unknown version of a custom resource": ("scaled", "apiVersion", "keda.sh/v9", "no schema"),
     "metadata of a trigger as a number": ("scaled", "spec.triggers.0.metadata.threshold", 1, "is not of type"),
-    "rule in CEL: a backend without a port": ("route", "spec.rules.0.backendRefs.0.port", None, "port"),
 }
 
 
@@ -61,4 +58,4 @@ def test_faults_are_found(fault: str) -> None:
 
 def test_all_copied_definitions_are_read() -> None:
     kinds = {kind for _, kind in custom_resources()}
-    assert kinds == {"HTTPRoute", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+    assert kinds == {"PrometheusRule", "ScaledObject", "ServiceMonitor"}

@@ -41,11 +41,6 @@ def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bo
     return Selector(selector).matches(labels)
 
 
-def is_empty(selector: Mapping[str, Any] | None) -> bool:
-    """Return whether a label selector has no requirement."""
-    return not selector or not any(selector.get(key) for key in ("matchLabels", "matchExpressions"))
-
-
 def with_label_keys(
     selector: Mapping[str, Any] | None, labels: Mapping[str, str], keys: Sequence[str], mismatch: Sequence[str] = ()
 ) -> Mapping[str, Any] | None:

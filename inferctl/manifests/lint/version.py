@@ -33,8 +33,6 @@ def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
         for path, _ in workload.image_volumes:
             yield workload.object, path, "image-volume"
         for container in workload.all_containers:
-            if get(container.data, "lifecycle", "preStop", "sleep"):
-                yield workload.object, (*container.path, "lifecycle", "preStop", "sleep"), "pre-stop-sleep"
             if get(container.data, "resizePolicy"):
                 yield workload.object, (*container.path, "resizePolicy"), "in-place-resize"
     for each in manifests.of("HorizontalPodAutoscaler"):

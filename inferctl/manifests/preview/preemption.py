@@ -107,10 +107,10 @@ def _by_budget(budgets: Sequence[Budget], pods: Sequence[Pod]) -> tuple[list[Pod
     for pod in pods:
         violated = False
         for index, (budget, _) in enumerate(budgets):
-            selector = fields.optional(budget, "spec", "selector")
-            if fields.namespace_of(budget) != pod.namespace or selectors.is_empty(selector) or not pod.labels:
+            selector = selectors.Selector(fields.optional(budget, "spec", "selector"))
+            if fields.namespace_of(budget) != pod.namespace or selector.empty or not pod.labels:
                 continue
-            if not selectors.matches(selector, pod.labels):
+            if not selector.matches(pod.labels):
                 continue
             if pod.name in fields.mapping(budget, "status", "disruptedPods"):
                 continue

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deploy_sources import parse
 
 from inferctl.core.errors import SpecError
 from inferctl.deploy import clusters
+from tests.deploy.arithmetic.sources import parse
 
 HEAD = "name: a\nmodel: {source: a/b}\n"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy_sources import HALF, IMAGE, write_receipt
 
 from inferctl import cli
 from inferctl.receipts import receipt
+from tests.deploy.arithmetic.sources import HALF, IMAGE, write_receipt
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy_sources import IMAGE, plan, spec
-
 from inferctl.deploy.plan import ModelPlan
 from inferctl.tenancy.access.limits import Limiter
+from tests.deploy.arithmetic.sources import IMAGE, plan, spec
 
 TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy_sources import IMAGE, plan, receipt_document, spec
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
@@ -17,6 +16,7 @@ from inferctl.deploy import layout
 from inferctl.deploy.measured import looser_bounds
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
 from inferctl.receipts import receipt
+from tests.deploy.arithmetic.sources import IMAGE, plan, receipt_document, spec
 
 TRAFFIC = {"base_rps": 200, "peak_rps": 1400, "tokens_per_request": 250, "rise_s": 60}
 L4 = {"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_sources import HALF, IMAGE, plan, spec
 
 from inferctl.deploy import queries
 from inferctl.deploy.plan import DeploymentPlan
+from tests.deploy.arithmetic.sources import HALF, IMAGE, plan, spec
 from tests.processes import execute
 
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool not found: install prometheus")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deploy_sources import HALF, IMAGE, plan, spec
-
 from inferctl.deploy import manifest
 from inferctl.deploy.objects import scaling, workload
 from inferctl.deploy.plan import DeploymentPlan
+from tests.deploy.arithmetic.sources import HALF, IMAGE, plan, spec
 
 
 def planned(flavors: list[dict[str, Any]] | None = None, **deploy: Any) -> DeploymentPlan:

@@ -13,6 +13,9 @@ from tests.manifests import kube
 CASES = Path(__file__).parent / "cases"
 ZONE = "topology.kubernetes.io/zone"
 _START = datetime(2026, 11, 1, tzinfo=UTC)
+_SELECTOR = {"labelSelector": {"matchLabels": {"app": "embed"}}}
+_SPREAD = {"maxSkew": 1, "topologyKey": ZONE, "whenUnsatisfiable": "DoNotSchedule", **_SELECTOR}
+_TERM = {"topologyKey": "kubernetes.io/hostname", **_SELECTOR}
 _ALLOCATABLE = {"cpu": "8", "memory": "32Gi", "ephemeral-storage": "100Gi", "pods": "110"}
 
 
@@ -52,9 +55,15 @@ def taint(text: str) -> dict[str, str]:
 def pod(short: dict[str, Any], name: str = "incoming") -> dict[str, Any]:
     spec = {"containers": [container(short)], **short.get("spec", {})}
     if "affinity" in short:
-        terms = [{"matchExpressions": short["affinity"]}]
-        required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        selector = {"nodeSelectorTerms": [{"matchExpressions": short["affinity"]}]}
+        required = {"requiredDuringSchedulingIgnoredDuringExecution": selector}
         spec["affinity"] = {**spec.get("affinity", {}), "nodeAffinity": required}
+    for key, kind in (("near", "podAffinity"), ("apart", "podAntiAffinity")):
+        if key in short:
+            terms = {"requiredDuringSchedulingIgnoredDuringExecution": _filled(short[key], _TERM)}
+            spec["affinity"] = {**spec.get("affinity", {}), kind: terms}
+    if "spread" in short:
+        spec["topologySpreadConstraints"] = _filled(short["spread"], _SPREAD)
     for key, target in (("node", "nodeName"), ("priority", "priority"), ("class", "priorityClassName")):
         if key in short:
             spec[target] = short[key]
@@ -70,6 +79,11 @@ def pod(short: dict[str, Any], name: str = "incoming") -> dict[str, Any]:
     if short.get("terminating"):
         metadata["deletionTimestamp"] = stamp(3600)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status}
+
+
+def _filled(items: list[dict[str, Any]], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the items with the defaults they do not name; a null means that the field is not set."""
+    return [{key: value for key, value in {**defaults, **item}.items() if value is not None} for item in items]
 
 
 def container(short: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def incoming(case: dict[str, Any], cluster: ClusterState) -> Pod:
     return nodes_file.pod_of(cluster.objects, item)
 
 
-def test_the_cases_are_at_least_eighty_and_named_once() -> None:
+def test_each_of_two_hundred_cases_has_a_name_of_its_own() -> None:
     names = [case["name"] for _, case in CASES]
     assert len(names) >= 200
     assert [name for name, count in Counter(names).items() if count > 1] == []
