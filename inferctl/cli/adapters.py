@@ -38,14 +38,14 @@ def add(
     api_key_env: ApiKeyEnv = _KEY,
     as_json: options.Json = False,
 ) -> None:
-    """Load an adapter, compare it with PEFT in fp32, and take requests for it."""
+    """Add an adapter, after a comparison with PEFT in fp32."""
     found = _post(url, "/adapters", {"name": name, "source": folder}, api_key_env)
     console.result(found, f"{name}: {adapter_effect.line(found['next_tokens'])}", as_json=as_json)
 
 
 @app.command(epilog=EPILOG)
 def remove(name: Name, url: Url = _LOCAL, api_key_env: ApiKeyEnv = _KEY, as_json: options.Json = False) -> None:
-    """Take no more requests for an adapter, wait for those that run, and unload it."""
+    """Remove an adapter, after the requests that run."""
     console.result(_post(url, "/adapters/remove", {"name": name}, api_key_env), f"{name} removed", as_json=as_json)
 
 

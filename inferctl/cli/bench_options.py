@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.bench.load.http_json import ServerAccess
-from inferctl.bench.plan import prompts
 from inferctl.bench.plan.overrides import Overrides
 from inferctl.core.errors import UsageError
 
@@ -78,13 +77,15 @@ def parse_lengths(text: str | None) -> dict[str, int | str]:
         return {}
     if match := re.fullmatch(r"(\d+),(\d+)", text):
         return {"input_tokens": int(match[1]), "output_tokens": int(match[2])}
+    from inferctl.bench.plan import prompts  # needs numpy, which other commands with these options do not
+
     prompts.read_lengths(text)
     return {"lengths": text}
 
 
 def parse_names(text: str | None) -> dict[str, float] | str | None:
     """Return `load.names` for `--names`: `a,b=2`, where a name without a number has the share 1, or a distribution."""
-    if text is None or re.fullmatch(r"uniform|zipf(:.*)?", text):
+    if text is None or re.fullmatch(r"uniform|zipf(:\d+(\.\d+)?)?", text):
         return text
     pairs = [part.strip().partition("=") for part in text.split(",")]
     try:

@@ -83,7 +83,7 @@ def deploy(
         str | None, typer.Option(metavar="CLAIM", help="Write a Job that embeds files of this PersistentVolumeClaim.")
     ] = None,
     parts: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=99_999, help="Divide --embed. [default: the most replicas]")
+        int | None, typer.Option(metavar="N", min=1, max=99_999, help="Make N parts. [default: the most replicas]")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

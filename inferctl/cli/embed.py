@@ -17,6 +17,7 @@ import typer
 from inferctl.cli import completion, console, download, embed_view, lazy, options
 from inferctl.cli.bench import ApiKeyEnv, ServedModel
 from inferctl.cli.bench_options import AccessOptions
+from inferctl.config.settings import flag
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, needs_packages
 from inferctl.models.model import resolve_task
@@ -135,7 +136,7 @@ def embed(
     if url is None:
         spec = options.load(spec_file, flags).spec
     elif unused := [name for name, value in {"spec": spec_file, **flags}.items() if value is not None]:
-        raise UsageError(f"the server decides what `--url` computes, also {unused[0]}", "remove that option or `--url`")
+        raise UsageError(f"`{flag(unused[0])}` has no effect with `--url`: the server decides", "remove one of the two")
     if output is None and (not dry_run or "-" in inputs):
         raise UsageError("`--output` is missing", "name the folder of the shards: `--output DIR`")
     if (share := re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)) is None or int(share[1]) >= int(share[2]):
@@ -250,10 +251,10 @@ def _remote(url: str, access: ServerAccess, asked: _Asked) -> _Source:
     server = connect(url, access=access)
     if server.task == "generate":
         raise UsageError(f"{url} has a generative model", "name a server of an encoder model")
-    inputs = _of_inputs(asked, (cast("Output", server.output),), tuple(FORMS))
-    digest = (server.info.get("model") or {}).get("sha256")
+    model = server.info.get("model") or {}
+    inputs = _of_inputs(asked, (cast("Output", server.output),), model.get("outputs") or tuple(FORMS))
     make = partial(RemoteComputer, url, access.headers, access.model, **inputs)
-    return _Source(server.task, {"task": server.task, "model_sha256": digest, **inputs}, make)
+    return _Source(server.task, {"task": server.task, "model_sha256": model.get("sha256"), **inputs}, make)
 
 
 def _of_inputs(asked: _Asked, default: tuple[Output, ...], possible: tuple[Output, ...]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     """Return the size of a run, and its time and cost: measured here with a sample, estimated on other hardware."""
     from inferctl.embed import manifest
 
+    parts = [catalog.hardware(key) for key in dict.fromkeys(keys)]
     with console.progress("reading the inputs"):
         plan, files = await asyncio.to_thread(manifest.make, options)
         sample = await asyncio.to_thread(manifest.sample, plan, files, _SAMPLE)
@@ -58,12 +59,12 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
         raise UsageError(f"no sampled row can be computed: {reasons[0]}", "check the columns with `--text` and `--id`")
     here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
     rows, absent = [_row(here, plan.rows, count / seconds, price(machine["device"]))], []
-    for key in dict.fromkeys(keys):
+    for part in parts:
         try:
             most = options.model["max_batch_tokens"]
-            rows.append(_estimated(key, plan.rows, lengths, read_config(model), most))
+            rows.append(_estimated(part, plan.rows, lengths, read_config(model), most))
         except UsageError as error:
-            absent.append({"hardware": key, "reason": error.message, "hint": error.hint})
+            absent.append({"hardware": part.key, "reason": error.message, "hint": error.hint})
     return {
         "schema": SCHEMA,
         "inputs": plan.inputs,
@@ -83,16 +84,15 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     }
 
 
-def _estimated(key: str, rows: int, lengths: list[int], config: dict[str, Any], most: int) -> dict[str, Any]:
+def _estimated(part: Hardware, rows: int, lengths: list[int], config: dict[str, Any], most: int) -> dict[str, Any]:
     """Return a row of the forecast: the most that an engine can do here, with batches of `most` tokens."""
-    part = catalog.hardware(key)
     found = calibration.load().of(part.key, best_precision(part.traits))
     if problem := memory_problem(found, config, most):
-        raise UsageError(f"{key}: {problem[0]}", "name other hardware")
+        raise UsageError(f"{part.key}: {problem[0]}", "name other hardware")
     model = Transformer.of(config)
     server = Scenario(lengths, batch_tokens=most, count=5000).server(found.cost(model), front=0.0)
     rate = server.offline().per_second * found.band_for(model).throughput[1]
-    return _row({"hardware": key, "precision": found.precision, "outcome": "estimated"}, rows, rate, _lowest(part))
+    return _row({"hardware": part.key, "precision": found.precision, "outcome": "estimated"}, rows, rate, _lowest(part))
 
 
 def _row(named: Mapping[str, Any], rows: int, rate: float, cost: Mapping[str, Any] | None) -> dict[str, Any]:

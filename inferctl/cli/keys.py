@@ -86,7 +86,7 @@ def create(
     team: Annotated[
         str | None, typer.Option(metavar="NAME", help="Set who pays for the usage, for `inferctl usage --by team`.")
     ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="Allow /metrics, /info, /docs and /openapi.json too.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow /metrics, /info, /docs and /adapters too.")] = False,
     priority: Annotated[
         Priority, typer.Option(help="Set to bulk to run each request of the key as a bulk request.")
     ] = "interactive",

@@ -10,7 +10,7 @@ import typer
 
 from inferctl.cli import console, download
 from inferctl.cli.options import Json, Revision
-from inferctl.config.spec import Adapter
+from inferctl.config.spec import Adapter, slug
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import adapter_effect, hub
@@ -26,7 +26,7 @@ Examples:
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Model folder or hub id.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Model folder, or hub id at --revision.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or hub id of an adapter of PEFT (LoRA).")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to create for the model.")],
     revision: Revision = None,
@@ -41,7 +41,7 @@ def merge(
         raise UsageError(f"{output} already exists", "name a new folder")
     outputs.check_folder(output, "--output")
     folder, say = download.fetch(base, revision), functools.cache(console.note)
-    wanted = [Adapter(name="adapter", source=adapter, revision=None)]
+    wanted = [Adapter(name=slug(adapter), source=adapter, revision=None)]
     (found,) = hub.fetch_adapters(wanted, folder, lambda source: hub.Lines(source, console.note))
     origin: dict[str, Any] = {
         "base": base,

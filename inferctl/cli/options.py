@@ -202,7 +202,7 @@ def load(spec_file: Path | None, flags: dict[str, Any], *, several: bool = False
     if resolved.spec.models and not several:
         names = ", ".join(one.name for one in resolved.spec.models)
         raise UsageError(
-            f"{path} has several models ({names}), and this command takes one", "write a spec for one of them"
+            f"{path} has several models ({names}), and this command takes one", "write one of them into `--spec FILE`"
         )
     for warning in resolved.warnings:
         console.warn(warning)

@@ -326,7 +326,7 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
     if path.startswith("serve.aliases."):
         return "use one word of letters, digits and ._:/@+-, as in text-embedding-3-small"
     if kind == "one_or_several":
-        return "add it to `models`, or remove one of the two"
+        return "remove one of the two, or use `--model` in another folder"
     return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None
 
 

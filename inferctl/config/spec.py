@@ -378,7 +378,7 @@ class Spec(Section):
                 return None
             raise PydanticCustomError("missing", "Field required")
         if several and several is not True:
-            raise PydanticCustomError("one_or_several", "must not be set beside `models`")
+            raise PydanticCustomError("one_or_several", "must not be set together with `models`")
         return validate(value)
 
     @model_validator(mode="after")

@@ -240,7 +240,7 @@ class LocalComputer:
     def _encode_all(self, inputs: Sequence[Input]) -> Sequence[_Encoded]:
         columns = list(zip(*((each,) if isinstance(each, str) else each for each in inputs), strict=True))
         if not all(columns[0]):
-            raise InputError(None, "empty_input", "is empty")
+            raise InputError(None, "empty_input", "the text is empty")
         for column in columns:
             "".join(column).encode()  # raises `UnicodeError` for half of a surrogate pair
         model, role, outputs = self._model, self._options.role, self._options.outputs

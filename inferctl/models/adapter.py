@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from inferctl.core.errors import UsageError, shown
+from inferctl.core.errors import UsageError, needs_packages, shown
 from inferctl.models import model as model_folder
 from inferctl.models import untrusted
 from inferctl.models.model import ModelFolder
@@ -241,7 +241,8 @@ def _by_layer(values: Mapping[str, T] | None, default: T) -> Callable[[str], T]:
 
 def _check_numbers(file: Path, tensors: _Tensors) -> None:
     """Raise `UsageError` if a number is not finite, or no layer has two matrices that are not zero."""
-    import numpy as np
+    with needs_packages("reading an adapter", "serve"):
+        import numpy as np
 
     start = file.stat().st_size - max(tensor["data_offsets"][1] for tensor in tensors.values())
     zero: dict[str, bool] = {}

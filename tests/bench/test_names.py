@@ -94,8 +94,9 @@ def test_each_request_is_sent_and_recorded_with_its_name(tmp_path: Path, capsys:
         # Other programs of the machine can make the result invalid (5).
         assert cli.run(["bench", "--plan", str(plan), "--url", url, "--names", "uniform", *output]) in (0, 5)
         text = capsys.readouterr().out
-        assert cli.run(["bench", "--plan", str(plan), "--url", url, "--names", "alias", *output]) == 2
-        assert "no model or adapter 'alias'" in capsys.readouterr().err
+        for name in ("alias", "zipf:x"):
+            assert cli.run(["bench", "--plan", str(plan), "--url", url, "--names", name, *output]) == 2
+            assert f"no model or adapter '{name}'" in capsys.readouterr().err
     (folder,) = tmp_path.glob("mix-*")
     sealed = receipt.load(folder / "receipts" / "t.json")
     assert "/x/" not in sealed.path.read_text(), "a path of the user"

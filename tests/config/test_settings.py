@@ -74,7 +74,7 @@ def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, w
         (
             f"{GOOD}models: [{{name: a, model: {{source: org/a}}}}]\n",
             2,
-            "must not be set beside `models`",
+            "must not be set together with `models`",
             "remove one",
         ),
         ("name: m\nmodels: [{name: a, model: {source: org/a, sauce: 1}}]\n", 2, "'sauce'", "source"),

@@ -124,6 +124,7 @@ def test_another_run_in_the_folder_is_refused(corpus: Path, minilm: Path, undist
     changed = tmp_path / "changed.jsonl"
     changed.write_text(corpus.read_text().replace("word5 ", "word6 "))
     cases: list[tuple[list[str], str]] = [
+        ([*same, "--dry-run", "--hardware", "t5"], "hardware 't5' not found"),
         ([*same, "--dtype", "float16"], "dtype was 'float32' and is 'float16'"),
         ([*same, "--precision", "bf16"], "precision was 'auto' and is 'bf16'"),
         ([*same, "--prompt", "query: "], "prompt was '' and is 'query: '"),
@@ -181,6 +182,7 @@ def test_a_server_gives_the_same_rows_also_if_it_is_away_for_a_while(
     first.kill()
     serve("--model", str(minilm), "--engine", "echo", "--port", str(port))
     assert running.wait(100) == 0
+    assert "use: dense, tokens" in inferctl(*command, "--outputs", "sparse", code=2).stderr
     assert _vectors(tmp_path / "out") == _vectors(undisturbed)
 
 

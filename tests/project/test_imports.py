@@ -214,6 +214,15 @@ def test_the_command_line_and_its_help_load_nothing_heavy() -> None:
     assert json.loads(done.stdout) == []
 
 
+def test_every_command_has_its_help_without_extras() -> None:
+    """Only then it can say which extra it needs."""
+    absent = dict.fromkeys(
+        ("numpy", "torch", "orjson", "pyarrow", "locust", "psutil", "sqlalchemy", "nats", "starlette")
+    )
+    build = "for name, command in cli.Root.table.items(): command.build(name)"
+    python("-c", f"import sys\nsys.modules |= {absent}\nfrom inferctl import cli\n{build}", code=0)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -100,7 +100,8 @@ def test_what_is_refused_and_what_a_new_vllm_has(
     for source in outside:
         found = post(running, keys["admin"], "new", source)
         assert (found.status_code, "is no folder below" in found.text) == (400, True), source
-    assert "use_dora" in post(running, keys["admin"], "new", "dora").text
+    code, said = change(running, keys["admin"], "add", "n" * 200, "dora")
+    assert (code, said.endswith("`merge_and_unload` of PEFT\n")) == (1, True), "a long reason is shown whole"
     assert "the name 'm' is in use" in post(running, keys["admin"], "m", "new").text
     assert change(running, keys["admin"], "add", "new", "new")[0] == 0
     assert post(running, keys["admin"], "poet", path="/remove").status_code == 200

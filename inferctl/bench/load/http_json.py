@@ -81,10 +81,12 @@ def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
             return b""
         raise NotReadyError(f"{url} returned {error.code} {error.reason}", hint(error.code, access)) from None
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise NotReadyError(
-            f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
-        ) from None
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> NotReadyError:
+    reason = getattr(error, "reason", error)
+    return NotReadyError(f"cannot connect to {url}: {reason}", "start the server first, or check host and port")
 
 
 def _content(request: urllib.request.Request, most: int, timeout_s: float) -> bytes:
@@ -164,8 +166,10 @@ def send(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAcce
     except urllib.error.HTTPError as error:
         text = b""
         with contextlib.suppress(OSError, http.client.HTTPException):
-            text = _within(timeout_s, partial(error.read, 300))
+            text = _within(timeout_s, partial(error.read, 2000))  # a message of up to 1,000, then its code
         message = access.without_secrets(text.decode(errors="replace"))
         raise StatusError(error.code, f"{url} returned {error.code}: {message}") from None
+    except urllib.error.URLError as error:
+        raise _unreachable(url, error) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise InferctlError(f"the request to {url} failed: {error}") from None

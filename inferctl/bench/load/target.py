@@ -277,7 +277,7 @@ def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None)
     path = next((suffix for paths in PATHS.values() for suffix in paths if url.endswith(suffix)), None)
     url = url.removesuffix(path or "").removesuffix("/v1")
     if not _is_address(url):
-        raise UsageError(f"{url!r} is not the URL of a server", "pass a URL as in `--url t4=http://10.0.0.7:8080`")
+        raise UsageError(f"{url!r} is not the URL of a server", "pass one such as http://10.0.0.7:8080")
     info = get_json(f"{url}/info", timeout_s, access)
     task = _task(info, path)
     if info.get("name"):

@@ -91,7 +91,7 @@ def _measure(
             outcome.quality = quality.unchecked("the check was interrupted")
             names = bench.load_of(outcome.target).names
             outcome.quality = (
-                quality.unchecked("requests use other names: compare each model in a benchmark of its own spec")
+                quality.unchecked("requests use other names: compare each model in a spec of its own")
                 if names and (bench.model is None or {*names} != {server.connection.model})
                 else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             )
