@@ -83,6 +83,13 @@ class BatchApi:
         if not scope["path"].startswith((_FILES, _BATCHES)):
             await self._app(scope, receive, send)
             return
+        try:
+            await self._respond(scope, receive, send)
+        except OSError as error:  # as of a full disk
+            message = f"the server cannot store this: {(error.strerror or str(error)).lower()}"
+            raise ApiError(507, message, code="storage_full") from None
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, thread, found = context_of(scope), asyncio.to_thread, Document()
         # A caller that a proxy names is not the key with the same id.
         owner = context.key and f"{'key' if context.key.digests else 'caller'}:{context.key.id}"
@@ -134,16 +141,16 @@ class BatchApi:
     def _store(self, folder: OwnerFolder, fields: _NewFile, file: UploadFile) -> Document:
         self._check_space(folder, file.size or 0)
         file_id = f"file-{secrets.token_hex(16)}"
+        name = (file.filename or "")[:255].encode(errors="replace").decode()
         try:
             with new_file(folder.path / file_id, 0o600) as target:
                 shutil.copyfileobj(file.file, target)
                 target.flush()
                 os.fsync(target.fileno())
-        except OSError:  # the disk is full
+            return folder.add_file(file_id, name, fields.seconds, fields.purpose)
+        except OSError:
             folder.delete(file_id)
             raise
-        name = (file.filename or "")[:255].encode(errors="replace").decode()
-        return folder.add_file(file_id, name, fields.seconds, fields.purpose)
 
     def _check_space(self, folder: OwnerFolder, size: int = 0) -> None:
         if folder.full(self._space, size):
