@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -38,8 +38,8 @@ log = logging.getLogger("inferctl.batches")
 _MOST_IN_FLIGHT = 64  # of all batches
 _TICK_S, _SWEEP_S, _RETRY_S, _PAUSE_S = 0.5, 3600.0, 1.0, 10.0
 _TIMEOUT_S = 600.0
-# A line that ends the engine does so for all clients. The message of a 503 because of the request itself has the words.
-_MOST_CRASHES, _OF_REQUEST = 3, b"this request"
+# A 503 whose message has these words is because of the request itself: the server has run it in isolation.
+_OF_REQUEST = b"this request"
 # Why a batch ends before its lines.
 _REASONS = {
     "invalid_api_key": "the key of the batch is not valid any more",
@@ -83,7 +83,6 @@ class BatchRun:
         self._paths = [folder.path / name for name in output_ids(batch["id"])]
         self._window, self._not_before = 4.0, 0.0  # requests in flight; no other is sent before
         self._waiting: deque[tuple[int, bytes]] = deque()
-        self._crashes = Counter[int]()  # of the engine, by lines that ran alone
         self._status, self._code = "completed", ""  # at the end, and of lines without a response
 
     async def run(self) -> Document:
@@ -139,10 +138,8 @@ class BatchRun:
         pause = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
         if response.status == 401:
             self._status, self._code = "cancelled", "invalid_api_key"
-        if response.status == 503 and _OF_REQUEST in body:
-            self._crashes[number] += 1
-        again = response.status in (401, 503) or (response.status == 429 and pause)
-        if again and self._crashes[number] < _MOST_CRASHES:
+        away = response.status == 503 and _OF_REQUEST not in body
+        if away or response.status == 401 or (response.status == 429 and pause):
             self._retry(number, raw, pause or _RETRY_S)
             return
         self._window = min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
