@@ -265,19 +265,6 @@ def test_a_line_that_ends_the_engine_is_an_error_and_not_sent_for_ever(site: Sit
     until(lambda: is_ready(site.server.url))
 
 
-def test_an_output_that_is_too_large_ends_its_batch(site: Site) -> None:
-    client = site.client()
-    batch = created(client, slow(200))
-    waited(client, batch, completed=1)
-    # A sparse file takes the space of the key, not of the disk.
-    with site.path(f"file-{batch.id[6:]}-output").with_name("file-sparse").open("wb") as file:
-        file.truncate(101_000_000_000)
-    batch = waited(client, batch)
-    assert batch.status == "cancelled" and batch.errors and batch.errors.data
-    assert batch.errors.data[0].code == "storage_full"
-    assert len(output := results(site, batch)[0]) and len(output) < 200
-
-
 def test_an_upload_without_space_gets_507_and_leaves_nothing(site: Site) -> None:
     """A limit of the size of files fails as a full disk does, with another number."""
     client, limit = site.client(), resource.RLIMIT_FSIZE

@@ -74,7 +74,7 @@ class BatchApi:
 
     def __init__(self, app: ASGIApp, settings: Batches, paths: Collection[str]) -> None:
         assert settings.folder
-        self._app, self._folder, self._space, self._paths = app, Path(settings.folder), settings.bytes, paths
+        self._app, self._folder, self._paths = app, Path(settings.folder), paths
         self._uploads = Shares(_MAX_UPLOADS)
         tempfile.tempdir = settings.folder  # for uploads that are not complete; /tmp may be in memory
 
@@ -139,7 +139,7 @@ class BatchApi:
             self._uploads.release(folder.path.name)
 
     def _store(self, folder: OwnerFolder, fields: _NewFile, file: UploadFile) -> Document:
-        self._check_space(folder, file.size or 0)
+        _check_count(folder)
         file_id = f"file-{secrets.token_hex(16)}"
         name = (file.filename or "")[:255].encode(errors="replace").decode()
         try:
@@ -152,18 +152,13 @@ class BatchApi:
             folder.delete(file_id)
             raise
 
-    def _check_space(self, folder: OwnerFolder, size: int = 0) -> None:
-        if folder.full(self._space, size):
-            message = f"the files and batches of this key would be too many, or exceed {self._space:,} bytes"
-            raise ApiError(400, message, code="storage_full")
-
     def _create(self, folder: OwnerFolder, owner: str, request: _NewBatch) -> Document:
         if request.endpoint not in self._paths:
             message = f"endpoint must be one of {', '.join(sorted(self._paths))}"
             raise ApiError(400, message, code="invalid_value", param="endpoint")
         if _find(folder, "files", request.input_file_id)["purpose"] != "batch":
             raise ApiError(400, "the purpose of the file is not `batch`", code="invalid_value", param="input_file_id")
-        self._check_space(folder)
+        _check_count(folder)
         batch_id, now = f"batch_{secrets.token_hex(16)}", int(time.time())
         folder.marker(batch_id).touch(0o600)
         absent = (*(f"{name}_at" for name in _TIMES), "errors", "output_file_id", "error_file_id")
@@ -180,6 +175,11 @@ class BatchApi:
                 "request_counts": {"total": 0, "completed": 0, "failed": 0},
             }
         )
+
+
+def _check_count(folder: OwnerFolder) -> None:
+    if folder.full():
+        raise ApiError(400, "this key has too many files and batches; delete some", code="storage_full")
 
 
 def _find(folder: OwnerFolder, kind: str, object_id: str) -> Document:

@@ -2,8 +2,8 @@
 
     python -m inferctl.serve.batches.worker
 
-The first line of stdin is JSON with `folder`, `space`, `url` and `secret`. At the end of stdin, also if the server was
-killed, the worker writes the responses that still come, and ends. What is on disk then is not sent again.
+The first line of stdin is JSON with `folder`, `url` and `secret`. At the end of stdin, also if the server was killed,
+the worker writes the responses that still come, and ends. What is on disk then is not sent again.
 """
 
 from __future__ import annotations
@@ -40,11 +40,6 @@ _TICK_S, _SWEEP_S, _RETRY_S, _PAUSE_S = 0.5, 3600.0, 1.0, 10.0
 _TIMEOUT_S = 600.0
 # A 503 whose message has these words is because of the request itself: the server has run it in isolation.
 _OF_REQUEST = b"this request"
-# Why a batch ends before its lines.
-_REASONS = {
-    "invalid_api_key": "the key of the batch is not valid any more",
-    "storage_full": "the files of the key leave no space for the output",
-}
 
 
 class Client:
@@ -172,8 +167,6 @@ class BatchRun:
             self._status, self._code = "cancelled", "batch_cancelled"
         elif time.time() >= batch["expires_at"]:
             self._status, self._code = "expired", "batch_expired"
-        elif self._folder.full(self._worker.space):  # the output can be a thousand times the input
-            self._status, self._code = "cancelled", "storage_full"
         elif batch["request_counts"] != self._counts:
             self._folder.write(batch | {"request_counts": self._counts})
 
@@ -187,8 +180,8 @@ class BatchRun:
         now = int(time.time())
         batch = self._batch = self._batch | {"status": self._status, "finalizing_at": now, f"{self._status}_at": now}
         batch["request_counts"] = self._counts
-        if self._code in _REASONS:
-            batch["errors"] = _errors({"code": self._code, "message": _REASONS[self._code]})
+        if self._code == "invalid_api_key":
+            batch["errors"] = _errors({"code": self._code, "message": "the key of the batch is not valid any more"})
         seconds = (batch["output_expires_after"] or {}).get("seconds", KEPT_S)
         for name, path in zip(("output", "error"), self._paths, strict=True):
             if path.stat().st_size:
@@ -200,14 +193,10 @@ class BatchRun:
 
 
 class BatchWorker:
-    """Runs all batches of a server: of each owner one at a time, in their order. `stopping`: set it to end `run`.
+    """Runs all batches of a server: of each owner one at a time, in their order. `stopping`: set it to end `run`."""
 
-    `space`: the most bytes of an owner.
-    """
-
-    def __init__(self, root: Path, space: int, client: Client) -> None:
-        self.stopping, self.client = asyncio.Event(), client
-        self._root, self.space = root, space
+    def __init__(self, root: Path, client: Client) -> None:
+        self.stopping, self.client, self._root = asyncio.Event(), client, root
         self._turns: dict[str, str] = {}  # id of a batch -> whose turn it uses
 
     async def run(self) -> None:
@@ -258,8 +247,6 @@ class BatchWorker:
 
     def _validate(self, folder: OwnerFolder, batch: Document) -> Document:
         total, errors = lines.check(folder.path / batch["input_file_id"], batch["endpoint"])
-        if folder.full(self.space):
-            errors = [{"code": "storage_full", "message": _REASONS["storage_full"]}]
         status = "failed" if errors else "in_progress"
         changes = {"status": status, f"{status}_at": int(time.time()), "errors": _errors(*errors) if errors else None}
         return folder.write(batch | changes | {"request_counts": batch["request_counts"] | {"total": total}})
@@ -271,7 +258,7 @@ def _errors(*errors: dict[str, Any]) -> Document:
 
 async def _work(settings: dict[str, Any]) -> None:
     root, loop = Path(settings["folder"]), asyncio.get_running_loop()
-    worker = BatchWorker(root, settings["space"], Client(settings["url"], settings["secret"]))
+    worker = BatchWorker(root, Client(settings["url"], settings["secret"]))
 
     def follow() -> None:
         sys.stdin.buffer.read()
