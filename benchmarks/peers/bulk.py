@@ -40,15 +40,17 @@ SHOWN = (("with", "p99"), ("alone", "tokens"))
 
 def send_ranges(url: str) -> None:
     """Compute ranges of texts that never repeat, until the process ends."""
+    from inferctl.bench.load.target import connect
+    from inferctl.embed.computer import Progress, compute
     from inferctl.embed.remote import RemoteComputer
 
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
     async def run() -> None:
-        computer = RemoteComputer(url, truncate=True)
+        computer = RemoteComputer(connect(url), truncate=True)
         await computer.start()
         for number in range(10**6):
-            computed = await computer.compute([f"{number} {text}" for text in TEXTS])
+            computed = await compute(computer, [f"{number} {text}" for text in TEXTS], Progress())
             assert not computed.errors, computed.errors
 
     asyncio.run(run())

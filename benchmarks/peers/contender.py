@@ -41,17 +41,19 @@ def inferctl_embed(precision: str, model: str) -> Embed:
     import asyncio
 
     from inferctl.config.spec import Spec
+    from inferctl.embed import computer
     from inferctl.embed.local import LocalComputer, LocalOptions
     from inferctl.models.model import ModelFolder
 
     spec = Spec.model_validate({"name": "m", "model": {"source": model}, "serve": {"precision": precision}})
-    computer = LocalComputer(spec, "embed", ModelFolder(Path(model)), LocalOptions(truncate=True, device=DEVICE))
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(computer.start())
+    local = LocalComputer(spec, "embed", ModelFolder(Path(model)), LocalOptions(truncate=True, device=DEVICE))
+    loop, progress = asyncio.new_event_loop(), computer.Progress()
+    loop.run_until_complete(local.start())
 
     async def compute(texts: list[str]) -> Any:
-        ranges = [computer.compute(texts[start : start + 65_536]) for start in range(0, len(texts), 65_536)]
-        return np.concatenate([found.rows for found in await asyncio.gather(*ranges)])
+        ranges = [texts[start : start + 65_536] for start in range(0, len(texts), 65_536)]
+        found = await asyncio.gather(*(computer.compute(local, each, progress) for each in ranges))
+        return np.concatenate([each.rows for each in found])
 
     return lambda texts: loop.run_until_complete(compute(texts))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from inferctl.config.spec import Spec, Task
     from inferctl.embed.computer import Computer
     from inferctl.embed.job import Job
-    from inferctl.reading.outputs import Output, Role
+    from inferctl.reading.outputs import Output
 
 Result = TypeVar("Result")
 _HARDWARE = ("t4", "l4", "a100-40gb-sxm", "h100-sxm")
@@ -150,13 +150,14 @@ def embed(
     if "-" in inputs:
         spooled = str(manifest.spool(sys.stdin.buffer, folder))
         inputs = [spooled if name == "-" else name for name in inputs]
-    asked = _Asked(returned, input_type, prompt, truncate)
+    asked: dict[str, Any] = {"role": input_type, "prompt": prompt, "truncate": truncate}
     if url is None:
-        source = _local(spec, asked, device, engine, engines)
+        source = _local(spec, returned, asked, device=device, engine=engine, engines=engines)
     elif dry_run:
         raise UsageError("`--dry-run` measures this machine", "remove `--url`, and name the model with `--model`")
     else:
-        source = _remote(url, AccessOptions(api_key_env=api_key_env, served_model=served_model).access(), asked)
+        access = AccessOptions(api_key_env=api_key_env, served_model=served_model).access()
+        source = _remote(url, access, returned, asked)
     pairs = source.task == "rerank"
     run_options = manifest.RunOptions(
         inputs=tuple(inputs),
@@ -204,15 +205,6 @@ def embed(
     console.result(summary, embed_view.summary(summary), as_json=as_json)
 
 
-class _Asked(NamedTuple):
-    """What the options ask of any model."""
-
-    outputs: str | None
-    role: Role
-    prompt: str | None
-    truncate: bool
-
-
 class _Source(NamedTuple):
     """What computes: its task, what decides its rows, the folder of the model if it is here, and its computer."""
 
@@ -222,7 +214,7 @@ class _Source(NamedTuple):
     folder: Path = Path()
 
 
-def _local(spec: Spec, asked: _Asked, device: str, engine: str, engines: int | None) -> _Source:
+def _local(spec: Spec, returned: str | None, asked: dict[str, Any], **machine: Any) -> _Source:
     from inferctl.embed import local
     from inferctl.reading import task_config
     from inferctl.reading.embedding_config import EmbeddingConfig
@@ -233,33 +225,28 @@ def _local(spec: Spec, asked: _Asked, device: str, engine: str, engines: int | N
         raise UsageError(f"{spec.model.source} is a generative model", "name an encoder model with `--model`")
     config = task_config.read(task, model.path, spec.serve.max_input_tokens)
     possible: tuple[Output, ...] = config.outputs if isinstance(config, EmbeddingConfig) else ("dense",)
-    if task == "rerank" and asked.prompt is not None and not config.takes_instruction:
+    if task == "rerank" and asked["prompt"] is not None and not config.takes_instruction:
         raise UsageError(f"{spec.model.source} reads no instruction", "remove `--prompt`")
-    prompt = config.prompts.select(asked.prompt, None, asked.role)
-    inputs = {**_of_inputs(asked, possible[:1], possible), "prompt": prompt}
-    machine = local.LocalOptions(device=device, engine=engine, engines=engines, **inputs)
+    named = [options.known(name, possible, "--outputs") for name in returned.split(",")] if returned else []
+    prompt = config.prompts.select(asked["prompt"], None, asked["role"])
+    inputs: dict[str, Any] = {**asked, "outputs": tuple(named) or possible[:1], "prompt": prompt}
     settings = {name: getattr(spec.serve, name) for name in _SETTINGS}
     decisive = {"task": task, "model_sha256": model.digest, **settings, **inputs}
-    return _Source(task, decisive, partial(local.LocalComputer, spec, task, model, machine), model.path)
+    make = partial(local.LocalComputer, spec, task, model, local.LocalOptions(**machine, **inputs))
+    return _Source(task, decisive, make, model.path)
 
 
-def _remote(url: str, access: ServerAccess, asked: _Asked) -> _Source:
+def _remote(url: str, access: ServerAccess, returned: str | None, asked: dict[str, Any]) -> _Source:
     from inferctl.bench.load.target import connect
     from inferctl.embed.remote import RemoteComputer
-    from inferctl.reading.outputs import FORMS
 
     server = connect(url, access=access)
-    if server.task == "generate":
-        raise UsageError(f"{url} has a generative model", "name a server of an encoder model")
     model = server.info.get("model") or {}
-    inputs = _of_inputs(asked, (cast("Output", server.output),), model.get("outputs") or tuple(FORMS))
-    make = partial(RemoteComputer, url, access.headers, access.model, **inputs)
-    return _Source(server.task, {"task": server.task, "model_sha256": model.get("sha256"), **inputs}, make)
-
-
-def _of_inputs(asked: _Asked, default: tuple[Output, ...], possible: tuple[Output, ...]) -> dict[str, Any]:
-    named = [options.known(name, possible, "--outputs") for name in asked.outputs.split(",")] if asked.outputs else []
-    return {**asked._asdict(), "outputs": tuple(named) or default}
+    if "dimensions" not in model or server.output != "dense" or returned not in (None, "dense"):
+        message = f"`--url` computes dense vectors only, and on servers of inferctl only: {url}"
+        raise UsageError(message, "name the model with `--model` to compute others here")
+    decisive = {"task": "embed", "model_sha256": model["sha256"], **asked, "outputs": ("dense",)}
+    return _Source("embed", decisive, partial(RemoteComputer, server, **asked))
 
 
 async def _run(work: Job, missing: list[int]) -> None:

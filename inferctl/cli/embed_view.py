@@ -38,6 +38,7 @@ _WINDOW_S, _LINE_S = 5.0, 30.0  # of the band of the time left; between two line
 async def forecast(options: RunOptions, computer: Computer, model: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Return the size of a run, and its time and cost: measured here with a sample, estimated on other hardware."""
     from inferctl.embed import manifest
+    from inferctl.embed.computer import Progress, compute
 
     parts = [catalog.hardware(key) for key in dict.fromkeys(keys)]
     with console.progress("reading the inputs"):
@@ -46,11 +47,10 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
     try:
         with console.progress("measuring a sample here"):
             machine = await computer.start()
-            computed = await computer.compute(sample)  # also fills buffers
-            count, started = 0, time.monotonic()
+            computed = await compute(computer, sample, Progress())  # also fills buffers
+            done, started = Progress(), time.monotonic()
             while (seconds := time.monotonic() - started) < _MEASURED_S:
-                await asyncio.gather(*(computer.compute(sample) for _ in range(3)))
-                count += 3 * len(sample)
+                await asyncio.gather(*(compute(computer, sample, done) for _ in range(3)))
     finally:
         await computer.close()
     lengths = [int(length) for length in computed.tokens if length]
@@ -58,7 +58,7 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
         reasons = [*computed.errors.values(), "no text and id in the columns"]
         raise UsageError(f"no sampled row can be computed: {reasons[0]}", "check the columns with `--text` and `--id`")
     here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
-    rows, absent = [_row(here, plan.rows, count / seconds, price(machine["device"]))], []
+    rows, absent = [_row(here, plan.rows, done.rows / seconds, price(machine["device"]))], []
     for part in parts:
         try:
             most = options.model["max_batch_tokens"]
@@ -155,9 +155,8 @@ class _Progress:
 
     def line(self) -> str:
         """Return a line such as `31% of 9,000 rows · 1,234 rows/s · 148,000 tokens/s · ~2.1 h left`."""
-        assert self._work.computer is not None
-        done, limit = self._work.computer.progress, self._work.machine.get("matrix_rate")
-        rows, now = min(self._rows, done.inputs + self._work.unread), time.monotonic()
+        done, limit, now = self._work.progress, self._work.machine.get("matrix_rate"), time.monotonic()
+        rows = min(self._rows, done.rows)
         seconds = now - self._marks[0][0]
         if now - self._marks[-1][0] >= _WINDOW_S:
             # After days, each window is some minutes long.
@@ -167,7 +166,7 @@ class _Progress:
             parts += [f"{rows / seconds:,.0f} rows/s", f"{done.tokens / seconds:,.0f} tokens/s"]
             parts += [f"{done.flops / seconds / limit:.0%} of the matrix rate"] if limit and done.flops else []
             parts.append(self._left(rows, seconds))
-        return " · ".join(parts + ([f"{self._work.errors:,} errors"] if self._work.errors else []))
+        return " · ".join(parts + ([f"{done.errors:,} errors"] if done.errors else []))
 
     def _left(self, rows: int, seconds: float) -> str:
         """Return the time left with a band: 2 standard errors of a sum of windows that vary as those so far."""

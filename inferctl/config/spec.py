@@ -40,7 +40,6 @@ from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
 from inferctl.config.spec_types import Task as Task
 from inferctl.config.spec_types import TaskSetting as TaskSetting
-from inferctl.core.sizes import parse_size
 
 DEFAULT_FILE = "inferctl.yaml"
 DEFAULT_PORT = 8080
@@ -178,12 +177,6 @@ class Batches(Section):
     folder: OneLine | None = Field(
         None, description="Folder for files and batches, on a local disk. Default: the server has no batches."
     )
-    size: Size = Field("100GB", description="Maximum size of the files and outputs of each key.")
-
-    @property
-    def bytes(self) -> int:
-        """The maximum size."""
-        return parse_size(self.size)
 
 
 class Serve(ModelSettings):

@@ -24,6 +24,7 @@ _CHUNK = 2**20
 _READ_AGAIN = 7  # as a power of two: how often an open quote may let bytes be read again
 # Rows of Parquet that are read at a time, and the bytes of a range, relative to those that the file states.
 _BATCH_ROWS, _MOST_EXPANSION, _LEAST_EXPANDED = 512, 64, 256 * 2**20
+_ROWS_PER_BYTE = 1000  # of a file of Parquet: a dictionary can state any number of equal rows in a few bytes
 
 
 class Range(NamedTuple):
@@ -183,6 +184,9 @@ class Parquet(JsonLines):
         except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError: two columns have the name
             raise UsageError(f"{path} cannot be read as Parquet: {shown(str(error))}", "write the file again") from None
         self.path, self.stop, self.names = path, meta.num_rows, schema.names
+        if self.stop > _ROWS_PER_BYTE * path.stat().st_size:
+            problem = f"{path} states {self.stop:,} rows, over {_ROWS_PER_BYTE:,} for each of its bytes"
+            raise UsageError(problem, "write the file again")
         for name, kind in kinds.items():
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)):

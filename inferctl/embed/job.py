@@ -14,11 +14,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from inferctl.core.errors import InferctlError, UsageError, shown
 from inferctl.embed import inputs, shards
-from inferctl.embed.computer import Computed, Computer
+from inferctl.embed.computer import Computed, Computer, Progress, compute
 from inferctl.embed.inputs import JsonLines, Problem
 from inferctl.embed.manifest import SCHEMA, Manifest, RunOptions, open_plan, write_new
 from inferctl.receipts import receipt
@@ -30,13 +28,10 @@ _OF_THE_MACHINE = ("device", "matrix_rate", "versions")
 
 
 class Job:
-    """`computer`: None for a process that only plans and finishes. `machine`: what the computer says of this machine.
-
-    `errors`: rows with errors since the start, `unread`: those of them that no computer got.
-    """
+    """`computer`: None for a process that only plans and finishes. `machine`: what it says of this machine."""
 
     def __init__(self, options: RunOptions, computer: Computer | None = None) -> None:
-        self.options, self.computer, self.errors, self.unread = options, computer, 0, 0
+        self.options, self.computer, self.progress = options, computer, Progress()
         self._identity: dict[str, Any] = {}
         self.machine: dict[str, Any] = {}
         shards.check(options.decisive)
@@ -115,8 +110,7 @@ class Job:
         assert self.computer is not None
         started = time.time()
         rows = await asyncio.to_thread(self._read, number)
-        empty = Computed(np.empty((0, 0), np.float32), {}, np.empty(0, np.int32))
-        computed = await self.computer.compute(rows.inputs) if rows.inputs else empty
+        computed = await compute(self.computer, rows.inputs, self.progress)
         await asyncio.to_thread(self._write, number, rows, computed, started)
 
     def _read(self, number: int) -> inputs.Rows:
@@ -133,7 +127,8 @@ class Job:
         for place, text in computed.errors.items():
             code, _, reason = text.partition(": ")
             problems.append(Problem(code, reason, rows.lines[place], rows.ids[place]))
-        self.errors, self.unread = self.errors + len(problems), self.unread + len(rows.problems)
+        self.progress.rows += len(rows.problems)
+        self.progress.errors += len(problems)
         problems.sort(key=lambda problem: problem.line)
         path = plan.inputs[plan.ranges[number].file]["path"]
         if problems and options.strict:

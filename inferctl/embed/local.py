@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
@@ -22,11 +22,11 @@ import numpy as np
 from inferctl.config.spec import Spec, Task
 from inferctl.core import cgroup
 from inferctl.core.errors import NotReadyError
-from inferctl.embed.computer import Computed, Input, Progress
+from inferctl.embed.computer import Input, Report, Result
 from inferctl.models.model import ModelFolder
 from inferctl.reading import task_config
 from inferctl.reading.outputs import Output, Role
-from inferctl.reading.rows import Rows, Tokens, slices
+from inferctl.reading.rows import Tokens, slices
 from inferctl.serve.api.embedding_outputs import marked
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.encoder_model import engine_config
@@ -38,6 +38,7 @@ from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 _CHECK_S = 5.0  # between checks whether an engine can still start
 _HANG_BATCHES = 20  # as in a server: an engine hangs after so many times the longest batch
+_NOT_FINITE = "engine_failed: the model returned NaN or infinity"
 _MOST_THREADS = 8  # that tokenize: more only compete for the interpreter
 # The token ids of an input, and its mark (see `Batch`).
 _Encoded: TypeAlias = tuple[Tokens, int]
@@ -130,7 +131,6 @@ class LocalComputer:
 
     def __init__(self, spec: Spec, task: Task, folder: ModelFolder, options: LocalOptions) -> None:
         """Raises `UsageError` for a model that is not usable."""
-        self.progress = Progress()
         self._digest, self._revision, self._options = folder.digest, spec.model.revision, options
         config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         self._model = ServedModel.of(spec, config, options.truncate)
@@ -169,55 +169,37 @@ class LocalComputer:
             "matrix_rate": info.matrix_rate and info.matrix_rate.flops_per_s * self._pool.counts()["count"],
         }
 
-    async def compute(self, inputs: Sequence[Input]) -> Computed:
-        """Do what `Computer.compute` says. Equal inputs are computed once."""
-        info, progress, embeds = self._engines.info, self.progress, self._model.task == "embed"
+    async def compute(self, inputs: Sequence[Input], report: Report) -> None:
+        """Do what `Computer.compute` says."""
+        info, loop = self._engines.info, asyncio.get_running_loop()
         assert info is not None, "`start` comes first"
-        numbers: dict[Input, int] = {}
-        places = np.array([numbers.setdefault(each, len(numbers)) for each in inputs], dtype=np.int64)
-        distinct, repeats = list(numbers), np.bincount(places).tolist()
-        sizes = [len(each) if isinstance(each, str) else sum(map(len, each)) for each in distinct]
+        sizes = [len(each) if isinstance(each, str) else sum(map(len, each)) for each in inputs]
         calls = [
-            asyncio.get_running_loop().run_in_executor(self._executor, self._encode, distinct[start:stop])
-            for start, stop in (slices(sizes, SLICE_CHARACTERS) if sizes else ())
+            loop.run_in_executor(self._executor, self._encode, inputs[start:stop])
+            for start, stop in slices(sizes, SLICE_CHARACTERS)
         ]
-        found = list(chain.from_iterable(await asyncio.gather(*calls)))
-        encoded = {index: each for index, each in enumerate(found) if not isinstance(each, str)}
-        errors = {index: each for index, each in enumerate(found) if isinstance(each, str)}
-        progress.inputs += sum(repeats[index] for index in errors)
-        several = embeds and self._options.outputs != ("dense",)
-        rows: Rows = np.empty((len(distinct), 0 if several else info.dimensions), np.float32)
-        rows = list(rows) if several else rows
+        found = list(enumerate(chain.from_iterable(await asyncio.gather(*calls))))
+        report([(number, (each, 0)) for number, each in found if isinstance(each, str)], 0.0)
+        encoded = {number: each for number, each in found if not isinstance(each, str)}
+        lengths = {number: len(ids) for number, (ids, _) in encoded.items()}
 
         async def run(members: Sequence[int], *, isolated: bool = False) -> None:
-            result = await self._engines.run([encoded[index] for index in members], isolated=isolated)
-            if isinstance(result, str) and (len(members) > 1 or not isolated):
+            result = await self._engines.run([encoded[number] for number in members], isolated=isolated)
+            if not isinstance(result, str):
+                rows = result.rows if self._model.task == "embed" else self._model.activation(np.asarray(result.rows))
+                results: Iterator[tuple[int, Result]] = (
+                    (number, (row, lengths[number]) if ok else (_NOT_FINITE, 0))
+                    for number, row, ok in zip(members, rows, result.ok, strict=True)
+                )
+                report(results, result.flops)
+            elif isolated and len(members) == 1:
+                report([(members[0], (result, 0))], 0.0)
+            else:
                 middle = len(members) // 2 if isolated else 0
                 for part in filter(None, (members[:middle], members[middle:])):
                     await run(part, isolated=True)
-                return
-            for at, index in enumerate(members):
-                if isinstance(result, str):
-                    errors[index] = result
-                elif not result.ok[at]:
-                    errors[index] = "engine_failed: the model returned NaN or infinity"
-                else:
-                    rows[index] = result.rows[at]
-                progress.inputs += repeats[index]
-                progress.tokens += repeats[index] * lengths[index]
-            progress.flops += 0.0 if isinstance(result, str) else result.flops
 
-        lengths = {index: len(ids) for index, (ids, _) in encoded.items()}
         await self._while_running(asyncio.gather(*(run(batch) for batch in batches(lengths, info.batch_tokens))))
-        failed = np.isin(places, list(errors))
-        kept = places[~failed]
-        tokens = np.array([lengths[place] if place not in errors else 0 for place in places.tolist()], dtype=np.int32)
-        if not np.array_equal(kept, np.arange(len(rows))):
-            rows = [rows[index] for index in kept] if isinstance(rows, list) else rows[kept]
-        by_input = {index: errors[int(places[index])] for index in np.flatnonzero(failed).tolist()}
-        scores = rows if embeds else self._model.activation(np.asarray(rows))
-        flops = info.flops.batch(np.array(list(lengths.values()), np.int32)) if info.flops else 0.0
-        return Computed(scores, by_input, tokens, flops, len(distinct) - len(errors))
 
     async def close(self) -> None:
         """End the engines and the threads."""

@@ -1,8 +1,4 @@
-"""Computes ranges on a server: bulk requests, as many at a time as it keeps up with.
-
-Any server that `inferctl bench --url` measures will do. Outputs other than dense vectors, roles, scores of pairs and
-truncation need inferctl.
-"""
+"""Computes ranges on a server of inferctl: bulk requests for dense vectors, as many at a time as it keeps up with."""
 
 from __future__ import annotations
 
@@ -11,134 +7,90 @@ import base64
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import httpx
 import numpy as np
 
-from inferctl.bench.load.http_json import ServerAccess
-from inferctl.bench.load.target import connect
-from inferctl.core.errors import InferctlError, UsageError
-from inferctl.embed.computer import Computed, Input, Progress
-from inferctl.reading.outputs import FORMS, Form, Output, Outputs, Role, pack
-from inferctl.reading.rows import Vectors, join_rows, slices
+from inferctl.bench.load.http_json import get
+from inferctl.bench.load.target import ServerConnection, connect
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.embed.computer import Input, Report, Result
+from inferctl.reading.outputs import Role
+from inferctl.reading.rows import slices
 
 # A request has about the tokens of one batch. Larger ones would keep the server's event loop from others.
 _CHARACTERS_PER_TOKEN, _MAX_CHARACTERS, _MAX_INPUTS = 4, 48 * 1024, 256
 _MAX_IN_FLIGHT, _TIMEOUT_S, _CONNECT_S, _MAX_PAUSE_S = 64, 600.0, 10.0, 10.0
 # A request that failed so often, while the server responded to others, is divided until its input is found.
 _ATTEMPTS = 4
-_IDENTITY = ("task", "model", "digest", "precision", "dimensions")
-# The row of an input, or the code and the reason why there is none; and its tokens.
-_Row: TypeAlias = tuple[Vectors | str, int]
 
 
 @dataclass
 class RemoteComputer:
     """It is a `Computer`. Servers report the tokens of a request, which are divided among its inputs by length.
 
-    `model`: the name of one of several. `patience_s`: how long the server may compute nothing until the run stops.
+    `patience_s`: how long the server may compute nothing until the run stops.
     """
 
-    url: str
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    model: str | None = None
-    outputs: tuple[Output, ...] = ("dense",)
+    server: ServerConnection
     role: Role = None
     prompt: str | None = None
     truncate: bool = False
     patience_s: float = 600.0
-    progress: Progress = field(default_factory=Progress, init=False)
 
     async def start(self) -> dict[str, Any]:
-        """Ask the server what it serves. Part of `Computer`."""
-        self._client = httpx.AsyncClient(
-            headers={**self.headers, "x-priority": "bulk", "content-type": "application/json"},
-            timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S),
-            limits=httpx.Limits(max_connections=None),
-        )
+        """Return what the server says of itself. Part of `Computer`."""
+        headers = {**self.server.access.headers, "x-priority": "bulk", "content-type": "application/json"}
+        timeout, limits = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S), httpx.Limits(max_connections=None)
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
         self._places, self._window, self._shortest_s = asyncio.Semaphore(2), 2, math.inf
         self._checking, self._responded = asyncio.Lock(), time.monotonic()
-        self._served = await self._describe()
-        return self._served
+        info = self.server.info
+        self._parallel = max(info["parallel_batches"], info["idle_batches"]) * info["engines"]["count"]
+        self._characters = min(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * info["limits"]["max_batch_tokens"])
+        return {**_identity(self.server), "device": info["device"]}
 
     async def close(self) -> None:
         """Close the connections. Part of `Computer`."""
         await self._client.aclose()
 
-    async def compute(self, inputs: Sequence[Input]) -> Computed:
-        """Send requests of inputs with similar lengths, equal ones once. Part of `Computer`."""
-        places: dict[Input, list[int]] = {}
-        for place, each in enumerate(inputs):
-            places.setdefault(each, []).append(place)
-        distinct = sorted(places, key=_length, reverse=True)
-        found: dict[Input, _Row] = {}
+    async def compute(self, inputs: Sequence[Input], report: Report) -> None:
+        """Send requests of inputs with similar lengths. Part of `Computer`."""
+        order = sorted(range(len(inputs)), key=lambda number: -len(inputs[number]))
 
-        async def add(part: Sequence[Input]) -> None:
-            for each, row in zip(part, await self._rows(part), strict=True):
-                found[each] = row
-                self.progress.inputs += len(places[each])
-                self.progress.tokens += len(places[each]) * row[1]
+        async def add(numbers: Sequence[int]) -> None:
+            found = await self._results([cast("str", inputs[number]) for number in numbers])
+            report(zip(numbers, found, strict=True), 0.0)
 
-        sizes = [max(self._characters // self._inputs, _length(each)) for each in distinct]
+        sizes = [max(self._characters // _MAX_INPUTS, len(inputs[number])) for number in order]
         try:
             async with asyncio.TaskGroup() as tasks:
-                for start, stop in slices(sizes, self._characters) if sizes else ():
-                    tasks.create_task(add(distinct[start:stop]))
+                for start, stop in slices(sizes, self._characters):
+                    tasks.create_task(add(order[start:stop]))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
-        ordered = [found[each] for each in inputs]
-        rows = [row for row, _ in ordered if not isinstance(row, str)]
-        errors = {place: row for place, (row, _) in enumerate(ordered) if isinstance(row, str)}
-        tokens = np.array([tokens for _, tokens in ordered], np.int32)
-        found_rows = join_rows(rows) if rows else np.empty((0, 0), np.float32)
-        return Computed(found_rows, errors, tokens, distinct=len(distinct))
-
-    async def _describe(self) -> dict[str, Any]:
-        """Return what identifies the vectors. Raises `InferctlError` if the server does not compute now."""
-        access = ServerAccess({**self.headers, "x-priority": "bulk"}, self.model)
-        self._server = server = await asyncio.to_thread(connect, self.url, _CONNECT_S, access)
-        info, model = server.info, server.info.get("model") or {}
-        self._own = "inferctl" in info
-        if not self._own and (self.outputs != ("dense",) or self.role or server.task != "embed"):
-            raise UsageError(f"{self.url} is not a server of inferctl, so it gets texts for dense vectors only")
-        probe: Any = await asyncio.to_thread(server.request, ["ready", "ready"])
-        parallel = max(info.get("parallel_batches", 1), info.get("idle_batches", 0))
-        self._parallel = parallel * (info.get("engines") or {}).get("count", 1)
-        # The names of text-embeddings-inference, which inferctl has too, and its defaults.
-        self._inputs = min(_MAX_INPUTS, info.get("max_client_batch_size", 32))
-        self._characters = min(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * info.get("max_batch_tokens", 2048))
-        return {
-            "dimensions": np.asarray(probe[0]).size,
-            **{name: model.get(name) for name in ("token_dimensions", "vocabulary_size", "labels", "max_tokens")},
-            "task": server.task,
-            "model": model.get("source", server.model),
-            "revision": info.get("model_sha"),
-            "digest": model.get("sha256"),
-            "precision": (info.get("precision") or {}).get("effective"),
-            "outputs": list(self.outputs),
-            "normalized": model.get("normalize"),
-            "device": info.get("device"),
-        }
 
     async def _check_model(self) -> None:
         """Return when the server computes. Raises `InferctlError` if it has another model then."""
+        url, access = self.server.url, self.server.access
         async with self._checking:
             while True:
                 try:
-                    served = await self._describe()
+                    await asyncio.to_thread(get, f"{url}/readyz", _CONNECT_S, access)
+                    now = _identity(await asyncio.to_thread(connect, url, _CONNECT_S, access))
                     break
-                except InferctlError as error:
+                except NotReadyError as error:
                     await self._wait(1.0, error.message)
-        if changed := [name for name in _IDENTITY if served[name] != self._served[name]]:
-            name = changed[0]
-            message = f"{self.url} now has the {name} {served[name]!r} in place of {self._served[name]!r}"
-            raise InferctlError(message, "start the server as before, and run the same command again")
+        for name, value in _identity(self.server).items():
+            if now[name] != value:
+                message = f"{url} now has the {name} {now[name]!r} in place of {value!r}"
+                raise InferctlError(message, "start the server as before, and run the same command again")
 
-    async def _rows(self, inputs: Sequence[Input], failures: int = 0) -> list[_Row]:
-        """Return the rows of inputs. They are sent again, or in two parts, as long as that may help."""
+    async def _results(self, inputs: list[str], failures: int = 0) -> list[Result]:
+        """Return the results of inputs. They are sent again, or in two parts, as long as that may help."""
         while True:
             status = 0
             try:
@@ -147,9 +99,9 @@ class RemoteComputer:
             except httpx.TransportError as error:
                 problem = f"unreachable: {error or type(error).__name__}"
             if status == 200:
-                return self._divided(inputs, response)
+                return _divided(inputs, response.json())
             if status in (401, 403, 404) or (status == 429 and response.headers.get("x-should-retry") == "false"):
-                raise InferctlError(f"{self.url} rejects requests with {status}: {problem}")
+                raise InferctlError(f"{self.server.url} rejects requests with {status}: {problem}")
             if status in (400, 413, 422) or failures >= _ATTEMPTS:
                 break
             if status != 429:
@@ -159,29 +111,17 @@ class RemoteComputer:
         if len(inputs) == 1:
             return [(problem, 0)]
         middle, failures = (len(inputs) + 1) // 2, failures and _ATTEMPTS - 1
-        rows = await self._rows(inputs[:middle], failures) + await self._rows(inputs[middle:], failures)
-        if status in (400, 422) and not any(isinstance(row, str) for row, _ in rows):
-            self._inputs = min(self._inputs, middle)  # it was the number of inputs
-        return rows
+        return await self._results(inputs[:middle], failures) + await self._results(inputs[middle:], failures)
 
-    async def _send(self, inputs: Sequence[Any]) -> httpx.Response:
+    async def _send(self, inputs: list[str]) -> httpx.Response:
         """Send a request when it is its turn, and adapt how many may be in flight."""
-        server = self._server
-        own: dict[str, Any] = {"truncate": self.truncate} if self._own else {}
-        url, texts = server.endpoint_url, list(inputs)
-        if server.task == "rerank":
-            url, own = f"{server.url}/v1/score", own | {"instruction": self.prompt}
-            body = {"model": server.model, "text_1": [a for a, _ in texts], "text_2": [b for _, b in texts]}
-        elif server.task == "embed" and self._own:
-            own |= {"prompt": self.prompt, "input_type": self.role, "outputs": self.outputs}
-            body = server.body(texts)
-        else:
-            body = server.body([f"{self.prompt or ''}{text}" for text in texts])
+        own = {"truncate": self.truncate, "prompt": self.prompt, "input_type": self.role}
+        content = json.dumps(self.server.body(inputs) | own).encode()
         change = 0
         await self._places.acquire()
         sent = time.monotonic()
         try:
-            response = await self._client.post(url, content=json.dumps(body | own).encode())
+            response = await self._client.post(self.server.endpoint_url, content=content)
             if response.status_code == 429:
                 change = -(self._window > 1)
                 self._window += change  # before another one decides
@@ -201,36 +141,36 @@ class RemoteComputer:
             for _ in range(1 + change):
                 self._places.release()
 
-    def _divided(self, inputs: Sequence[Input], response: httpx.Response) -> list[_Row]:
-        """Return the rows of a response, and the part of its tokens of each."""
-        content = response.json()
-        data = content if isinstance(content, list) else sorted(content["data"], key=lambda entry: entry["index"])
-        rows = [self._row(entry) for entry in data]
-        if len(rows) != len(inputs):
-            raise InferctlError(f"{self.url} returned {len(rows)} rows for {len(inputs)} inputs")
-        tokens = 0 if isinstance(content, list) else content.get("usage", {}).get("prompt_tokens", 0)
-        ends = np.cumsum([_length(each) for each in inputs])
-        counts = np.diff((tokens * ends / ends[-1]).round().astype(int), prepend=0)
-        return list(zip(rows, counts.tolist(), strict=True))
-
-    def _row(self, entry: Any) -> Vectors:
-        if self._server.task != "embed":
-            return np.array(entry.get("probs") or [entry["score"]], np.float32)
-        if isinstance(entry, list):
-            return _numbers(entry)
-        outputs = Outputs(_numbers(entry.get("embedding", [])))
-        if sparse := entry.get("sparse_embedding"):
-            outputs = outputs._replace(ids=np.array(sparse["indices"]), weights=_numbers(sparse["values"]))
-        if tokens := entry.get("token_embeddings"):
-            outputs = outputs._replace(tokens=np.stack([_numbers(each) for each in tokens]))
-        return pack(Form(sum(FORMS[name] for name in self.outputs)), outputs)
-
     async def _wait(self, seconds: float, problem: str) -> None:
         """Wait before a request is sent again. Raises `InferctlError` if the server computed nothing for too long."""
         if time.monotonic() - self._responded > self.patience_s:
-            message = f"{self.url} computed nothing for {self.patience_s:g} s: {problem}"
+            message = f"{self.server.url} computed nothing for {self.patience_s:g} s: {problem}"
             raise InferctlError(message, "run the same command again when it does: it continues")
         await asyncio.sleep(min(seconds, _MAX_PAUSE_S))
+
+
+def _identity(server: ServerConnection) -> dict[str, Any]:
+    """Return what identifies the vectors of a server."""
+    model = server.info.get("model", {})
+    same = ("dimensions", "token_dimensions", "vocabulary_size", "max_tokens")
+    return {
+        **{name: model.get(name) for name in same},
+        "task": server.task,
+        "model": model.get("source"),
+        "revision": server.info.get("model_sha"),
+        "digest": model.get("sha256"),
+        "precision": server.info.get("precision", {}).get("effective"),
+        "outputs": ["dense"],
+        "normalized": model.get("normalize"),
+    }
+
+
+def _divided(inputs: Sequence[str], content: Any) -> list[Result]:
+    """Return the rows of a response, and the part of its tokens of each."""
+    rows = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in content["data"]]
+    ends = np.cumsum([len(each) for each in inputs])
+    counts = np.diff((content["usage"]["prompt_tokens"] * ends / ends[-1]).round().astype(int), prepend=0)
+    return list(zip(rows, counts.tolist(), strict=True))
 
 
 def _reason(response: httpx.Response) -> str:
@@ -239,14 +179,6 @@ def _reason(response: httpx.Response) -> str:
         return ""
     try:
         error = response.json()["error"]
-        return f"{error.get('code') or response.status_code}: {error['message']}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{error['code']}: {error['message']}"
+    except (ValueError, KeyError, TypeError):  # of a proxy
         return f"{response.status_code}: {response.text[:200]}"
-
-
-def _length(value: Input) -> int:
-    return len(value) if isinstance(value, str) else len(value[0]) + len(value[1])
-
-
-def _numbers(value: str | Sequence[float]) -> Vectors:
-    return np.frombuffer(base64.b64decode(value), "<f4") if isinstance(value, str) else np.array(value, np.float32)

@@ -21,7 +21,7 @@ from inferctl.embed.manifest import Dtype
 from inferctl.models.vector_format import VectorFormat, convert
 from inferctl.reading.outputs import FORMS, Form, unpack
 from inferctl.reading.rows import Rows
-from inferctl.receipts.receipt import canonical
+from inferctl.receipts.receipt import canonical, seal_of
 
 _FORMATS: dict[Dtype, VectorFormat] = {"float32": "float", "float16": "float16", "bits": "ubinary"}
 # What `Computer.start` returned, and the options of the run.
@@ -91,15 +91,16 @@ def write(
 def mark_done(folder: Path, number: int, facts: Mapping[str, Any]) -> None:
     """Write that a range is done."""
     with synced_file(folder / f"part-{number:05}.json") as to:
-        to.write(json.dumps(facts).encode())
+        to.write(json.dumps({**facts, "seal": seal_of(dict(facts))}).encode())
 
 
 def done(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return what `mark_done` wrote, None if the range is not done or its files have other sizes."""
+    """Return what `mark_done` wrote, None if the range is not done, or this or the size of a file was changed."""
     try:
         facts: dict[str, Any] = json.loads((folder / f"part-{number:05}.json").read_bytes())
-        whole = all((folder / name).stat().st_size == each["bytes"] for name, each in facts["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = facts["seal"] == seal_of(facts)
+        whole = whole and all((folder / name).stat().st_size == each["bytes"] for name, each in facts["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return facts if whole else None
 

@@ -117,12 +117,7 @@ class ServerLifetime(ABC):
     async def _run_batches(self) -> None:
         settings = self._spec.serve.batches
         if settings.folder:
-            values = {
-                "folder": settings.folder,
-                "space": settings.bytes,
-                "url": self._url,
-                "secret": self._batch_secret,
-            }
+            values = {"folder": settings.folder, "url": self._url, "secret": self._batch_secret}
             log = logging.getLogger("inferctl.batches")
             self._batches = Helper("the worker of batches", "inferctl.serve.batches.worker", values, log)
             await self._batches.run()

@@ -182,7 +182,7 @@ def test_a_server_gives_the_same_rows_also_if_it_is_away_for_a_while(
     first.kill()
     serve("--model", str(minilm), "--engine", "echo", "--port", str(port))
     assert running.wait(100) == 0
-    assert "use: dense, tokens" in inferctl(*command, "--outputs", "sparse", code=2).stderr
+    assert "dense vectors only" in inferctl(*command, "--outputs", "sparse", code=2).stderr
     assert _vectors(tmp_path / "out") == _vectors(undisturbed)
 
 

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table(columns), stream, **options)
     return stream.getvalue()
+
+
+def not_utf8() -> bytes:
+    import pyarrow as pa
+
+    values, offsets = pa.py_buffer(b"a\xffc"), pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(4)))
+    return parquet({"text": pa.StringArray.from_buffers(3, offsets, values)})
+
+
+@contextmanager
+def memory_below(most: int) -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most
 
 
 def damaged(old: bytes, new: bytes) -> bytes:
@@ -93,6 +110,7 @@ FILES: list[tuple[str, Any, tuple[Any, ...], list[tuple[Any, int, Any]], list[tu
         [(1, 1, "a"), (2, 2, "b"), (5, 5, "e")],
         [(3, "bad_id"), (4, "no_text")],
     ),
+    ("a.parquet", not_utf8, (("text",),), [(0, 1, "a"), (2, 3, "c")], [(2, "not_utf8")]),
 ]
 
 
@@ -118,17 +136,6 @@ def test_any_csv_is_read_as_the_library_reads_it(tmp_path_factory: Any, texts: S
     assert rows_of(file, most=most).inputs == list(texts)
 
 
-def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    values, offsets = pa.py_buffer(b"a\xffc"), pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(4)))
-    texts = pa.StringArray.from_buffers(3, offsets, values)
-    (tmp_path / "a.parquet").write_bytes(parquet({"text": texts}))
-    rows = rows_of(tmp_path / "a.parquet")
-    assert rows.inputs == ["a", "c"]
-    assert [(problem.line, problem.code) for problem in rows.problems] == [(2, "not_utf8")]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 @pytest.mark.parametrize("start", [b"", b'{"text": "', b'text\n"a'])
 def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_path: Path) -> None:
@@ -138,13 +145,10 @@ def test_a_line_without_an_end_takes_little_memory(name: str, start: bytes, tmp_
         stream.write(good + start)
         stream.seek(2**28, os.SEEK_CUR)
         stream.write(b"\n" + good)
-    tracemalloc.start()
-    rows = rows_of(file)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with memory_below(2**27):
+        rows = rows_of(file)
     assert rows.inputs[0] == rows.inputs[-1] == "b"
     assert "record_too_large" in {problem.code for problem in rows.problems}
-    assert peak < 2**27
 
 
 @pytest.mark.parametrize("most", [7, 65_536])
@@ -160,12 +164,16 @@ def test_quotes_that_stay_open_are_not_read_once_for_each_line(most: int, tmp_pa
 def test_the_sample_of_large_records_takes_the_memory_of_one(tmp_path: Path) -> None:
     record = {"text": "a" * 2**21, "x": [[]] * 20_000}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 20)
-    tracemalloc.start()
-    opened = inputs.open_file(tmp_path / "a.jsonl", ("text", "id"))
-    inputs.columns_of([opened], ("text",), None)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 3 * 2**24
+    with memory_below(3 * 2**24):
+        opened = inputs.open_file(tmp_path / "a.jsonl", ("text", "id"))
+        inputs.columns_of([opened], ("text",), None)
+
+
+def test_rows_without_bytes_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_ROWS_PER_BYTE", 1)
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a"] * 10**5}))
+    with pytest.raises(UsageError, match="states 100,000 rows"):
+        rows_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inferctl.config.spec import Spec, Task
 from inferctl.core.errors import InferctlError
+from inferctl.embed.computer import Progress, compute
 from inferctl.embed.local import LocalComputer, LocalOptions
 from inferctl.models import model
 from inferctl.serve.engines import echo
@@ -46,15 +47,16 @@ async def local(folder: Path, task: Task = "embed", precision: str = "fp32", **o
 async def test_a_range_becomes_the_same_bytes_after_a_crash_and_with_two_engines(
     minilm: Path, minilm_server: ServerProcess
 ) -> None:
+    progress = Progress()
     async with local(minilm, precision="auto") as one, local(minilm, precision="auto", engines=2) as two:
-        first = await one.compute(TEXTS)
-        again = asyncio.create_task(one.compute(TEXTS))
-        while one.progress.inputs == len(TEXTS):
+        first = await compute(one, TEXTS, Progress())
+        again = asyncio.create_task(compute(one, TEXTS, progress))
+        while not progress.rows:
             await asyncio.sleep(0)
         one._pool.kill()
-        found = [first, await again, *await asyncio.gather(two.compute(TEXTS), two.compute(TEXTS))]
+        found = [first, await again, *await asyncio.gather(*(compute(two, TEXTS, Progress()) for _ in range(2)))]
         assert one._pool.counts()["restarts"] == 1
-        assert one.progress.inputs == 2 * len(TEXTS)
+        assert progress.rows == len(TEXTS)
     assert len({each.rows.tobytes() for each in found}) == 1
     assert (first.errors, first.distinct) == ({}, len(set(TEXTS)))
     answer = httpx.post(f"{minilm_server.url}/v1/embeddings", json={"input": TEXTS}, timeout=60).json()
@@ -82,9 +84,9 @@ async def test_an_input_that_cannot_be_computed_gets_an_error(minilm: Path, tmp_
     }
     inputs = [*right[:20], *cases, *right[20:], *cases]
     async with local(folder, engine="echo") as computer:
-        expected = await computer.compute(right)
-        found = await computer.compute(inputs)
-        assert computer.progress.inputs == len(inputs) + len(right)
+        expected, progress = await compute(computer, right, Progress()), Progress()
+        found = await compute(computer, inputs, progress)
+        assert progress.rows == len(inputs)
     assert {inputs[at]: reason.partition(":")[0] for at, reason in found.errors.items()} == cases
     assert len(found.errors) == 2 * len(cases)
     assert found.rows.tobytes() == expected.rows.tobytes()
@@ -100,7 +102,7 @@ async def test_each_task_computes_what_its_engine_does(task: Any, minilm: Path, 
         folder, options, texts = {"sparse": splade, "tokens": minilm}[task], {"outputs": (task,)}, ["one", "and more"]
         task = "embed"
     async with local(folder, task, **options) as computer:
-        found = await computer.compute(texts)
+        found = await compute(computer, texts, Progress())
         ids, marks = zip(*computer._encode(texts), strict=True)
     engine, _ = engines.loaded(folder, task=task)
     rows = computer._model.activation(engine.run(engines.batch(ids, marks)).rows)

@@ -70,6 +70,19 @@ def test_parquet_and_json_lines_have_the_rows(case: str, ids: list[str], tmp_pat
     assert [json.loads(line) for line in (tmp_path / "part-00007.jsonl").read_text().splitlines()] == rows
 
 
+def test_a_range_is_done_unless_its_files_were_changed(tmp_path: Path) -> None:
+    file, facts = tmp_path / "part-00007.json", {"rows": 2, "files": written(tmp_path, "dense", "jsonl", ["a", "b"])}
+    shards.mark_done(tmp_path, 7, facts)
+    whole = file.read_bytes()
+    assert (found := shards.done(tmp_path, 7)) and found.items() >= facts.items()
+    for changed in (b"", b"[]", b"{}", whole.replace(b'"rows": 2', b'"rows": 3'), whole.replace(b"part", b"../p")):
+        file.write_bytes(changed)
+        assert shards.done(tmp_path, 7) is None
+    file.write_bytes(whole)
+    (tmp_path / "part-00007.jsonl").write_bytes(b"")
+    assert shards.done(tmp_path, 7) is None
+
+
 @pytest.mark.parametrize("case", ["dense", "float16", "bits", "pairs", "labels"])
 def test_npy_has_the_numbers_and_their_ids(case: str, tmp_path: Path) -> None:
     written(tmp_path, case, "npy", ["a", "b"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -155,7 +156,7 @@ BAD = {
     "no object": (lines(["a"]).replace(b'{"input": "a"}', b"[]"), "invalid_request", 1, "body"),
     "a long line": (lines(["a" * 5_000_000]), "invalid_request", 1, None),
     "many": (lines(["a"] * 50_001), "too_many_tasks", 50_001, None),
-    "a deep body": (lines([[]]).replace(b"[]", b"[" * 500 + b"]" * 500), "invalid_request", 1, "body"),
+    "a deep body": (lines([[]]).replace(b"[]", b"[" * 500 + b"]" * 500), "invalid_json_line", 1, None),
     "empty": (b"\n \n", "empty_file", None, None),
 }
 
@@ -264,17 +265,20 @@ def test_a_line_that_ends_the_engine_is_an_error_and_not_sent_for_ever(site: Sit
     until(lambda: is_ready(site.server.url))
 
 
-def test_an_output_that_is_too_large_ends_its_batch(site: Site) -> None:
-    client = site.client()
-    batch = created(client, slow(200))
-    waited(client, batch, completed=1)
-    # A sparse file takes the space of the key, not of the disk.
-    with site.path(f"file-{batch.id[6:]}-output").with_name("file-sparse").open("wb") as file:
-        file.truncate(101_000_000_000)
-    batch = waited(client, batch)
-    assert batch.status == "cancelled" and batch.errors and batch.errors.data
-    assert batch.errors.data[0].code == "storage_full"
-    assert len(output := results(site, batch)[0]) and len(output) < 200
+def test_an_upload_without_space_gets_507_and_leaves_nothing(site: Site) -> None:
+    """A limit of the size of files fails as a full disk does, with another number."""
+    client, limit = site.client(), resource.RLIMIT_FSIZE
+    old = {pid: resource.prlimit(pid, limit) for pid in (site.server.process.pid, *site.server.api_pids())}
+    try:
+        for pid in old:
+            resource.prlimit(pid, limit, (900_000, old[pid][1]))
+        with pytest.raises(openai.InternalServerError, match="file too large") as caught:
+            client.files.create(file=bytes(1_000_000), purpose="batch")
+    finally:
+        for pid in old:
+            resource.prlimit(pid, limit, old[pid])
+    assert (caught.value.status_code, caught.value.code) == (507, "storage_full")
+    assert list(OwnerFolder.of(site.folder / "batches", f"key:{site.key.id}").path.iterdir()) == []
 
 
 def test_files_are_on_disk_and_not_in_memory(site: Site) -> None:

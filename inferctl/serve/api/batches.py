@@ -74,7 +74,7 @@ class BatchApi:
 
     def __init__(self, app: ASGIApp, settings: Batches, paths: Collection[str]) -> None:
         assert settings.folder
-        self._app, self._folder, self._space, self._paths = app, Path(settings.folder), settings.bytes, paths
+        self._app, self._folder, self._paths = app, Path(settings.folder), paths
         self._uploads = Shares(_MAX_UPLOADS)
         tempfile.tempdir = settings.folder  # for uploads that are not complete; /tmp may be in memory
 
@@ -83,6 +83,13 @@ class BatchApi:
         if not scope["path"].startswith((_FILES, _BATCHES)):
             await self._app(scope, receive, send)
             return
+        try:
+            await self._respond(scope, receive, send)
+        except OSError as error:  # as of a full disk
+            message = f"the server cannot store this: {(error.strerror or str(error)).lower()}"
+            raise ApiError(507, message, code="storage_full") from None
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, thread, found = context_of(scope), asyncio.to_thread, Document()
         # A caller that a proxy names is not the key with the same id.
         owner = context.key and f"{'key' if context.key.digests else 'caller'}:{context.key.id}"
@@ -132,23 +139,18 @@ class BatchApi:
             self._uploads.release(folder.path.name)
 
     def _store(self, folder: OwnerFolder, fields: _NewFile, file: UploadFile) -> Document:
-        self._check_space(folder, file.size or 0)
+        _check_count(folder)
         file_id = f"file-{secrets.token_hex(16)}"
+        name = (file.filename or "")[:255].encode(errors="replace").decode()
         try:
             with new_file(folder.path / file_id, 0o600) as target:
                 shutil.copyfileobj(file.file, target)
                 target.flush()
                 os.fsync(target.fileno())
-        except OSError:  # the disk is full
+            return folder.add_file(file_id, name, fields.seconds, fields.purpose)
+        except OSError:
             folder.delete(file_id)
             raise
-        name = (file.filename or "")[:255].encode(errors="replace").decode()
-        return folder.add_file(file_id, name, fields.seconds, fields.purpose)
-
-    def _check_space(self, folder: OwnerFolder, size: int = 0) -> None:
-        if folder.full(self._space, size):
-            message = f"the files and batches of this key would be too many, or exceed {self._space:,} bytes"
-            raise ApiError(400, message, code="storage_full")
 
     def _create(self, folder: OwnerFolder, owner: str, request: _NewBatch) -> Document:
         if request.endpoint not in self._paths:
@@ -156,7 +158,7 @@ class BatchApi:
             raise ApiError(400, message, code="invalid_value", param="endpoint")
         if _find(folder, "files", request.input_file_id)["purpose"] != "batch":
             raise ApiError(400, "the purpose of the file is not `batch`", code="invalid_value", param="input_file_id")
-        self._check_space(folder)
+        _check_count(folder)
         batch_id, now = f"batch_{secrets.token_hex(16)}", int(time.time())
         folder.marker(batch_id).touch(0o600)
         absent = (*(f"{name}_at" for name in _TIMES), "errors", "output_file_id", "error_file_id")
@@ -173,6 +175,11 @@ class BatchApi:
                 "request_counts": {"total": 0, "completed": 0, "failed": 0},
             }
         )
+
+
+def _check_count(folder: OwnerFolder) -> None:
+    if folder.full():
+        raise ApiError(400, "this key has too many files and batches; delete some", code="storage_full")
 
 
 def _find(folder: OwnerFolder, kind: str, object_id: str) -> Document:

@@ -28,51 +28,45 @@ def check(path: Path, endpoint: str) -> tuple[int, list[dict[str, Any]]]:
     """Return how many requests a file has, and its first errors, with the codes of OpenAI."""
     errors: list[dict[str, Any]] = []
     seen: set[str] = set()
-
-    def report(code: str, message: str, param: str | None = None) -> None:
-        errors.append({"code": code, "message": message, "param": param, "line": number or None})
-
-    number = 0
     if not path.exists():
-        report("file_not_found", "the input file was deleted")
-        return 0, errors
+        return 0, [_error("file_not_found", "the input file was deleted")]
     with path.open("rb") as file:
-        while (raw := file.readline(_MAX_LINE_BYTES + 1)) and len(errors) < _MAX_ERRORS:
-            number += 1
-            if len(raw) > _MAX_LINE_BYTES:
-                report("invalid_request", f"the line has more than {_MAX_LINE_BYTES:,} bytes")
+        for number, raw in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
+            if raw.strip() and (error := _check_line(raw, endpoint, seen)):
+                errors.append(error | {"line": number})
+            if len(errors) == _MAX_ERRORS or len(raw) > _MAX_LINE_BYTES or len(seen) > _MAX_LINES:
                 break
-            if not raw.strip():
-                continue
-            try:
-                line = _Line.model_validate(orjson.loads(raw))
-                orjson.dumps(line.body)
-            except orjson.JSONDecodeError as error:
-                report("invalid_json_line", f"the line is not valid JSON: {error}")
-                continue
-            except orjson.JSONEncodeError as error:  # it reads deeper JSON than it writes
-                report("invalid_request", f"the body cannot be sent: {error}", "body")
-                continue
-            except ValidationError as error:
-                first = error.errors(include_input=False, include_url=False)[0]
-                param = ".".join(map(str, first["loc"])) or None
-                code = "missing_required_parameter" if first["type"] == "missing" else "invalid_request"
-                report(code, f"{param or 'the line'}: {first['msg']}", param)
-                continue
-            if line.custom_id in seen:
-                report("duplicate_custom_id", "another line has the same custom_id", "custom_id")
-            elif line.url != endpoint:
-                report("url_mismatch", f"url must be that of the batch, {endpoint}", "url")
-            elif line.body.get("stream"):
-                report("invalid_request", "a request of a batch cannot have a stream", "body.stream")
-            seen.add(line.custom_id)
-            if len(seen) > _MAX_LINES:
-                report("too_many_tasks", f"the file has more than {_MAX_LINES:,} requests")
-                break
-    if not seen and not errors:
-        number = 0
-        report("empty_file", "the file has no requests")
-    return len(seen), errors
+    return len(seen), errors if seen or errors else [_error("empty_file", "the file has no requests")]
+
+
+def _check_line(raw: bytes, endpoint: str, seen: set[str]) -> dict[str, Any] | None:
+    """Return the error of a line, and add its id to those that were `seen`."""
+    if len(raw) > _MAX_LINE_BYTES:
+        return _error("invalid_request", f"the line has more than {_MAX_LINE_BYTES:,} bytes")
+    try:
+        line = _Line.model_validate(orjson.loads(raw))
+        orjson.dumps(line.body)  # it reads deeper JSON than it writes
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
+        return _error("invalid_json_line", f"the line is not valid JSON: {error}")
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        param = ".".join(map(str, first["loc"])) or None
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_request"
+        return _error(code, f"{param or 'the line'}: {first['msg']}", param)
+    if line.custom_id in seen:
+        return _error("duplicate_custom_id", "another line has the same custom_id", "custom_id")
+    seen.add(line.custom_id)
+    if len(seen) > _MAX_LINES:
+        return _error("too_many_tasks", f"the file has more than {_MAX_LINES:,} requests")
+    if line.url != endpoint:
+        return _error("url_mismatch", f"url must be that of the batch, {endpoint}", "url")
+    if line.body.get("stream"):
+        return _error("invalid_request", "a request of a batch cannot have a stream", "body.stream")
+    return None
+
+
+def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": param, "line": None}
 
 
 def pending(path: Path, done: set[int]) -> Iterator[tuple[int, bytes]]:

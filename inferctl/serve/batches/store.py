@@ -80,13 +80,9 @@ class OwnerFolder:
         for name in (f"{object_id}.json", object_id):
             (self.path / name).unlink(missing_ok=True)
 
-    def full(self, most: int, more: int = 0) -> bool:
-        """Return whether the owner has more than `most` bytes or too many files, or would have with `more` bytes."""
-        sizes = []
-        for path in self.path.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it was renamed or deleted
-                sizes.append(path.stat().st_size)
-        return len(sizes) >= _MAX_ENTRIES or sum(sizes) + more > most
+    def full(self) -> bool:
+        """Return whether the owner has so many files and batches that a list of them would take long."""
+        return len(list(self.path.iterdir())) >= _MAX_ENTRIES
 
     def sweep(self) -> None:
         """Delete what has expired, and contents without a document, as of uploads that were cut off."""

@@ -2,8 +2,8 @@
 
     python -m inferctl.serve.batches.worker
 
-The first line of stdin is JSON with `folder`, `space`, `url` and `secret`. At the end of stdin, also if the server was
-killed, the worker writes the responses that still come, and ends. What is on disk then is not sent again.
+The first line of stdin is JSON with `folder`, `url` and `secret`. At the end of stdin, also if the server was killed,
+the worker writes the responses that still come, and ends. What is on disk then is not sent again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -38,13 +38,8 @@ log = logging.getLogger("inferctl.batches")
 _MOST_IN_FLIGHT = 64  # of all batches
 _TICK_S, _SWEEP_S, _RETRY_S, _PAUSE_S = 0.5, 3600.0, 1.0, 10.0
 _TIMEOUT_S = 600.0
-# A line that ends the engine does so for all clients. The message of a 503 because of the request itself has the words.
-_MOST_CRASHES, _OF_REQUEST = 3, b"this request"
-# Why a batch ends before its lines.
-_REASONS = {
-    "invalid_api_key": "the key of the batch is not valid any more",
-    "storage_full": "the files of the key leave no space for the output",
-}
+# A 503 whose message has these words is because of the request itself: the server has run it in isolation.
+_OF_REQUEST = b"this request"
 
 
 class Client:
@@ -83,7 +78,6 @@ class BatchRun:
         self._paths = [folder.path / name for name in output_ids(batch["id"])]
         self._window, self._not_before = 4.0, 0.0  # requests in flight; no other is sent before
         self._waiting: deque[tuple[int, bytes]] = deque()
-        self._crashes = Counter[int]()  # of the engine, by lines that ran alone
         self._status, self._code = "completed", ""  # at the end, and of lines without a response
 
     async def run(self) -> Document:
@@ -139,10 +133,8 @@ class BatchRun:
         pause = float(found("retry-after-ms", 0)) / 1000 or float(found("retry-after", 0))
         if response.status == 401:
             self._status, self._code = "cancelled", "invalid_api_key"
-        if response.status == 503 and _OF_REQUEST in body:
-            self._crashes[number] += 1
-        again = response.status in (401, 503) or (response.status == 429 and pause)
-        if again and self._crashes[number] < _MOST_CRASHES:
+        away = response.status == 503 and _OF_REQUEST not in body
+        if away or response.status == 401 or (response.status == 429 and pause):
             self._retry(number, raw, pause or _RETRY_S)
             return
         self._window = min(_MOST_IN_FLIGHT, self._window + 1 / self._window)
@@ -175,8 +167,6 @@ class BatchRun:
             self._status, self._code = "cancelled", "batch_cancelled"
         elif time.time() >= batch["expires_at"]:
             self._status, self._code = "expired", "batch_expired"
-        elif self._folder.full(self._worker.space):  # the output can be a thousand times the input
-            self._status, self._code = "cancelled", "storage_full"
         elif batch["request_counts"] != self._counts:
             self._folder.write(batch | {"request_counts": self._counts})
 
@@ -190,8 +180,8 @@ class BatchRun:
         now = int(time.time())
         batch = self._batch = self._batch | {"status": self._status, "finalizing_at": now, f"{self._status}_at": now}
         batch["request_counts"] = self._counts
-        if self._code in _REASONS:
-            batch["errors"] = _errors({"code": self._code, "message": _REASONS[self._code]})
+        if self._code == "invalid_api_key":
+            batch["errors"] = _errors({"code": self._code, "message": "the key of the batch is not valid any more"})
         seconds = (batch["output_expires_after"] or {}).get("seconds", KEPT_S)
         for name, path in zip(("output", "error"), self._paths, strict=True):
             if path.stat().st_size:
@@ -203,14 +193,10 @@ class BatchRun:
 
 
 class BatchWorker:
-    """Runs all batches of a server: of each owner one at a time, in their order. `stopping`: set it to end `run`.
+    """Runs all batches of a server: of each owner one at a time, in their order. `stopping`: set it to end `run`."""
 
-    `space`: the most bytes of an owner.
-    """
-
-    def __init__(self, root: Path, space: int, client: Client) -> None:
-        self.stopping, self.client = asyncio.Event(), client
-        self._root, self.space = root, space
+    def __init__(self, root: Path, client: Client) -> None:
+        self.stopping, self.client, self._root = asyncio.Event(), client, root
         self._turns: dict[str, str] = {}  # id of a batch -> whose turn it uses
 
     async def run(self) -> None:
@@ -261,8 +247,6 @@ class BatchWorker:
 
     def _validate(self, folder: OwnerFolder, batch: Document) -> Document:
         total, errors = lines.check(folder.path / batch["input_file_id"], batch["endpoint"])
-        if folder.full(self.space):
-            errors = [{"code": "storage_full", "message": _REASONS["storage_full"]}]
         status = "failed" if errors else "in_progress"
         changes = {"status": status, f"{status}_at": int(time.time()), "errors": _errors(*errors) if errors else None}
         return folder.write(batch | changes | {"request_counts": batch["request_counts"] | {"total": total}})
@@ -274,7 +258,7 @@ def _errors(*errors: dict[str, Any]) -> Document:
 
 async def _work(settings: dict[str, Any]) -> None:
     root, loop = Path(settings["folder"]), asyncio.get_running_loop()
-    worker = BatchWorker(root, settings["space"], Client(settings["url"], settings["secret"]))
+    worker = BatchWorker(root, Client(settings["url"], settings["secret"]))
 
     def follow() -> None:
         sys.stdin.buffer.read()
