@@ -257,16 +257,10 @@ def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float
 
     None with fewer than four points, or if all times are equal.
     """
-    n = len(times)
-    if n < 4:
+    if len(times) < 4 or len(set(times)) == 1:
         return None
-    mean_t, mean_v = sum(times) / n, sum(values) / n
-    squares = sum((t - mean_t) ** 2 for t in times)
-    if not squares:
-        return None
-    rise = sum((t - mean_t) * (v - mean_v) for t, v in zip(times, values, strict=True)) / squares
-    residuals = sum((v - mean_v - rise * (t - mean_t)) ** 2 for t, v in zip(times, values, strict=True))
-    return rise, _t(n - 2) * (residuals / (n - 2) / squares) ** 0.5
+    (rise, _), covariance = np.polyfit(times, values, 1, cov=True)
+    return float(rise), _t(len(times) - 2) * math.sqrt(covariance[0, 0])
 
 
 def _t(degrees: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -31,15 +31,8 @@ FINDING_USERS = "finding users"
 _AFTER = ("checking quality", "computing the fp32 reference", "stopping")
 
 
-class RunForecast(NamedTuple):
-    """The forecast of a run in seconds: its loads, and the rest."""
-
-    load_s: float
-    other_s: float
-
-
-def expected(benchmark: Bench) -> list[RunForecast]:
-    """Return the forecast of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
+def expected(benchmark: Bench) -> list[float]:
+    """Return the seconds that each run will take, in the order of the runs."""
     loads = {target.name: benchmark.load_of(target) for target in benchmark.targets}
     settings = benchmark.plan.search
 
@@ -52,7 +45,7 @@ def expected(benchmark: Bench) -> list[RunForecast]:
 
     reference_s = REFERENCE_S if benchmark.plan.quality and benchmark.model else 0.0
     return [
-        RunForecast(load_s(run.configuration), BEFORE_S + AFTER_S + (0.0 if number else reference_s))
+        BEFORE_S + load_s(run.configuration) + AFTER_S + (0.0 if number else reference_s)
         for number, run in enumerate(benchmark.order)
     ]
 
@@ -64,7 +57,7 @@ def forecast(benchmark: Bench) -> str:
     """
     machine = benchmark.environment
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
-    total = console.duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
+    total = console.duration(sum(expected(benchmark))).removeprefix("~")
     settings = benchmark.plan.search
     if not settings:
         finding = any(benchmark.load_of(target).auto_users for target in benchmark.targets)
@@ -88,16 +81,13 @@ class ProgressView:
     `expected` is the forecast of each run.
     """
 
-    def __init__(self, expected: Sequence[RunForecast]) -> None:
-        self._expected = list(expected)
+    def __init__(self, expected: Sequence[float]) -> None:
+        self._expected = expected
         self._live: Any = None
         self._spinner: Any = None
         self._start = time.monotonic()
         self._last: tuple[str, int, str] | None = None
         self._number, self._run_start = 0, 0.0
-        self._load_start = self._load_end = 0.0
-        # Forecast and actual seconds outside the load of each run that ended.
-        self._others: list[tuple[float, float]] = []
 
     def __enter__(self) -> ProgressView:
         if sys.stderr.isatty():
@@ -112,15 +102,8 @@ class ProgressView:
 
     def update(self, progress: Progress) -> None:
         """Show a new state of the benchmark."""
-        now = time.monotonic()
         if progress.number != self._number:
-            if self._number and progress.number:
-                other_s = now - self._run_start - (self._load_end - self._load_start)
-                self._others.append((self._expected[self._number - 1].other_s, other_s))
-            self._number, self._run_start = progress.number, now
-            self._load_start = self._load_end = 0.0
-        if progress.live:
-            self._load_start, self._load_end = self._load_start or now, now
+            self._number, self._run_start = progress.number, time.monotonic()
         if progress.done is not None:
             self._print(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
             return
@@ -138,26 +121,21 @@ class ProgressView:
         whole = Table.grid(padding=(0, 1))
         total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)
         bar = ProgressBar(total=total, completed=elapsed, width=24)
-        runs = f"{len(self._others)} of {progress.total} run{'' if progress.total == 1 else 's'}"
+        runs = f"{max(0, progress.number - 1)} of {progress.total} run{'' if progress.total == 1 else 's'}"
         whole.add_row(bar, " · ".join([runs, *_left(remaining_s)]))
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
 
     def remaining_s(self, progress: Progress) -> float:
-        """Return the seconds left: the forecast, with the time outside the loads as in the runs that ended."""
-        pairs = self._others or [(1.0, 1.0)]
-        ratio = sum(actual for _, actual in pairs) / sum(forecast for forecast, _ in pairs)
-        seconds = [load_s + ratio * other_s for load_s, other_s in self._expected]
+        """Return the seconds left: of the forecast, and at least those of a load that runs."""
         if not progress.number:
-            return sum(seconds)
-        now = time.monotonic()
-        after_s = ratio * (self._expected[progress.number - 1].other_s - BEFORE_S)
-        current = seconds[progress.number - 1] - (now - self._run_start)
+            return sum(self._expected)
+        current = self._expected[progress.number - 1] - (time.monotonic() - self._run_start)
         if progress.live:
-            current = max(current, progress.live.left_s + after_s)
+            current = max(current, progress.live.left_s + AFTER_S)
         elif progress.phase in _AFTER:
-            current = self._load_end + after_s - now
-        return max(current, 0.0) + sum(seconds[progress.number :])
+            current = min(current, AFTER_S)
+        return max(current, 0.0) + sum(self._expected[progress.number :])
 
     def _print(self, text: str) -> None:
         if self._live:

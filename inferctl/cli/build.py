@@ -115,8 +115,7 @@ def build(
     if dry_run:
         _print_plan(build_plan, as_json)
         return
-    built = _run(build_plan)
-    _print(built, as_json)
+    _print(_run(build_plan), as_json)
 
 
 def tag_reference(text: str) -> str:
@@ -146,11 +145,8 @@ def _run(build_plan: BuildPlan) -> Built:
 
 
 def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
-    if as_json:
-        console.document(build_plan.document())
-        return
-    lines = [*build_plan.references, *(f"  {step}" for step in build_plan.steps())]
-    console.data("\n".join([*lines, "", build_plan.rendered.dockerfile]))
+    lines = [*build_plan.references, *(f"  {step}" for step in build_plan.steps()), "", build_plan.rendered.dockerfile]
+    console.result(build_plan.document(), "\n".join(lines), as_json=as_json)
 
 
 def _print(built: Built, as_json: bool) -> None:
@@ -162,8 +158,5 @@ def _print(built: Built, as_json: bool) -> None:
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
     sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""
     console.note(f"{', '.join(built.references)}: {sizes}")
-    if as_json:
-        console.document(built.document())
-    else:
-        # Tags of one repository share a digest.
-        console.data("\n".join(dict.fromkeys(built.digests)) or built.image)
+    # Tags of one repository share a digest.
+    console.result(built.document(), "\n".join(dict.fromkeys(built.digests)) or built.image, as_json=as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -14,6 +14,8 @@ from inferctl.core import document
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import PRECISIONS, support
+
+_Entry = BaseImage | Stack | Hardware
 
 
 def _key(offered: completion.Callback) -> Any:
@@ -31,10 +33,9 @@ def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Js
 
     Example: inferctl catalog bases cuda13.0
     """
-    if key is not None:
-        _explain(catalog.base(key), as_json)
-        return
-    _list(
+    _print(
+        key,
+        catalog.base,
         ("base", "Python", "CUDA", "driver", "torch stack", "until"),
         [
             (b.key, b.python.version, b.cuda or "-", _driver(b.driver_floor), b.stack, str(b.end_of_life or "unknown"))
@@ -51,10 +52,9 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
 
     Example: inferctl catalog stacks torch2.13-cu130
     """
-    if key is not None:
-        _explain(catalog.stack(key), as_json)
-        return
-    _list(
+    _print(
+        key,
+        catalog.stack,
         ("stack", "CUDA", "Python", "driver", "GB", "kernels"),
         [
             (
@@ -69,11 +69,8 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
         ],
         catalog.stacks(),
         as_json,
+        "GB: compressed download; kernels: compute capabilities (8.6 also runs on 8.9); `...`: more are possible",
     )
-    if not as_json:
-        console.note(
-            "GB: compressed download; kernels: compute capabilities (8.6 also runs on 8.9); `...`: more are possible"
-        )
 
 
 @app.command()
@@ -82,10 +79,9 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
-    if key is not None:
-        _explain(catalog.hardware(key), as_json)
-        return
-    _list(
+    _print(
+        key,
+        catalog.hardware,
         ("hardware", "cc", "SMs", "fp32", "fp16", "bf16", "int8", "GB", "GB/s"),
         [
             (
@@ -100,9 +96,8 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
         ],
         catalog.hardware_profiles(),
         as_json,
+        "dense peaks in TFLOP/s (int8: TOP/s); peaks of slices are derived; `emul.`: emulated, no peak",
     )
-    if not as_json:
-        console.note("dense peaks in TFLOP/s (int8: TOP/s); peaks of slices are derived; `emul.`: emulated, no peak")
 
 
 def _peak(part: Hardware, precision: str) -> str:
@@ -120,18 +115,22 @@ def _driver(floor: int | None) -> str:
     return "-" if floor is None else f">={floor}"
 
 
-def _list(
+def _print(
+    key: str | None,
+    find: Callable[[str], _Entry],
     headings: tuple[str, ...],
     rows: list[tuple[str, ...]],
-    entries: Mapping[str, BaseImage] | Mapping[str, Stack] | Mapping[str, Hardware],
+    entries: Mapping[str, _Entry],
     as_json: bool,
+    note: str = "",
 ) -> None:
-    if as_json:
-        console.document([asdict(entry) for entry in entries.values()])
-        return
-    console.report(console.table(headings, rows, headings[:1], narrow=True))
-
-
-def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
-    """Print every fact of one entry with its notes and sources."""
-    console.result(asdict(entry), document.block(asdict(entry)), as_json=as_json)
+    """Print every fact of the entry `key` with its notes and sources, or the table of all entries and a note."""
+    if key is not None:
+        facts = asdict(find(key))
+        console.result(facts, document.block(facts), as_json=as_json)
+    elif as_json:
+        console.document([asdict(each) for each in entries.values()])
+    else:
+        console.report(console.table(headings, rows, headings[:1], narrow=True))
+        if note:
+            console.note(note)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from inferctl.core import streams
 from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, SpecError
@@ -140,11 +140,16 @@ def rich(stderr: bool = False) -> Console:
 
 
 def table(
-    headings: Sequence[str], rows: Iterable[Iterable[str | Text]], whole: Collection[str] = (), *, narrow: bool = False
+    headings: Sequence[str],
+    rows: Iterable[Iterable[str | Text]] = (),
+    whole: Collection[str] = (),
+    *,
+    right: Collection[str] = (),
+    narrow: bool = False,
 ) -> Table:
     """Return a table. A cell that is too long is folded, except in the columns `whole`. No text is read as markup.
 
-    `narrow`: with one space between two columns.
+    `right`: the columns that are aligned to the right. `narrow`: with one space between two columns.
     """
     from rich import box
     from rich.table import Table
@@ -152,7 +157,8 @@ def table(
 
     found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=narrow)
     for heading in headings:
-        found.add_column(heading, no_wrap=heading in whole, overflow="fold")
+        side: Literal["left", "right"] = "right" if heading in right else "left"
+        found.add_column(heading, justify=side, no_wrap=heading in whole, overflow="fold")
     for row in rows:
         found.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from inferctl.cli import console
@@ -31,10 +29,8 @@ def _title(model: ModelPlan) -> RenderableType:
 
 
 def _table(model: ModelPlan, plan: DeploymentPlan) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     # Formula and source share a column: side by side, they would leave a few letters per line on a narrow terminal.
-    for heading in ("figure", "value", "formula and source"):
-        table.add_column(heading, overflow="fold")
+    table = console.table(("figure", "value", "formula and source"))
     scope = None
     for where, figure in explain.rows(model, plan.clusters):
         if where != scope:
@@ -48,11 +44,8 @@ def _table(model: ModelPlan, plan: DeploymentPlan) -> RenderableType:
 
 
 def _summary(plan: DeploymentPlan) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("flavor", "cluster"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("min", "peak", "max", "overflow"):
-        table.add_column(heading, justify="right")
+    figures = ("min", "peak", "max", "overflow")
+    table = console.table(("flavor", "cluster", *figures), right=figures)
     for model in plan.models:
         for flavor in model.flavors:
             for cluster in plan.clusters:

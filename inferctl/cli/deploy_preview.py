@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -183,11 +182,8 @@ def _evictions(cluster: Mapping[str, Any]) -> Iterator[str]:
 def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     of = sorted({loss["share"]["of"] for loss in losses})
     yield Text(f"Losses at the peak: share of {' or '.join(of)} that is served at once", style="bold")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("lost", overflow="fold")
-    table.add_column("model", overflow="fold")
-    for heading in ("pods", "before", "at once"):
-        table.add_column(heading, justify="right")
+    figures = ("pods", "before", "at once")
+    table = console.table(("lost", "model", *figures), right=figures)
     several = len({loss["cluster"] for loss in losses}) > 1
     worst = report.worst(losses)
     shown = [loss for loss in worst if loss["share"]["at_once"] < 1]

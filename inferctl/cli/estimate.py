@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from inferctl.cli import completion, console, options
@@ -205,12 +203,7 @@ def render(result: dict[str, Any]) -> RenderableType:
     headings += [f"USD for\n{_compact(texts or 10**6)} texts\nat least"]
     headings += ["req/s at\nthe SLO\nat most" if slo else "offline\ntexts/s\nat most"]
     headings += [f"{'' if rate else 'single'}\np99 ms\nat least"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in headings:
-        left_aligned = heading in ("hardware", "runs as")
-        table.add_column(
-            heading, justify="left" if left_aligned else "right", no_wrap=heading == "hardware", overflow="fold"
-        )
+    table = console.table(headings, whole=("hardware",), right=headings[2:], narrow=True)
     for row in result["rows"]:
         cost = _lowest(row)
         cells = [cost.get("usd" if texts else "usd_per_million_texts")]

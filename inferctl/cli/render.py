@@ -38,17 +38,8 @@ def render(
     resolved = load(spec_file, flags, several=True)
     rendered = rendered_image(resolved)
     if output is None:
-        if as_json:
-            console.document(
-                {
-                    "dockerfile": rendered.dockerfile,
-                    "labels": rendered.labels,
-                    "contexts": rendered.contexts,
-                    "files": sorted(rendered.files),
-                }
-            )
-        else:
-            console.data(rendered.dockerfile)
+        facts = {"labels": rendered.labels, "contexts": rendered.contexts, "files": sorted(rendered.files)}
+        console.result({"dockerfile": rendered.dockerfile, **facts}, rendered.dockerfile, as_json=as_json)
         return
 
     contents = {
@@ -60,11 +51,10 @@ def render(
         _check_overwrite(output / "Dockerfile")
     server = {name: file.read_bytes() for name, file in server_files(resolved.spec.image.embed).items()}
     outputs.write_all(output, {**contents, **server}, "--output")
-    paths = [str(output / name) for name in contents]
+    paths, folder = [str(output / name) for name in contents], str(output / "layers" / "server")
+    console.result({"paths": paths, "server": folder}, "\n".join([*paths, folder]), as_json=as_json)
     if as_json:
-        console.document({"paths": paths, "server": str(output / "layers" / "server")})
         return
-    console.data("\n".join([*paths, str(output / "layers" / "server")]))
     arguments = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
     arguments += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
     console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *arguments, str(output)])}")

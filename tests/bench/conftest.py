@@ -68,7 +68,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
         def reference(model: Path, inputs: list[Any], *rest: Any) -> object:
             values = np.array([outputs[task](each) for each in inputs], np.float32)
-            return quality.Reference(inputs, values, digest)
+            return quality.Reference(inputs, values)
 
         monkeypatch.setattr(quality, "reference", reference)
         return folder, digest

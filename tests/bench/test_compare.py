@@ -155,46 +155,15 @@ DAY = 24 * 60
         ((0,), (1,), False),  # one repeat cannot alternate
         ((0,), (DAY,), False),
         ((0, 1, 2), (DAY, DAY + 1, DAY + 2), False),
-        ((0, DAY + 3, DAY + 4), (DAY + 1, DAY + 2, DAY + 5), False),  # the next day, within a repeat
-        ((0, 3, DAY + 4), (1, 2, DAY + 5), True),  # between two repeats
+        ((0, 3, DAY + 4), (1, 2, DAY + 5), True),
         ((0, 1, 2), (0.1, 1.1, 2.1), False),  # two benches at the same time
-        ((0, 14, 15), (12, 13, 16), True),  # the first repeat has the quality check between its runs
-        ((0, 50, 51), (40, 41, 61), False),
+        ((0, 3, 4, 6), (1, 2, 5), True),
     ],
 )
 def test_repeats_count_as_pairs_only_where_their_runs_followed_one_another(
     old: tuple[float, ...], new: tuple[float, ...], together: bool
 ) -> None:
     assert comparable.runs_interleaved(started(*old), started(*new)) == together
-
-
-def test_runs_of_a_repeat_may_be_further_apart_where_many_configurations_lie_between(tmp_path: Path) -> None:
-    sides = (started(0, 61), started(29, 32))
-    assert not comparable.runs_interleaved(*sides)
-    assert comparable.runs_interleaved(*sides, configurations=20)
-    old, new = receipts_of(tmp_path, run_values(20, STEADY[:2]), run_values(20, STEADY[:2]))
-    names = [{"name": str(number)} for number in range(20)]
-
-    def of_twenty(one: receipt.Receipt, runs: list[dict[str, Any]]) -> receipt.Receipt:
-        return changed(one, lambda data: data.update(runs=runs, plan={**data["plan"], "configurations": names}))
-
-    assert comparable.ReceiptPair(of_twenty(old, sides[0]), of_twenty(new, sides[1])).interleaved
-
-
-def test_interleaved_runs_that_are_too_far_apart_count_as_separate(tmp_path: Path) -> None:
-    old, new = receipts_of(tmp_path, run_values(20, STEADY[:5]), run_values(20, STEADY[:5]))
-    assert not any("separately" in note for note in verdict(old, new)["configurations"][0]["notes"])
-
-    def later(data: dict[str, Any]) -> None:
-        """The check after the first run took two hours, and so everything else is later."""
-        begun = min(run["started"] for run in (*old.data["runs"], *new.data["runs"]))
-        for run in data["runs"]:
-            if run["started"] > begun:
-                moved = datetime.datetime.fromisoformat(run["started"]) + datetime.timedelta(hours=2)
-                run["started"] = moved.isoformat(timespec="milliseconds")
-
-    notes = verdict(changed(old, later), changed(new, later))["configurations"][0]["notes"]
-    assert any("between the runs of a repeat" in note for note in notes)
 
 
 @pytest.mark.parametrize(

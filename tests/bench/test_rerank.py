@@ -1,9 +1,8 @@
-"""Benchmarks of rerank: requests, checks of the responses, quality, reports and comparisons."""
+"""Benchmarks of rerank and classify: requests, checks of the responses, quality and reports."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from inferctl.bench.measure.bench import Bench
 from inferctl.bench.plan import plan, sections, workload
 from inferctl.bench.report import html, terminal
 from inferctl.bench.report.rows import MeasuredRow
+from inferctl.config.spec_types import Task
 from inferctl.core.errors import UsageError
 from inferctl.facts.precision import best_precision
 from inferctl.receipts import receipt
@@ -32,7 +32,9 @@ LIMITS = sections.Quality.model_validate({})
 def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() -> None:
     found = plan.read_plan("quick").for_task("rerank")
     assert (found.load.task, found.load.inputs_per_request) == ("rerank", 16)
-    assert plan.read_plan("quick").for_task("embed") == plan.read_plan("quick")
+    quick = plan.read_plan("quick")
+    assert quick.for_task("embed") == quick
+    assert quick.for_task("classify").load == quick.load.model_copy(update={"task": "classify"})
     own = plan.Plan.model_validate(
         {"name": "own", "load": {"inputs_per_request": 5}, "configurations": [{"name": "a", "precision": "bf16"}]}
     )
@@ -127,48 +129,64 @@ def test_scores_are_compared_by_value_and_by_order() -> None:
     assert not quality.compare_scores(expected, expected + np.float32(0.2), LIMITS).passes
 
 
-def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(
-    tmp_path: Path, weights: Callable[[str], tuple[Path, str]]
+@pytest.mark.parametrize(
+    ("found", "passes", "top_1", "largest"),
+    [
+        ([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], True, 1.0, 0.0),
+        ([[0.7, 0.3], [0.2, 0.8], [0.45, 0.55]], True, 1.0, 0.05),  # both labels are best ones in fp32
+        ([[0.68, 0.32], [0.15, 0.85], [0.5, 0.5]], True, 1.0, 0.05),
+        ([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]], False, 1.0, 0.1),  # of a range of 0.6, the limit is 10%
+        ([[0.7, 0.3], [0.51, 0.49], [0.5, 0.5]], False, 0.6667, 0.31),
+    ],
+)
+def test_scores_of_labels_are_compared_by_value_and_by_label(
+    found: list[list[float]], passes: bool, top_1: float, largest: float
 ) -> None:
-    folder, digest = weights("rerank")
-    options = ("--task", "rerank", "--sha256", digest, "--drift", "0.001")
+    expected = np.asarray([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], np.float32)
+    result = quality.compare_labels(expected, np.asarray(found, np.float32), LIMITS)
+    assert (result.passes, result.top_1, result.texts) == (passes, top_1, 3)
+    assert result.score_difference and result.score_difference["max"] == pytest.approx(largest, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "drift", "passes"),
+    [("rerank", 16, 0.001, True), ("classify", 1, 0.001, True), ("classify", 1, 0.5, False)],
+)
+def test_scores_are_measured_and_compared_with_fp32(
+    tmp_path: Path, weights: Callable[[str], tuple[Path, str]], task: Task, texts: int, drift: float, passes: bool
+) -> None:
+    folder, digest = weights(task)
+    options = ("--task", task, "--sha256", digest, "--drift", str(drift))
     work = bench(tmp_path, "bf16", options=options, quality=CHECKED, model=folder)
-    work = Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
-    outcomes = ran(work)
-    found = collected(work, outcomes)
+    work = Bench(work.plan.for_task(task), work.targets, work.command, work.model, work.output)
+    found = collected(work, ran(work))
     (row,) = found.rows
     assert isinstance(row, MeasuredRow)
-    assert row.valid and row.pairs_per_s == pytest.approx(16 * row.requests_per_s, rel=0.001)
-    assert row.tokens_per_s == pytest.approx(9 * row.pairs_per_s, rel=0.001)
-    assert row.quality["checked"] and row.quality["passes"]
-    assert 0.0005 < (row.score_difference or 0) < 0.01 and (row.kendall or 0) > 0.95
-    assert terminal.cells(row)[-3:] == [
-        terminal.short(row.pairs_per_s),
-        f"{row.score_difference:.2g}",
-        f"{row.kendall:.3f}",
-    ]
-    quality = f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}"
-    assert any(quality in text for text in found.findings)
-    assert {"16 documents per request", "maximum score difference"} <= set(
-        re.findall("16 documents per request|maximum score difference", " ".join(terminal.notes(found)))
-    )
+    assert row.valid and row.quality["checked"] and row.quality["passes"] is passes
+    assert row.tokens_per_s == pytest.approx(9 * texts * row.requests_per_s, rel=0.001)
+    assert row.score_difference is not None
+    order = f"{row.kendall:.3f}" if task == "rerank" else f"{row.top_1:.1%}"
+    assert terminal.cells(row)[-2:] == [f"{row.score_difference:.2g}", order]
+    closeness = f"scores within {row.score_difference:.2g} of fp32" if passes else "fails the quality check: score diff"
+    assert any(closeness in text for text in found.findings)
     sealed = [receipt.load(Path(str(row.receipt)))]
-    assert (sealed[0].task, sealed[0].data["plan"]["load"]["inputs_per_request"]) == ("rerank", 16)
-    page = html.render(found, sealed)
+    assert (sealed[0].task, sealed[0].data["plan"]["load"]["inputs_per_request"]) == (task, texts)
+    page, notes = html.render(found, sealed), " ".join(terminal.notes(found))
+    assert f"{row.score_difference:.3g}" in page
+    if task == "classify":
+        assert "<th>score difference</th><th>same label</th>" in page
+        assert "share of texts with the same label" in notes
+        return
+    assert row.pairs_per_s == pytest.approx(16 * row.requests_per_s, rel=0.001)
+    assert 0.0005 < row.score_difference < 0.01 and (row.kendall or 0) > 0.95
     assert "<th>pairs/s</th><th>score difference</th><th>Kendall's tau</th>" in page
-    assert f"{row.score_difference:.3g}" in page and "16 documents per request" in page
+    assert "16 documents per request" in page and "16 documents per request" in notes
+    assert "maximum score difference" in notes
 
 
-def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callable[..., str], tmp_path: Path) -> None:
-    url = answering("--task", "rerank", "--median-ms", "5")
-    arguments = ["--plan", SHORT_PLAN]
-    done = command("--url", f"mine={url}", *arguments, "--json", folder=tmp_path)
-    found = json.loads(done.stdout)
-    (row,) = found["rows"]
-    assert done.returncode == (0 if row["valid"] else 5), done.stderr
-    assert (found["load"]["task"], row["task"]) == ("rerank", "rerank")
-    assert row["pairs_per_s"] == pytest.approx(16 * row["requests_per_s"], rel=0.001)
-    done = command("--url", f"mine={url}", "--url", f"other={answering()}", *arguments, folder=tmp_path)
+def test_servers_with_different_tasks_are_not_compared(answering: Callable[..., str], tmp_path: Path) -> None:
+    urls = ["--url", f"mine={answering('--task', 'rerank')}", "--url", f"other={answering()}"]
+    done = command(*urls, "--plan", SHORT_PLAN, folder=tmp_path)
     assert done.returncode == 2
     assert "the targets have different tasks: mine: rerank, other: embed" in done.stderr
 

@@ -16,15 +16,14 @@ from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, shape
 from inferctl.cli import bench_progress
-from inferctl.cli.bench_progress import RunForecast
 
 
-def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended(
+def test_the_time_left_is_of_the_whole_bench_and_of_the_load_that_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(bench_progress.time, "monotonic", lambda: now[0])
-    view = bench_progress.ProgressView([RunForecast(10, 12)] * 3)
+    view = bench_progress.ProgressView([22.0] * 3)
 
     def left(at: float, number: int, phase: str, left_s: float | None = None) -> float:
         now[0] = at
@@ -40,9 +39,9 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
         assert left(12, 1, "measure", left_s=10) == 10 + 4 + 44
         assert left(17, 1, "measure", left_s=1) == 1 + 4 + 44
         # The load is known to be over, also if it was shorter than the forecast.
-        assert left(18, 1, "checking quality") == 3 + 44
-        # It took 19 s outside the load, instead of 12 s.
-        assert left(24, 2, "starting") == pytest.approx(2 * (10 + 12 * 19 / 12))
+        assert left(18, 1, "checking quality") == 4 + 44
+        assert left(20, 1, "stopping") == 2 + 44
+        assert left(24, 2, "starting") == 44
         view.update(Progress("b", 2, 3, "measured", done="measured: 312.4 req/s"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "[1/3] a · starting · ~66 s left"
@@ -59,15 +58,14 @@ def test_the_plan_quick_says_that_it_takes_two_minutes(tmp_path: Path) -> None:
     busy = replace(work, environment=replace(idle, load_1m=9.5))
     said = bench_progress.forecast(busy)
     assert said == "this benchmark takes about 2 min; longer on this busy machine (load average 9.5)"
-    assert sum(map(sum, bench_progress.expected(work))) <= 130
+    assert sum(bench_progress.expected(work)) <= 130
     # Without a model there is no reference.
     unchecked = Bench(quick, targets, None, None, tmp_path)
-    (load_s, other_s), *_ = bench_progress.expected(work)
-    assert bench_progress.expected(unchecked)[0] == (load_s, other_s - bench_progress.REFERENCE_S)
+    assert bench_progress.expected(unchecked)[0] == bench_progress.expected(work)[0] - bench_progress.REFERENCE_S
 
 
 def test_no_time_is_left_while_users_are_found(capsys: pytest.CaptureFixture[str]) -> None:
-    with bench_progress.ProgressView([RunForecast(10, 12)]) as view:
+    with bench_progress.ProgressView([22.0]) as view:
         view.update(Progress("a", 0, 1, "finding users: 8"))
     assert capsys.readouterr().err == "a \u00b7 finding users: 8\n"
 

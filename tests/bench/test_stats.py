@@ -9,7 +9,10 @@ from bench_samples import harness
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.bench import stats
+from inferctl.bench import stats, student_t
+
+# Quantiles of Student's t: Abramowitz and Stegun, table 26.10.
+STUDENT = {(0.95, 30): 1.697, (0.975, 1): 12.706, (0.975, 4): 2.776, (0.975, 120): 1.980, (0.995, 5): 4.032}
 
 
 def below(k: int, n: int, q: float) -> float:
@@ -182,3 +185,14 @@ def test_too_few_or_too_strongly_correlated_windows_have_no_interval() -> None:
     assert stats.windows_interval([[100.0, 101.0] * 3]) is None
     assert stats.windows_interval([[100.0 + i for i in range(15)]]) is None
     assert stats.windows_interval([[100.0] * 15]) == (100.0, 0.0)
+
+
+@pytest.mark.parametrize(("p", "degrees"), STUDENT)
+def test_quantiles_of_students_t_are_those_of_the_tables(p: float, degrees: int) -> None:
+    assert student_t.quantile(p, degrees) == pytest.approx(STUDENT[p, degrees], abs=6e-4)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 10, 199, 200, 201, 202, 1000, 10_001])
+def test_quantiles_of_students_t_invert_its_distribution(degrees: int) -> None:
+    for p in (0.5, 0.9, 0.975, 0.9995, 1 - 0.05 / 200):
+        assert student_t.distribution(student_t.quantile(p, degrees), degrees) == pytest.approx(p, abs=1e-10)

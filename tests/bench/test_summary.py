@@ -9,6 +9,7 @@ from bench_samples import SECOND, records_file, row, steady, table
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import DROPPED, HTTP_ERROR, WARMUP
+from inferctl.bench.loadgen import recorder
 from inferctl.bench.plan import shape
 from inferctl.core.errors import InferctlError
 
@@ -121,3 +122,19 @@ def test_a_tail_follows_a_growing_file(tmp_path: Path) -> None:
         assert len(tail.read_new()) == 0
         stream.write(rows[1:].tobytes()[-3:])
     assert tail.read_new()["intended_ns"].tolist() == [3_000_000]
+
+
+def test_records_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> None:
+    file = tmp_path / "requests-3.bin"
+    writing, tail = recorder.Recorder(file, {"worker": 3}), records.Tail(file)
+    assert len(records.read(file)) == len(tail.read_new()) == 0
+    # More than one chunk of the file, which grows by 4 MiB. A record has 62 bytes.
+    count = recorder.CHUNK // 62 + 10
+    for number in range(count):
+        writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0, 0)
+    # The file is neither closed nor flushed, as after a kill of its writer.
+    assert records.read(file)["index"].tolist() == list(range(count))
+    assert len(tail.read_new()) == count
+    before = records.read(file)
+    writing.close()
+    assert records.read(file).tobytes() == before.tobytes()

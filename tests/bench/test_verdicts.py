@@ -428,16 +428,6 @@ def test_a_faster_configuration_that_is_not_sound_cannot_win(
     assert (caveats.caveats(rows)[:1] == [Caveat("invalid", "int8: client too busy")]) == ("validity" in change)
 
 
-def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
-    figures = {"fp32": (100.0, 98.0, 102.0), "fp16": (25.0, 24.0, 26.0), "bf16": (200.0, 196.0, 204.0)}
-    found = findings.describe(one_run(tmp_path, figures, fp16="emulated"), 0.1)
-    said = "fp32 has 4.00x the requests/s of emulated fp16 (3.77x to 4.25x) in this run."
-    assert said in found
-    # The first finding says it if fp32 is the best one.
-    without = one_run(tmp_path, {name: figures[name] for name in ("fp32", "fp16")}, fp16="emulated")
-    assert not any(text.startswith("fp32 has") for text in findings.describe(without, 0.1))
-
-
 def lognormal(name: str, median: float, sigma: float, responses: int, random: Any, repeats: int = 5) -> MeasuredRow:
     """Return the row of an open loop of 20 requests/s with log-normal latencies; runs differ by 1%."""
     runs = [median * random.lognormal(0, sigma, responses) * math.exp(random.normal(0, 0.01)) for _ in range(repeats)]
@@ -493,24 +483,6 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
     assert said.startswith("A is fastest in this run: ")
     assert "% of the p50 of B" in said
     assert "since not every configuration has the 368 responses of a p99" in others[0]
-
-
-@pytest.mark.parametrize(
-    ("rate", "factors", "said"),
-    [
-        (40, CALM, "fp32 has 2.50x the requests/s of emulated fp16 (2."),
-        (200, CALM[::-1], "emulated fp16 has 2.00x the requests/s of fp32 (1.9"),
-        (101, CALM[::-1], "No clear difference: emulated fp16 has 1.01x the requests/s of fp32 ("),
-        (96, NOISY, "No clear difference: fp32 has 1.0"),
-    ],
-)
-def test_the_ratio_of_an_emulated_precision_is_tested(
-    tmp_path: Path, rate: float, factors: Sequence[float], said: str
-) -> None:
-    emulated = {**document("fp16", 1, 1)["precision"], "level": "emulated"}
-    half = repeated("fp16", rate, factors) | {"precision": emulated}
-    rows = rows_of(tmp_path, repeated("fp32", 100, CALM), half, repeated("bf16", 400, CALM))
-    assert any(text.startswith(said) for text in findings.describe(rows, 0.1))
 
 
 def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> None:

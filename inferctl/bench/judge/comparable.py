@@ -14,9 +14,6 @@ from inferctl.receipts import receipt
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 ALLOWABLE = ("precision", "hardware")
-# The time between the two runs of a repeat, besides other runs: server starts, warm-up, the quality check of the first
-# repeat. Each configuration may take three times as long as its run.
-_MAX_GAP_S, _MAX_RUN_FACTOR = 600.0, 3
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,7 @@ class ReceiptPair:
     @cached_property
     def interleaved(self) -> bool:
         """Return whether both were measured in one benchmark, in alternating order."""
-        if self.new is None:
-            return False
-        configurations = len(self.old.data["plan"].get("configurations") or ()) or 2
-        return runs_interleaved(self.old.runs, self.new.runs, configurations)
+        return self.new is not None and runs_interleaved(self.old.runs, self.new.runs)
 
     @property
     def same_texts(self) -> bool:
@@ -168,34 +162,20 @@ def _schedules(sealed: Receipt) -> dict[int, str]:
     return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in sealed.runs}
 
 
-def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int = 2) -> bool:
-    """Return whether the runs of two receipts alternate, as in one benchmark of this number of `configurations`.
+def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject]) -> bool:
+    """Return whether the runs of two receipts alternate, as in one benchmark: both of a repeat before the next one.
 
-    This takes two repeats or more. Each repeat of both ends before the next begins, and its two runs follow each other
-    within the time that the benchmark needs.
+    This takes two repeats or more, whose runs did not overlap.
     """
     if not all(run.get("started") for run in (*old, *new)):
         return False
-    blocks: dict[int, list[JsonObject]] = {}
-    for run in sorted((*old, *new), key=_started):
-        blocks.setdefault(run["repeat"], []).append(run)
-    repeats = [blocks[repeat] for repeat in sorted(blocks)]
-    common = repeats[: min(len(old), len(new))]
-    return (
-        len(common) >= 2
-        and all(_consecutive(block, configurations) for block in common)
-        and all(_started(before[-1]) < _started(after[0]) for before, after in itertools.pairwise(repeats))
+    runs = sorted((*old, *new), key=_started)
+    common = [run for run in runs if run["repeat"] < min(len(old), len(new))]
+    apart = all(
+        (_started(after) - _started(before)).total_seconds() >= float(before["summary"].get("seconds") or 0)
+        for before, after in itertools.pairwise(common)
     )
-
-
-def _consecutive(block: Sequence[JsonObject], configurations: int) -> bool:
-    """Return whether a repeat has two runs, of which one followed the other.
-
-    They did not overlap, and were not on different days, as in a benchmark that was interrupted.
-    """
-    lengths = [float(run["summary"].get("seconds") or 0) for run in block]
-    longest = _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
-    return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= longest
+    return len(common) >= 4 and apart and [run["repeat"] for run in runs] == sorted(run["repeat"] for run in runs)
 
 
 def _started(run: JsonObject) -> datetime.datetime:

@@ -248,8 +248,8 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
     runs = min(len(old.runs), len(new.runs))
     if not pair.interleaved and runs >= verdict.MIN_RUNS:
         notes.append(
-            "measured separately, or with a long time between the runs of a repeat: a change of the machine between "
-            "them counts as a regression or improvement; measure both in one benchmark without an interruption"
+            "measured separately: a change of the machine between them counts as a regression or improvement; measure "
+            "both in one benchmark"
         )
     if verdict.MIN_RUNS <= runs < verdict.RECOMMENDED_REPEATS:
         notes.append(f"{runs} repeats show only large changes: use `--repeats {verdict.RECOMMENDED_REPEATS}`")

@@ -70,17 +70,7 @@ def _judge_kl(old: JsonObject, new: JsonObject, allow: Sequence[str]) -> list[Me
         reason = f"above the plan's limit of {most:g}"
     elif before is not None and after - before > rise + 1e-9:
         reason = f"rose by {after - before:.4g}, the limit is {rise:.4g}"
-    return [
-        MetricResult(
-            "kl",
-            unit="",
-            outcome="regression" if reason else "no regression",
-            reason=reason or ("" if before is not None else "the old receipt has no value for the same texts"),
-            old=before,
-            new=after,
-            limits=QualityTolerance(most=most),
-        )
-    ]
+    return [_verdict("kl", reason, before, after, QualityTolerance(most=most))]
 
 
 def _judge_scores(old: JsonObject, new: JsonObject) -> list[MetricResult]:
@@ -89,18 +79,9 @@ def _judge_scores(old: JsonObject, new: JsonObject) -> list[MetricResult]:
         return []
     low, high = found["range"]
     limit = new["limits"]["score_difference"] * (high - low)
-    worse = found["max"] > limit
-    return [
-        MetricResult(
-            "score_difference",
-            unit="",
-            outcome="regression" if worse else "no regression",
-            reason=f"above the plan's limit of {limit:.4g}" if worse else "",
-            old=(old.get("score_difference") or {}).get("max"),
-            new=found["max"],
-            limits=QualityTolerance(most=limit),
-        )
-    ]
+    reason = f"above the plan's limit of {limit:.4g}" if found["max"] > limit else ""
+    before = (old.get("score_difference") or {}).get("max")
+    return [_verdict("score_difference", reason, before, found["max"], QualityTolerance(most=limit))]
 
 
 def allowed_drop(name: str, old: float | None, allow: Sequence[str] = ()) -> float:
@@ -123,12 +104,11 @@ def _judge(
     # Both values are rounded to a few decimals: a drop of exactly the limit must not fail for its last binary digit.
     elif old is not None and old - new > drop + 1e-9:
         reason = f"dropped by {old - new:.4g}, the limit is {drop:g}"
+    return _verdict(name, reason, old, new, QualityTolerance(drop, least))
+
+
+def _verdict(name: str, reason: str, old: float | None, new: float, limits: QualityTolerance) -> MetricResult:
+    unknown = "" if old is not None else "the old receipt has no value for the same texts"
     return MetricResult(
-        name,
-        unit="",
-        outcome="regression" if reason else "no regression",
-        reason=reason or ("" if old is not None else "the old receipt has no value for the same texts"),
-        old=old,
-        new=new,
-        limits=QualityTolerance(drop, least),
+        name, "", "regression" if reason else "no regression", reason or unknown, old=old, new=new, limits=limits
     )

@@ -161,13 +161,12 @@ def _generation(runs: Sequence[RunRecords], seconds: float) -> GenerationSummary
     Latencies are those of good responses to measured requests. Tokens/s are the tokens of good responses that arrived
     in the measured windows, whenever their requests were sent.
     """
-    pairs = [(run, run.streams) for run in runs if run.streams]
-    chosen = [_is_good(run) & _is_measured(run) for run, _ in pairs]
-    ttft = [_known(streams.ttft_ms[use]) for (_, streams), use in zip(pairs, chosen, strict=True)]
-    tpot = [_known(streams.tpot_ms[use]) for (_, streams), use in zip(pairs, chosen, strict=True)]
-    gaps = [streams.gaps["ms"][use[streams.gaps["owner"]]] for (_, streams), use in zip(pairs, chosen, strict=True)]
-    tokens = np.concatenate([streams.tokens[use] for (_, streams), use in zip(pairs, chosen, strict=True)])
-    good = np.concatenate([run.rows[use] for (run, _), use in zip(pairs, chosen, strict=True)])
+    chosen = [(run.rows, run.streams, _is_good(run) & _is_measured(run)) for run in runs if run.streams]
+    ttft = [_known(streams.ttft_ms[use]) for _, streams, use in chosen]
+    tpot = [_known(streams.tpot_ms[use]) for _, streams, use in chosen]
+    gaps = [streams.gaps["ms"][use[streams.gaps["owner"]]] for _, streams, use in chosen]
+    tokens = np.concatenate([streams.tokens[use] for _, streams, use in chosen])
+    good = np.concatenate([rows[use] for rows, _, use in chosen])
     events = sum(map(len, gaps)) + sum(map(len, ttft))
     known = good[(good["cached_tokens"] != records.NOT_REPORTED) & (good["tokens"] > 0)]
     return {

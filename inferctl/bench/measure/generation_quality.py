@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inferctl.bench import stats
-from inferctl.bench.load.target import ServerConnection
 from inferctl.models import divergence, reference_process
 from inferctl.models.divergence import Divergence, Scored
-
-
-@dataclass(frozen=True)
-class TokenReference:
-    """The texts with the log-probabilities of the fp32 reference, and the digests of its model folder and corpus."""
-
-    texts: list[Scored]
-    model_sha256: str
-    corpus_sha256: str | None = None
 
 
 def reference(
@@ -27,24 +16,14 @@ def reference(
     texts: Sequence[str],
     max_tokens: int,
     on_wait: Callable[[float], None],
-) -> TokenReference:
-    """Compute the reference for the first texts with `max_tokens` tokens in all.
+) -> list[Scored]:
+    """Return the first texts, with `max_tokens` tokens in all, with the log-probabilities of the fp32 reference.
 
     Raises `InferctlError` if the process fails.
     """
     options = ["--task", "generate", "--max-tokens", str(max_tokens)]
     document = reference_process.run(model, texts, options, on_wait)
-    scored = [text for text in divergence.read_reference(document["texts"]) if text and text.logprobs]
-    return TokenReference(scored, str(document["model_sha256"]))
-
-
-def measure(server: ServerConnection, expected: TokenReference) -> Divergence:
-    """Send the tokens of the reference to `server` and return its divergence.
-
-    Raises `NoLogprobsError` if the server does not report log-probabilities of a prompt, and `InferctlError` if it
-    fails or they are invalid.
-    """
-    return divergence.compare(expected.texts, [server.score(text.ids) for text in expected.texts])
+    return [text for text in divergence.read_reference(document["texts"]) if text and text.logprobs]
 
 
 def figures(found: Divergence) -> dict[str, Any]:

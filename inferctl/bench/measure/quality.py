@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import generation_quality
-from inferctl.bench.measure.generation_quality import TokenReference
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.sections import Quality
 from inferctl.bench.plan.shape import DOCUMENTS
@@ -26,7 +25,7 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError
 from inferctl.models import divergence, reference_process, vector_format
 from inferctl.models import model as model_folder
-from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
+from inferctl.models.divergence import Divergence, Limits, NoLogprobsError, Scored
 
 NEIGHBORS = 10
 _MOST_COMPACT = 2000  # vectors, of which all pairs are compared in each number format
@@ -42,14 +41,11 @@ class Reference:
 
     Of a classifier, the scores of n texts, (n, labels).
 
-    An input is a text, or the query and the documents of a request. `model_sha256` is the digest of the model folder,
-    `corpus_sha256` that of the file with the texts, if there is one.
+    An input is a text, or the query and the documents of a request.
     """
 
     inputs: Inputs
     values: Matrix
-    model_sha256: str
-    corpus_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,7 @@ class QualityResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the `quality` key of a receipt: only the fields that this result has."""
-        optional = () if self.limits is None else ("corpus_sha256",)
-        return {key: value for key, value in asdict(self).items() if value is not None or key in optional}
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class QualityChecker:
@@ -100,7 +95,7 @@ class QualityChecker:
     def __init__(self, limits: Quality | None, model: Path | None) -> None:
         self._limits = limits
         self._model = model_folder.ModelFolder(model) if model else None
-        self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
+        self._references: dict[tuple[Task, int | None], Reference | list[Scored] | str] = {}
 
     def __call__(self, server: ServerConnection, on_wait: Callable[[float], None]) -> QualityResult:
         """Return the result for one server; `on_wait` receives the seconds passed while the reference is computed.
@@ -122,34 +117,38 @@ class QualityChecker:
             )
         max_input_tokens = (server.info.get("limits") or {}).get("max_input_tokens")
         key = (server.task, max_input_tokens)
+        texts, digest = workload.read_corpus(self._limits.corpus)
         if key not in self._references:
-            self._references[key] = self._compute(self._model.path, self._limits, *key, on_wait)
+            self._references[key] = _compute(self._model.path, self._limits, texts, *key, on_wait)
         expected = self._references[key]
         if isinstance(expected, str):
             return unchecked(expected)
         try:
-            return check(server, expected, self._limits)
+            return replace(check(server, expected, self._limits), corpus_sha256=digest)
         except NoLogprobsError as error:
             return unchecked(error.message)
         except InferctlError as error:
             return broken(error.message)
 
-    def _compute(
-        self, model: Path, limits: Quality, task: Task, max_input_tokens: int | None, on_wait: Callable[[float], None]
-    ) -> Reference | TokenReference | str:
-        """Return the reference, or the reason why there is none."""
-        texts, digest = workload.read_corpus(limits.corpus)
-        inputs: Inputs = texts[: limits.texts]
-        if task == "rerank":
-            inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
-        try:
-            if task == "generate":
-                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait)
-                return replace(tokens, corpus_sha256=digest)
-            computed = reference(model, inputs, max_input_tokens, on_wait)
-            return replace(computed, corpus_sha256=digest)
-        except InferctlError as error:
-            return error.message
+
+def _compute(
+    model: Path,
+    limits: Quality,
+    texts: list[str],
+    task: Task,
+    max_input_tokens: int | None,
+    on_wait: Callable[[float], None],
+) -> Reference | list[Scored] | str:
+    """Return the reference, or the reason why there is none."""
+    inputs: Inputs = texts[: limits.texts]
+    if task == "rerank":
+        inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
+    try:
+        if task == "generate":
+            return generation_quality.reference(model, texts, limits.tokens, on_wait)
+        return reference(model, inputs, max_input_tokens, on_wait)
+    except InferctlError as error:
+        return error.message
 
 
 def reference(
@@ -172,7 +171,7 @@ def reference(
         values = _values(document)
     else:
         values = np.asarray(document["scores"], np.float32).reshape(len(inputs), -1)
-    return Reference(inputs, values, str(document["model_sha256"]))
+    return Reference(inputs, values)
 
 
 def _values(document: Mapping[str, Any]) -> Matrix:
@@ -195,17 +194,16 @@ def _padded(rows: Sequence[Sequence[float] | Matrix], width: int = 0) -> Matrix:
     return padded
 
 
-def check(server: ServerConnection, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
+def check(server: ServerConnection, expected: Reference | list[Scored], limits: Quality) -> QualityResult:
     """Send the inputs of the reference to `server` and compare the vectors, the scores or the log-probabilities.
 
     Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
-    if isinstance(expected, TokenReference):
-        found = generation_quality.measure(server, expected)
-        return replace(compare_tokens(found, limits), corpus_sha256=expected.corpus_sha256)
+    if isinstance(expected, list):
+        return compare_tokens(divergence.compare(expected, [server.score(text.ids) for text in expected]), limits)
     if server.task == "rerank":
         scores = np.asarray([server.rerank(list(request)) for request in expected.inputs], np.float32)
-        return replace(compare_scores(expected.values, scores, limits), corpus_sha256=expected.corpus_sha256)
+        return compare_scores(expected.values, scores, limits)
     rows: list[Sequence[float]] = []
     texts, request = [str(text) for text in expected.inputs], server.embed
     what, unit = "vectors", "dimensions"
@@ -220,16 +218,12 @@ def check(server: ServerConnection, expected: Reference | TokenReference, limits
     if not np.isfinite(vectors).all():
         raise InferctlError(f"the server returned {what} with NaN or infinity")
     if server.task == "classify":
-        return replace(compare_labels(expected.values, vectors, limits), corpus_sha256=expected.corpus_sha256)
+        return compare_labels(expected.values, vectors, limits)
     if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
     wanted = _padded(list(expected.values), vectors.shape[1])
-    if dense:
-        result = compare(wanted, vectors, limits)
-    else:
-        per_token = int(server.info["model"]["token_dimensions"]) if server.output == "tokens" else None
-        result = compare(wanted, vectors, limits, compact_formats=False, per_token=per_token)
-    return replace(result, corpus_sha256=expected.corpus_sha256)
+    per_token = int(server.info["model"]["token_dimensions"]) if server.output == "tokens" else None
+    return compare(wanted, vectors, limits, compact_formats=dense, per_token=per_token)
 
 
 def compare(

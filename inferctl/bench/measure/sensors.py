@@ -86,7 +86,7 @@ class MachineMonitor:
         `started_by_bench`: the server started after the first sample. A server on the CPU has no GPU figures.
         """
         if not on_this_machine:
-            return telemetry.of_another_machine()
+            return Telemetry(absent={"gpu": "the server runs on another machine, which was not watched"})
         kind = (info.get("device") or {}).get("kind")
         samples = [sample for sample in self.samples if start_ns <= sample.at_ns <= end_ns]
         before = self.samples[0] if started_by_bench else None
@@ -97,4 +97,5 @@ class MachineMonitor:
             figures = telemetry.of_gpu(device, [sample.gpus[place] for sample in samples], server_pids, earlier or ())
             if figures is not None:
                 gpus.append(figures)
-        return Telemetry(telemetry.used_gpus(gpus), dict(self._absent))
+        # Those that a measured server was on, or all if that is not known.
+        return Telemetry(tuple(gpu for gpu in gpus if gpu.ours) or tuple(gpus), dict(self._absent))

@@ -92,12 +92,6 @@ class Telemetry:
         return asdict(self)
 
 
-def of_another_machine() -> Telemetry:
-    """Return the telemetry of a run whose server is on another machine."""
-    reason = "the server runs on another machine, which was not watched"
-    return Telemetry(absent={"gpu": reason})
-
-
 def of_gpu(
     device: GpuDevice, samples: Sequence[GpuSample], server_pids: Iterable[int], earlier: Iterable[GpuProcess]
 ) -> GpuTelemetry | None:
@@ -108,7 +102,6 @@ def of_gpu(
     if len(samples) < 2:
         return None
     joules, source = _joules(samples)
-    others = _other_processes(samples, set(server_pids), {process.pid for process in earlier})
     return GpuTelemetry(
         index=device.index,
         name=device.name,
@@ -125,16 +118,8 @@ def of_gpu(
         throttled=_throttled(samples),
         joules=joules,
         joules_from=source,
-        ours=others.server_seen,
-        foreign=others.foreign,
-        neighbours=others.in_other_slices,
-        untold=others.unidentified,
+        **_processes(samples, set(server_pids), {process.pid for process in earlier}),
     )
-
-
-def used_gpus(gpus: Sequence[GpuTelemetry]) -> tuple[GpuTelemetry, ...]:
-    """Return the GPUs that a measured server was on; all GPUs if that is not known."""
-    return tuple(gpu for gpu in gpus if gpu.ours) or tuple(gpus)
 
 
 def gpu_validity(telemetry: Telemetry) -> Validity:
@@ -183,16 +168,8 @@ def _judge_clocks(gpu: GpuTelemetry, reasons: list[str], cautions: list[str]) ->
         cautions.append(f"the power limit of {gpu.name} is lowered to {lowered}, so a higher load is slower: {reset}")
 
 
-@dataclass(frozen=True)
-class _OtherProcesses:
-    server_seen: bool
-    foreign: tuple[OtherProcess, ...]
-    in_other_slices: int
-    unidentified: int
-
-
-def _other_processes(samples: Sequence[GpuSample], server_pids: set[int], earlier: set[int]) -> _OtherProcesses:
-    """Return the processes on the GPU that are not the server's.
+def _processes(samples: Sequence[GpuSample], server_pids: set[int], earlier: set[int]) -> dict[str, Any]:
+    """Return whether a server was on the GPU, and the processes there that are not the server's.
 
     If no process id is the server's (NVML returns ids of another namespace), only the processes that were on the whole
     GPU before are certain to be foreign.
@@ -206,12 +183,12 @@ def _other_processes(samples: Sequence[GpuSample], server_pids: set[int], earlie
     else:
         foreign = {process for process in others if process.pid in earlier and process.instance is None}
     rest = len(others - foreign)
-    return _OtherProcesses(
-        server_seen=bool(servers),
-        foreign=tuple(OtherProcess(pid, process_usage.name(pid)) for pid in sorted(process.pid for process in foreign)),
-        in_other_slices=rest if servers else 0,
-        unidentified=0 if servers else rest,
-    )
+    return {
+        "ours": bool(servers),
+        "foreign": tuple(OtherProcess(pid, process_usage.name(pid)) for pid in sorted(each.pid for each in foreign)),
+        "neighbours": rest if servers else 0,
+        "untold": 0 if servers else rest,
+    }
 
 
 def _throttled(samples: Sequence[GpuSample]) -> dict[str, float] | None:

@@ -254,27 +254,20 @@ def _folder() -> Path:
 
 
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
-    problems = []
-    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages
-    if plan.load.mode == "open" and not given:
-        problems.append(
-            Problem(
-                "load.rate", "an open loop requires load.rate", document.line(["load"]), "add `rate: 50` (requests/s)"
-            )
+    given = [each.name for each in plan.configurations]
+    problems = [
+        Problem(
+            "configurations",
+            f"two configurations have the name {name!r}",
+            document.line(["configurations", index]),
+            "give each configuration its own name",
         )
-    seen: set[str] = set()
-    for index, configuration in enumerate(plan.configurations):
-        if configuration.name in seen:
-            line = document.line(["configurations", index])
-            problems.append(
-                Problem(
-                    "configurations",
-                    f"two configurations have the name {configuration.name!r}",
-                    line,
-                    "give each configuration its own name",
-                )
-            )
-        seen.add(configuration.name)
+        for index, name in enumerate(given)
+        if name in given[:index]
+    ]
+    if plan.load.mode == "open" and not (plan.load.rate or plan.load.capacity_percent or plan.load.stages):
+        line, advice = document.line(["load"]), "add `rate: 50` (requests/s)"
+        problems.insert(0, Problem("load.rate", "an open loop requires load.rate", line, advice))
     return problems
 
 

@@ -18,8 +18,6 @@ def describe(rows: Sequence[Row], error_budget_percent: float) -> list[str]:
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
     groups = comparable(measured)
     sentences = _winners(groups, error_budget_percent) or ["No valid measurement: see the reasons."]
-    error_rate = ranking.ERROR_RATE / max(1, sum(math.comb(len(group), 2) for group in groups.values()))
-    sentences += [text for group in groups.values() for text in _emulation(group, error_rate)]
     sentences += [
         f"{row.configuration} fails the quality check: {_failure(row.quality)}; it is not recommended."
         for row in with_receipt
@@ -64,30 +62,6 @@ def comparable(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
 
 def _shares(names: dict[str, float] | str) -> str:
     return names if isinstance(names, str) else ", ".join(f"{name}={share:g}" for name, share in names.items())
-
-
-def _emulation(rows: Sequence[MeasuredRow], error_rate: float) -> list[str]:
-    """Return how each emulated precision compares with fp32, which all hardware runs natively.
-
-    If fp32 is the best one, the first finding says so. Noise hides the difference.
-    """
-    if ranking.noise_of(rows):
-        return []
-    by = ranking.criterion(rows)
-    ordered = sorted((row for row in rows if math.isfinite(by.cost(row))), key=by.cost)
-    native = {row.precision.get("effective"): row for row in ordered if row.precision.get("level") == "native"}
-    fp32 = native.get("fp32")
-    if not fp32 or fp32 is ordered[0]:
-        return []
-    found = []
-    for row in ordered:
-        if row.precision.get("level") == "emulated":
-            first, second = sorted((fp32, row), key=by.cost)
-            compared = ranking.compare(first, second, by, error_rate)
-            unclear = "" if compared.faster else "No clear difference: "
-            where = "" if by.tested else f" in {ranking.runs_of(by)}"
-            found.append(f"{unclear}{ranking.named(first)} has {ranking.ratio_to(first, compared, by)}{where}.")
-    return found
 
 
 def _failure(quality: JsonObject) -> str:

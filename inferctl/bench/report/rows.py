@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from inferctl.bench import privacy, stats
@@ -43,11 +43,8 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
-        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name != "hardware"}
-        row |= {"reasons": list(self.reasons), "cautions": list(self.cautions)}
-        if self.hardware is not None:
-            row["hardware"] = self.hardware
-        return row
+        row = asdict(self)
+        return row if self.hardware else {key: value for key, value in row.items() if key != "hardware"}
 
 
 @dataclass(frozen=True)
@@ -151,21 +148,6 @@ class MeasuredRow(Row):
     kendall: float | None = None
     kl_mean: float | None = None
     top_1: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return an element of the `rows` key of a result."""
-        names = [key.name for key in fields(self) if key.name not in {base.name for base in fields(Row)}]
-        return {
-            **super().as_dict(),
-            **{name: getattr(self, name) for name in names},
-            "slo": self.slo and asdict(self.slo),
-            "closed_loop": self.closed_loop and asdict(self.closed_loop),
-            "runs": [asdict(run) for run in self.runs],
-            "noise": [asdict(found) for found in self.noise],
-            "workload": list(self.workload),
-            "p50_interval_ms": list(self.p50_interval_ms),
-            "p99_interval_ms": list(self.p99_interval_ms),
-        }
 
 
 def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | None = None) -> Row:

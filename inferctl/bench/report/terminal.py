@@ -24,6 +24,13 @@ FIGURES = {
     "rerank": ("pairs/s", "max diff", "tau"),
     "classify": ("tok/s", "max diff", "labels"),
 }
+# The last columns: figures of quality, and their formats.
+QUALITY = {
+    "embed": (("cosine_mean", ".5f"), ("recall_at_10", ".3f")),
+    "rerank": (("score_difference", ".2g"), ("kendall", ".3f")),
+    "classify": (("score_difference", ".2g"), ("top_1", ".1%")),
+    "generate": (("kl_mean", ".4f"), ("top_1", ".1%")),
+}
 GENERATION_HEADINGS = ("config", "runs as", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tok/s", "KL", "top-1")
 # The columns of costs: the key of a row, the title with its unit, what the value is divided by, and a short heading.
 COSTS = (
@@ -214,23 +221,12 @@ def cells(row: MeasuredRow) -> list[str]:
     """Return the nine texts of a row. A percentile that the sample does not support is `n<NEEDED`."""
     name = row.configuration if row.valid else f"{row.configuration} (!)"
     missing = "broken" if row.quality["checked"] else _UNKNOWN
+    values = [(getattr(row, key), style) for key, style in QUALITY[row.task]]
+    quality = [missing if value is None else f"{value:{style}}" for value, style in values]
     if found := row.generation:
         keys = (("ttft_ms", "p50"), ("ttft_ms", "p90"), ("ttft_ms", "p99"), ("itl_ms", "p50"), ("itl_ms", "p99"))
         latencies = [_quantile(found[figure][key]) for figure, key in keys]
-        kl, top_1 = ((row.kl_mean, ".4f"), (row.top_1, ".1%"))
-        return [
-            name,
-            runs_as(row.precision),
-            *latencies,
-            short(found["output_tokens_per_s"]),
-            *(missing if value is None else f"{value:{style}}" for value, style in (kl, top_1)),
-        ]
-    if row.task == "rerank":
-        rate, quality = row.pairs_per_s, ((row.score_difference, ".2g"), (row.kendall, ".3f"))
-    elif row.task == "classify":
-        rate, quality = row.tokens_per_s, ((row.score_difference, ".2g"), (row.top_1, ".1%"))
-    else:
-        rate, quality = row.tokens_per_s, ((row.cosine_mean, ".5f"), (row.recall_at_10, ".3f"))
+        return [name, runs_as(row.precision), *latencies, short(found["output_tokens_per_s"]), *quality]
     return [
         name,
         runs_as(row.precision),
@@ -238,8 +234,8 @@ def cells(row: MeasuredRow) -> list[str]:
         _percentile(row.p90_ms, 0.9),
         _percentile(row.p99_ms, 0.99) + (_OR_MORE if _is_bound(row) else ""),
         short(row.requests_per_s),
-        short(rate),
-        *(missing if value is None else f"{value:{style}}" for value, style in quality),
+        short(row.pairs_per_s if row.task == "rerank" else row.tokens_per_s),
+        *quality,
     ]
 
 
