@@ -305,8 +305,8 @@ class _EdgeRequest:
                 await self.fail(error)
                 return
             context.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.asked.id)]
-            self._add_lines()
+            limits = ((name.encode(), value.encode()) for name, value in self._limit_headers().items())
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.asked.id), *limits]
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
@@ -315,9 +315,8 @@ class _EdgeRequest:
             async with self._edge.turn:
                 await asyncio.sleep(0)
 
-    def _add_lines(self) -> None:
-        if self.context.quotas is not None:
-            self.notes.header_lines = edge_access.limit_lines(self.context.quotas)
+    def _limit_headers(self) -> dict[str, str]:
+        return edge_access.limit_headers(self.context.quotas) if self.context.quotas else {}
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
@@ -330,8 +329,7 @@ class _EdgeRequest:
         if context.status:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         context.status = error.status
-        headers = {**error.headers, "x-request-id": context.asked.id.decode()}
-        self._add_lines()
+        headers = {**error.headers, "x-request-id": context.asked.id.decode(), **self._limit_headers()}
         body = self._edge.error_body(self._scope["path"], error)
         await _respond(self._send, error.status, body, "application/json", headers)
         self.complete = True
