@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from inferctl.core.errors import UsageError
-from inferctl.reading.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode
+from inferctl.reading.modules import Dense, Layer, LayerNorm, PoolingMode
 from inferctl.serve.engines import weights
 
 
@@ -77,22 +77,7 @@ class _Normalize(torch.nn.Module):
         return torch.nn.functional.normalize(vectors, dim=1)
 
 
-class _LogitScore(torch.nn.Module):
-    rows: torch.Tensor
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("rows", rows)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        logits = states @ self.rows.T
-        return logits if logits.shape[1] == 1 else logits[:, :1] - logits[:, 1:]
-
-
 def _built(folder: Path, layer: Layer) -> torch.nn.Module:
-    if isinstance(layer, LogitScore):
-        tokens = [token for token in (layer.true_token, layer.false_token) if token is not None]
-        return _LogitScore(weights.output_rows(folder, tokens))
     if not isinstance(layer, Dense | LayerNorm):
         return _Normalize()
     module: torch.nn.Module = _Dense(layer) if isinstance(layer, Dense) else _LayerNorm(layer.dimension)
