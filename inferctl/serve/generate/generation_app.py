@@ -95,7 +95,7 @@ class GenerationApp:
         elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
         elif path == _MODELS or path.startswith(f"{_MODELS}/"):
-            await self._send_models(scope, receive, send)
+            await self._send_models(scope, send)
         elif path in ENDPOINTS or path in _PASSED:
             await self._app(scope, receive, send)
         elif path in live_adapters.PATHS and self._adapters:
@@ -161,21 +161,10 @@ class GenerationApp:
             media, body = b"text/html; charset=utf-8", docs_page.render(document).encode()
         await _send(send, body, media)
 
-    async def _send_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_models(self, scope: Scope, send: Send) -> None:
         """Send the names that the key of a request may use, or one of them. vLLM's own list has paths of files."""
         if scope["method"] != "GET":
             raise wrong_method(scope["method"], "GET")
-        status = 0
-
-        async def check(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            if status != 200:  # with VLLM_API_KEY, vLLM asks for it
-                await send(message)
-
-        await self._app({**scope, "path": _MODELS, "raw_path": _MODELS.encode()}, receive, check)
-        if status != 200:
-            return
         context, name = context_of(scope), scope["path"][len(_MODELS) + 1 :]
         cards = self._names.cards(context)
         if name:
