@@ -247,7 +247,7 @@ class Edge:
         except (ApiError, RejectedError) as found:
             error = errors.rejection(found) if isinstance(found, RejectedError) else found
             page, headers = (error.status, error.body(), "application/json"), error.headers
-        await _respond(send, *page, headers)
+        await respond(send, *page, headers)
 
 
 class _EdgeRequest:
@@ -331,7 +331,7 @@ class _EdgeRequest:
         context.status = error.status
         headers = {**error.headers, "x-request-id": context.asked.id.decode(), **self._limit_headers()}
         body = self._edge.error_body(self._scope["path"], error)
-        await _respond(self._send, error.status, body, "application/json", headers)
+        await respond(self._send, error.status, body, "application/json", headers)
         self.complete = True
 
     async def end(self, status: int) -> ApiError | None:
@@ -370,7 +370,8 @@ class _EdgeRequest:
         return errors.rejection(error)
 
 
-async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str]) -> None:
+async def respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str] = {}) -> None:
+    """Send a whole response."""
     fields = {"content-type": media, "content-length": str(len(body)), **headers}
     raw = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})

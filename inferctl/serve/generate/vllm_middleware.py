@@ -10,7 +10,6 @@ import asyncio
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config.spec import Spec
 from inferctl.serve.backend.charges import GenerationCharges
+from inferctl.serve.child import end_with_parent
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
@@ -127,7 +127,7 @@ class _EdgeServer:
             self._generation, metrics, pages.answer, endpoints=generation_app.ENDPOINTS, backend=charges
         )
         self._http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected)
-        threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
+        end_with_parent(_ORPHAN_S, lambda: os.killpg(0, signal.SIGKILL))  # vLLM's processes, too
         self._channel = control.connect(folder)
         self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
@@ -185,11 +185,3 @@ def _waiting() -> float:
     """Return how many requests wait in vLLM; 0 if vLLM publishes no statistics."""
     found = REGISTRY.restricted_registry([_WAITING]).collect()
     return sum(sample.value for metric in found for sample in metric.samples)
-
-
-def _kill_orphan(parent: int) -> None:
-    """Kill vLLM's processes some time after its supervisor was killed, also if the event loop is blocked."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(_ORPHAN_S)
-    os.killpg(0, signal.SIGKILL)
