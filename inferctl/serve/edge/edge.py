@@ -25,7 +25,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_m
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext
-from inferctl.serve.work import LIMIT_EXCEEDED, EdgeBackend, RejectedError
+from inferctl.serve.work import INTERNAL_ERROR, LIMIT_EXCEEDED, EdgeBackend, RejectedError
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 log = logging.getLogger("inferctl.edge")
@@ -184,7 +184,7 @@ class Edge:
             error = request.rejection(rejected)
         except Exception:  # a bug of the server must not leave a request without a response
             log.exception("request %s", context.asked.id.decode())
-            error = errors.internal()
+            error = ApiError(500, "internal error; see the server log", code=INTERNAL_ERROR)
         try:
             if error is not None:
                 await request.fail(error)

@@ -108,7 +108,7 @@ class GenerationServer(ServerLifetime):
 
     def _options_of_vllm(self) -> list[command.Derived]:
         socket = self._directory / _VLLM_SOCKET
-        return command.options(self._spec, self._model, self._probe.device, socket, self._compiler)
+        return list(command.options(self._spec, self._model, self._probe.device, socket, self._compiler))
 
     def _link(self, found: Adapter) -> None:
         """Make the path of an adapter for vLLM. Two names can have the same, and one of them may be in use."""

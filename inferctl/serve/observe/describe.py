@@ -115,17 +115,8 @@ def _of_tei(
     }
 
 
-def admission_line(slo_ms: float | None) -> str | None:
-    """Return the line about the SLO that the server enforces; None without one."""
-    rejects = "admission  rejects requests (429) whose predicted latency exceeds"
-    return f"{rejects} {slo_ms:g} ms (slo.p99_ms)" if slo_ms else None
-
-
-def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | None = None) -> Iterator[str]:
-    """Yield the lines about a model printed when the server is ready.
-
-    `admission`: the result of `admission_line`. `config`: that of the model.
-    """
+def lines(info: EngineInfo, slo_ms: float | None = None, config: TaskConfig | None = None) -> Iterator[str]:
+    """Yield the lines about a model printed when the server is ready. `config`: that of the model."""
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
     yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
@@ -146,8 +137,8 @@ def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | N
             yield f"outputs    {', '.join(config.trained)}"
         if config.prompts.summary:
             yield f"prompts    {config.prompts.summary}"
-    if admission:
-        yield admission
+    if slo_ms:
+        yield f"admission  rejects requests (429) whose predicted latency exceeds {slo_ms:g} ms (slo.p99_ms)"
     for warning in info.warnings:
         yield f"warning    {warning}"
 
