@@ -23,7 +23,6 @@ from inferctl.serve.encoder_model import EncoderModel
 from inferctl.serve.engine_process import memory
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime, without_stores
-from inferctl.serve.observe import describe
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.options import ServerOptions
@@ -194,7 +193,7 @@ class EncoderServer(ServerLifetime):
                 self._notify(f"model      {model.spec.name}, {model.task}")
             for line in model.lines:
                 self._notify(line)
-        self._notify(describe.ready_line(spec.name, self._url, self._ready_seconds, spec.access))
+        self._notify(access.ready_line(spec.name, self._url, self._ready_seconds, spec.access))
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         if self._api:

@@ -177,10 +177,10 @@ def warnings(settings: spec.Access, host: str) -> Iterator[str]:
         yield "limits per key have no effect without `access.keys`"
 
 
-def documentation(settings: spec.Access, url: str) -> str:
-    """Return where the documentation of a server is, and who may read it."""
+def ready_line(name: str, url: str, seconds: float, settings: spec.Access) -> str:
+    """Return the last line printed when the server is ready: where it and its documentation are."""
     who = " (requires an admin key)" if settings.required and "docs" not in settings.open else ""
-    return f"documentation at {url}/docs{who}"
+    return f"ready      {name} at {url} after {seconds:.1f} s; documentation at {url}/docs{who}"
 
 
 def limit_headers(quotas: Quotas) -> dict[str, str]:

@@ -23,7 +23,7 @@ from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
 from inferctl.models.reference_process import ReferenceFailedError
-from inferctl.serve.edge import listener
+from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
@@ -32,7 +32,6 @@ from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
 from inferctl.serve.lifetime import ServerLifetime, without_stores
-from inferctl.serve.observe import describe
 from inferctl.serve.observe.metrics import RequestMetrics, objectives
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
@@ -288,7 +287,7 @@ class GenerationServer(ServerLifetime):
         chosen, device, spec = self._model.precision, self._probe.device, self._spec
         self._notify(f"precision  {chosen.effective}, {chosen.level}, {chosen.method}: {chosen.reason}")
         self._notify(f"device     {device.name}")
-        self._notify(describe.ready_line(spec.name, self._url, seconds, spec.access))
+        self._notify(access.ready_line(spec.name, self._url, seconds, spec.access))
         for each in self._supervisor.adapters:
             self._notify(f"adapter    {each['name']}: {adapter_effect.line(each['next_tokens'])}")
         self._announce()

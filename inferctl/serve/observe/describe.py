@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import inferctl
-from inferctl.config.spec import MAX_CLIENT_BATCH, Access, Spec
+from inferctl.config.spec import MAX_CLIENT_BATCH, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.reading import model_summary
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.task_config import TaskConfig
-from inferctl.serve.edge import access
 from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.text import tokenizer_pool
@@ -141,8 +140,3 @@ def lines(info: EngineInfo, slo_ms: float | None = None, config: TaskConfig | No
         yield f"admission  rejects requests (429) whose predicted latency exceeds {slo_ms:g} ms (slo.p99_ms)"
     for warning in info.warnings:
         yield f"warning    {warning}"
-
-
-def ready_line(name: str, url: str, seconds: float, settings: Access) -> str:
-    """Return the last line printed when the server is ready. `settings`: who may use it."""
-    return f"ready      {name} at {url} after {seconds:.1f} s; {access.documentation(settings, url)}"
