@@ -364,7 +364,10 @@ def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool 
     `normalized`: whether to scale them, in place of that rule.
     """
     head = vectors if dimensions is None else np.ascontiguousarray(vectors[:, :dimensions])
-    return unit(head) if (dimensions is not None if normalized is None else normalized) else head
+    if not (dimensions is not None if normalized is None else normalized):
+        return head
+    scaled: Vectors = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), np.float32(1e-12))
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -425,13 +428,6 @@ class OpenAi:
         usage = {"prompt_tokens": context.input_tokens, "total_tokens": context.input_tokens}
         rest = {"id": context.asked.id.decode(), "created": int(time.time())} if self.pooling else {}
         yield b"]," + orjson.dumps({**rest, "model": model.name, "usage": usage})[1:]
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Return vectors scaled to length one."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
-    return scaled
 
 
 def check_range(vectors: Vectors, wanted: VectorFormat) -> None:

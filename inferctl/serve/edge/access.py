@@ -149,11 +149,6 @@ def check_endpoint(scope: Scope, context: RequestContext) -> None:
         raise _forbidden(f"use {scope['path']}")
 
 
-def create(settings: spec.Access, names: Iterable[str], batch_secret: str | None) -> EdgeAccess | None:
-    """Return who may use the server; None for everyone. Raises `UsageError` for a bad key file."""
-    return EdgeAccess(settings, names, batch_secret) if settings.required else None
-
-
 def known(access: EdgeAccess | None) -> bool:
     """Return whether clients can be recognized."""
     return access is None or access.ready
