@@ -13,6 +13,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +199,18 @@ class Helper(Child):
             assert self._process.stdin
             self._process.stdin.write(b"\n")
             self._process.stdin.close()
+
+
+def end_with_parent(seconds: float, end: Callable[[], None]) -> None:
+    """Call `end` some seconds after the parent of this process was killed, also if the event loop is blocked."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(seconds)
+        end()
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def _kill_group(pid: int) -> None:

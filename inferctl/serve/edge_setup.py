@@ -12,6 +12,7 @@ import inferctl
 from inferctl.config import spec
 from inferctl.core import outputs
 from inferctl.serve.edge import access
+from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.edge import Edge
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
@@ -48,7 +49,8 @@ class EdgeSetup:
     ) -> None:
         self._name, self._log, self._traces, self._batches = name, log, traces, batches
         self.metering = ServerMetering(recording, name, task, known_callers=keys.required, tasks=tasks)
-        self.access = access.create(keys, models, batch_secret if batches.folder else None)
+        secret = batch_secret if batches.folder else None
+        self.access = EdgeAccess(keys, models, secret) if keys.required else None
         self.lifecycle = Lifecycle(ready, live, lambda: access.known(self.access))
 
     def edge(

@@ -100,8 +100,7 @@ class EncoderModel:
     @property
     def lines(self) -> list[str]:
         """The lines printed when the server is ready."""
-        admission = describe.admission_line(self.spec.slo.p99_ms)
-        return list(describe.lines(self._engine, admission, self._config)) if self._engine else []
+        return list(describe.lines(self._engine, self.spec.slo.p99_ms, self._config)) if self._engine else []
 
     def state(self) -> dict[str, Any]:
         """Return what API processes need to know of it."""

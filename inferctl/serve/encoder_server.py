@@ -12,7 +12,6 @@ from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core import cgroup
-from inferctl.core.sizes import parse_size
 from inferctl.models.model import ModelFolder
 from inferctl.serve import event_loop
 from inferctl.serve.api import app
@@ -23,8 +22,7 @@ from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.encoder_model import EncoderModel
 from inferctl.serve.engine_process import memory
 from inferctl.serve.front_end import FrontEnd
-from inferctl.serve.lifetime import ServerLifetime
-from inferctl.serve.observe import describe
+from inferctl.serve.lifetime import ServerLifetime, without_stores
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.options import ServerOptions
@@ -83,7 +81,7 @@ class EncoderServer(ServerLifetime):
             self._front = FrontEnd(spec, parts, self._setup, metrics, backend, self._page)
         else:
             welcome = {
-                "spec": _for_api_processes(spec, processes),
+                "spec": without_stores(spec, processes),
                 "models": [(model.task, str(model.folder.path), model.objectives) for model in models],
                 "processes": processes,
                 "batch_secret": self._batch_secret,
@@ -195,7 +193,7 @@ class EncoderServer(ServerLifetime):
                 self._notify(f"model      {model.spec.name}, {model.task}")
             for line in model.lines:
                 self._notify(line)
-        self._notify(describe.ready_line(spec.name, self._url, self._ready_seconds, spec.access))
+        self._notify(access.ready_line(spec.name, self._url, self._ready_seconds, spec.access))
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         if self._api:
@@ -260,18 +258,3 @@ def _api_processes(spec: Spec) -> int:
     if spec.serve.api_processes != "auto":
         return spec.serve.api_processes
     return max(1, min(_MOST_AUTO, cgroup.cores() // _CORES_PER_API_PROCESS))
-
-
-def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
-    """Return a spec for API processes, which connect to no store and no broker, so they need no password.
-
-    The name of their key file follows from the address of the database with the keys. Their outboxes share the size of
-    the server's, which is that of its volume.
-    """
-    outbox_size = str(parse_size(spec.metering.outbox_size) // count)
-    changes: dict[str, dict[str, Any]] = {
-        "access": {"keys": spec.access.public_key_store or spec.access.keys, "broker": None},
-        "metering": {"ledger": None, "broker": None, "outbox_size": outbox_size},
-    }
-    document = spec.model_dump(mode="json", exclude_unset=True)  # what a model does not set is as for the whole server
-    return document | {name: document.get(name, {}) | values for name, values in changes.items()}

@@ -11,10 +11,12 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from inferctl.config.spec import Spec, Task
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
+from inferctl.core.sizes import parse_size
 from inferctl.serve import relay_process
 from inferctl.serve.child import Helper
 from inferctl.serve.edge import access, listener
@@ -206,3 +208,19 @@ def key_names(spec: Spec) -> list[str]:
     return [
         each for name, model in models for each in (name, model.source, *(adapter.name for adapter in model.adapters))
     ]
+
+
+def without_stores(spec: Spec, processes: int = 1) -> dict[str, Any]:
+    """Return a spec as JSON data for processes that connect to no store and no broker, so they need no password.
+
+    The name of their key file follows from the address of the database with the keys. The outboxes of `processes` share
+    the size of the server's, which is that of its volume.
+    """
+    keys, broker = spec.access.public_key_store or spec.access.keys, spec.access.broker
+    outbox_size = str(parse_size(spec.metering.outbox_size) // processes)
+    changes: dict[str, dict[str, Any]] = {
+        "access": {"keys": keys, "broker": broker.public if broker else None},
+        "metering": {"ledger": None, "broker": None, "outbox_size": outbox_size},
+    }
+    document = spec.model_dump(mode="json", exclude_unset=True)  # what a model does not set is as for the whole server
+    return document | {name: document.get(name, {}) | values for name, values in changes.items()}

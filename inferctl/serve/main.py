@@ -54,7 +54,7 @@ def arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m inferctl.serve`. Options that are not given are absent from the result."""
-    options = _Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    options = Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     options.description = "Serve a model over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
     options.add_argument("--spec", metavar="FILE", type=Path)
     for name in SETTINGS.keys() - {"allow_inaccurate"}:
@@ -111,7 +111,9 @@ def exit_with(run: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` for wrong options."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"`{self.prog} --help` lists the options")
 

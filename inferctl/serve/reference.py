@@ -27,7 +27,6 @@ pipeline of transformers for classify, else sentence-transformers.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import os
@@ -35,7 +34,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,7 +50,7 @@ from inferctl.reading.modules import read_object
 from inferctl.reading.outputs import Form, Role, mark
 from inferctl.reading.rows import Tokens
 from inferctl.serve.engines import hide_unused_libraries
-from inferctl.serve.main import exit_with
+from inferctl.serve.main import Parser, exit_with
 from inferctl.serve.text.text_parts import Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
@@ -260,15 +259,6 @@ def _base64(vectors: Iterable[Any]) -> list[str]:
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(
-            f"invalid arguments: {message}",
-            "run `python -m inferctl.serve.reference MODEL_DIR [--task TASK] [--max-input-tokens N] [--max-tokens N] "
-            "[--library] < inputs.json`",
-        )
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -308,7 +298,7 @@ def main() -> int:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # spare a server on the same cores; torch reads it when it loads
-    parser = _Parser(add_help=False)
+    parser = Parser(prog="python -m inferctl.serve.reference")
     parser.add_argument("source")
     parser.add_argument("--task", choices=("auto", *_TASKS), default="auto")
     parser.add_argument("--max-input-tokens", type=int)

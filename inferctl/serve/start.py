@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ def run(
     core_files.disable()
     # The library would start one thread per core, which compete with batches that have one core each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    notify = logs.notifier(options.log, notify)
+    if options.log == "json":
+        notify = logging.getLogger("inferctl.server").info
     if options.announce:
         outputs.retract(options.announce)
     loaded = [_load(one, notify, None if options.log == "json" else fetch) for one in spec.each()]

@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.batching.latency_model import LatencyModel
-from inferctl.serve.observe import describe
 from tests.latency_models import learned
-
-REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 
 
 @given(st.floats(0.001, 0.1), st.floats(1e3, 1e6), st.integers(0, 1000))
@@ -60,8 +57,3 @@ def test_tokens_are_divided_into_batches() -> None:
     model = learned(0.01, 1000)
     assert model.seconds(1000) == pytest.approx(1.01)
     assert model.seconds(1000, batch_tokens=100) == pytest.approx(1.1)
-
-
-def test_the_server_prints_the_slo_that_it_enforces() -> None:
-    assert describe.admission_line(70) == f"{REJECTS} 70 ms (slo.p99_ms)"
-    assert describe.admission_line(None) is None

@@ -115,8 +115,9 @@ def other_head(folder: Path) -> None:
 
 
 _MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_NO_CAP = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None}
 _MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-# Models that scale their logits, each in its own way, and one with an output matrix of its own.
+# Models that scale their logits, each in its own way, that cap them, and one with an output matrix of its own.
 SCALED: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
     "granite": ({"architecture": "granite", "logits_scaling": 8.0}, lambda _: None),
     "cohere": ({"architecture": "cohere", "logit_scale": 0.0625}, lambda _: None),
@@ -127,12 +128,17 @@ SCALED: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
     ),
     "falcon_h1": ({"architecture": "falcon_h1", "lm_head_multiplier": 0.2, **_MAMBA}, lambda _: None),
     "tied, with another head": ({"architecture": "qwen3", "tie_word_embeddings": True}, other_head),
+    "gemma2": (
+        {"architecture": "gemma2", "template": "gemma", "final_logit_softcapping": 1.0, **_NO_CAP},
+        lambda _: None,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SCALED)
 def test_logits_are_scaled_as_the_model_scales_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from inferctl.serve.engines import checks, weights
+    from inferctl.serve.engines import checks
+    from inferctl.serve.engines.head import TokenScore
 
     settings, change = SCALED[name]
     folder = rerankers.make(tmp_path, activation="Identity", **settings)
@@ -144,8 +150,8 @@ def test_logits_are_scaled_as_the_model_scales_them(name: str, tmp_path: Path, m
     found, info = computed(folder, pairs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
     assert info.logit_error is not None and info.logit_error < 1e-5
-    rows = weights.output_rows
-    monkeypatch.setattr(weights, "output_rows", lambda *given: rows(*given) * 2)
+    score = TokenScore.__call__
+    monkeypatch.setattr(TokenScore, "__call__", lambda *given: score(*given) * 2)
     with pytest.raises(UsageError, match="relative error of logits 1"):
         computed(folder, pairs)
 
@@ -372,13 +378,6 @@ def test_what_is_not_computed_does_not_start(folders: Callable[[str], Path], tmp
     with pytest.raises(UsageError, match=message) as error:
         computed(folder, encoded(folder, [("a", "b"), ("c", "d")]))
     assert error.value.hint
-
-
-def test_logits_that_depend_on_more_than_two_rows_do_not_start(tmp_path: Path) -> None:
-    settings = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 1.0}
-    folder = rerankers.make(tmp_path, "gemma2", "gemma", **settings)
-    with pytest.raises(UsageError, match="logits"):
-        computed(folder, encoded(folder, [("a", "b"), ("c", "d")]))
 
 
 def test_a_plain_language_model_is_none(folders: Callable[[str], Path]) -> None:

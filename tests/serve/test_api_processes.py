@@ -33,8 +33,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.config.spec import Spec
 from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
 from inferctl.core.sizes import parse_size
-from inferctl.serve.encoder_server import _for_api_processes
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
+from inferctl.serve.lifetime import without_stores
 from inferctl.serve.observe import samples
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
@@ -751,7 +751,7 @@ def test_api_processes_get_no_password_and_the_same_key_file_and_share_the_disk(
         },
     }
     whole = Spec.model_validate({"name": "m", "model": {"source": "a/b"}, **stores})
-    sent = json.loads(json.dumps(_for_api_processes(whole, 3)))
+    sent = json.loads(json.dumps(without_stores(whole, 3)))
     assert secret not in str(sent)
     read = Spec.model_validate(sent)
     assert read.access.key_file == whole.access.key_file

@@ -484,6 +484,7 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     with pytest.raises(NotReadyError, match="built for GPUs, but the device is a CPU"):
         generation_server._check_version(for_gpus, print)
     assert "no usable CUDA GPU" in refused("--device", "cuda")
+    assert "VLLM_API_KEY is set" in refused(VLLM_API_KEY="a")
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     assert "set TMPDIR to a shorter path" in refused(TMPDIR=str(deep))

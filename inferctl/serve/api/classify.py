@@ -22,7 +22,7 @@ from inferctl.serve.api import embeddings, endpoint
 from inferctl.serve.api.embeddings import PoolingResponse
 from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
 from inferctl.serve.api.inference import Inference, send_json
-from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items, parts
+from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, json_list, limit_items, parts
 from inferctl.serve.edge.request_context import context_of
 from inferctl.serve.text.text_parts import InputError
 
@@ -190,34 +190,33 @@ async def _logits(
 
 
 def classify_response(scores: Vectors, labels: Sequence[str], id_: str, model: str, tokens: int) -> Iterator[bytes]:
-    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
+    """Yield the JSON of a successful response in parts."""
     head = {"id": id_, "object": "list", "created": int(time.time()), "model": model}
-    separator = orjson.dumps(head)[:-1] + b',"data":['
-    for part in parts(scores):
-        data = [
+
+    def entries(part: slice) -> list[dict[str, Any]]:
+        return [
             {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(row)}
             for index, row in enumerate(scores[part], part.start)
         ]
-        yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        separator = b","
-    yield b"]," + orjson.dumps({"usage": {"prompt_tokens": tokens, "total_tokens": tokens}})[1:]
+
+    tail = b"]," + orjson.dumps({"usage": {"prompt_tokens": tokens, "total_tokens": tokens}})[1:]
+    return json_list(orjson.dumps(head)[:-1] + b',"data":[', map(entries, parts(scores)), tail)
 
 
 def predict_response(scores: Vectors, labels: Sequence[str], *, several: bool) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts. `several`: whether the request had a list of inputs."""
-    separator = b"[" if several else b""
-    for part in parts(scores):
+
+    def entries(part: slice) -> list[list[dict[str, Any]]]:
         rows = scores[part]
         # A stable sort, so labels with equal scores keep their order.
         orders = np.argsort(-rows, axis=1, kind="stable")
-        found = [
+        return [
             [{"score": row[number], "label": labels[number]} for number in order]
             for row, order in zip(rows, orders.tolist(), strict=True)
         ]
-        yield separator + orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        separator = b","
-    if several:
-        yield b"]"
+
+    head, tail = (b"[", b"]") if several else (b"", b"")
+    return json_list(head, map(entries, parts(scores)), tail)
 
 
 ENDPOINTS = (

@@ -5,20 +5,19 @@ Sources: https://docs.cohere.com/reference/embed, https://docs.cohere.com/v1/ref
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
-from inferctl.models import vector_format
+from inferctl.models.vector_format import VectorFormat
 from inferctl.reading.rows import Vectors
+from inferctl.serve.api.embedding_outputs import json_rows
 from inferctl.serve.api.embeddings import EmbeddingRequest, embed
 from inferctl.serve.api.endpoint import COHERE, TEXTS
-from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, json_list, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 
@@ -102,17 +101,9 @@ class CohereEmbed:
         kind = "embeddings_floats" if plain else "embeddings_by_type"
         yield orjson.dumps({"id": context.asked.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
         for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
-            separator = b"[" if plain else b'%s"%s":[' % (b"," if number else b"{", name.encode())
-            for bounds in parts(vectors):
-                rows = vectors[bounds]
-                if name == "base64":
-                    part = orjson.dumps([base64.b64encode(row).decode() for row in rows.astype("<f4", copy=False)])
-                else:
-                    converted = np.ascontiguousarray(vector_format.convert(rows, name))
-                    part = orjson.dumps(converted, option=orjson.OPT_SERIALIZE_NUMPY)
-                yield separator + part[1:-1]
-                separator = b","
-            yield b"]"
+            head = b"[" if plain else b'%s"%s":[' % (b"," if number else b"{", name.encode())
+            wanted: VectorFormat = "float" if name == "base64" else name
+            yield from json_list(head, (json_rows(vectors[part], name, wanted) for part in parts(vectors)))
         billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": str(self.version)}}
         yield (b"," if plain else b"},") + orjson.dumps({"texts": request.texts, "meta": billed})[1:]
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import orjson
 from starlette.types import Scope
 
 from inferctl.models import vector_format
@@ -19,6 +18,7 @@ from inferctl.models.vector_format import VectorFormat
 from inferctl.reading.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
 from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.schemas import json_list
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.text.text_parts import InputError
@@ -116,20 +116,19 @@ class SparseOptions:
         return f"{{{','.join(f'{number}:{weight!s}' for number, weight in pairs)}}}/{size}"
 
 
+def json_rows(vectors: Vectors, encoding: str | None, wanted: VectorFormat) -> Any:
+    """Return vectors in a format, as JSON has them: rows of numbers, or base64 texts of their little-endian bytes."""
+    rows = vector_format.convert(vectors, wanted)
+    if encoding != "base64":
+        return np.ascontiguousarray(rows)
+    return [base64.b64encode(row).decode() for row in np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))]
+
+
 def token_vectors(vectors: Vectors, encoding: str | None = None, wanted: VectorFormat = "float") -> Iterator[bytes]:
     """Yield the JSON of the vectors of the tokens of an input in parts: lists, or one base64 text for each token."""
-    separator = b"["
     step = max(1, _PART_NUMBERS // max(1, vectors.shape[1]))
-    for start in range(0, len(vectors), step):
-        rows: Any = vector_format.convert(vectors[start : start + step], wanted)
-        if encoding == "base64":
-            rows = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
-            rows = [base64.b64encode(row.tobytes()).decode() for row in rows]
-        else:
-            rows = np.ascontiguousarray(rows)
-        yield separator + orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        separator = b","
-    yield b"]" if separator == b"," else b"[]"
+    starts = range(0, len(vectors), step)
+    return json_list(b"[", (json_rows(vectors[start : start + step], encoding, wanted) for start in starts))
 
 
 async def max_similarities(

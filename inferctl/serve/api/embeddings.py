@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from pydantic import AliasChoices, BaseModel, Field, PlainValidator, StrictBool,
 from pydantic_core import PydanticCustomError
 from starlette.types import Receive, Scope, Send
 
-from inferctl.models import vector_format
 from inferctl.models.vector_format import VectorFormat
 from inferctl.reading.outputs import Output
 from inferctl.reading.rows import Tokens, Vectors
@@ -27,13 +25,14 @@ from inferctl.serve.api.embedding_outputs import (
     SparseOptions,
     chosen,
     held,
+    json_rows,
     marked,
     token_vectors,
     unpacked,
 )
 from inferctl.serve.api.endpoint import TEXTS, VOYAGE, Endpoint
 from inferctl.serve.api.inference import Inference, send_json
-from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, json_list, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -71,12 +70,10 @@ def validate_input(value: Any, info: ValidationInfo) -> Input:
         raise _empty(name)
     if isinstance(value, str):
         return value
-    kind, limit = type(value[0]), (info.context or {}).get("max_inputs")
-    if kind in (str, list) and limit is not None and len(value) > limit:
-        detail = {"count": len(value), "limit": limit}
-        raise PydanticCustomError("too_many_inputs", f"{name} has {{count}} items; the limit is {{limit}}", detail)
+    kind = type(value[0])
     if kind not in (str, list):
         return _token_ids(value, name)
+    limit_items(value, info)
     if set(map(type, value)) != {kind}:
         raise _wrong_type(name)
     if not all(value):
@@ -367,7 +364,10 @@ def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool 
     `normalized`: whether to scale them, in place of that rule.
     """
     head = vectors if dimensions is None else np.ascontiguousarray(vectors[:, :dimensions])
-    return unit(head) if (dimensions is not None if normalized is None else normalized) else head
+    if not (dimensions is not None if normalized is None else normalized):
+        return head
+    scaled: Vectors = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), np.float32(1e-12))
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -415,8 +415,7 @@ class OpenAi:
         for index, outputs in enumerate(rows):
             entry: dict[str, Any] = {"object": "pooling" if self.pooling else "embedding", "index": index}
             if "dense" in names:
-                (row,) = vector_format.convert(outputs.dense[None], wanted)
-                entry["embedding"] = _encoded(row) if encoding == "base64" else row
+                (entry["embedding"],) = json_rows(outputs.dense[None], encoding, wanted)
             if "sparse" in names:
                 entry["sparse_embedding"] = sparse.shape(outputs.ids, outputs.weights, model.vocabulary_size, token)
             head = separator + orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -429,17 +428,6 @@ class OpenAi:
         usage = {"prompt_tokens": context.input_tokens, "total_tokens": context.input_tokens}
         rest = {"id": context.asked.id.decode(), "created": int(time.time())} if self.pooling else {}
         yield b"]," + orjson.dumps({**rest, "model": model.name, "usage": usage})[1:]
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Return vectors scaled to length one."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
-    return scaled
-
-
-def _encoded(row: Any) -> str:
-    return base64.b64encode(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()).decode()
 
 
 def check_range(vectors: Vectors, wanted: VectorFormat) -> None:
@@ -456,30 +444,21 @@ def response(
     wanted: VectorFormat = "float",
     pooling: str | None = None,
 ) -> Iterator[bytes]:
-    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long.
+    """Yield the JSON of a successful response in parts.
 
     `pooling`: the id of a response of `POST /pooling`.
     """
-    kind, key, separator = "embedding", "embedding", b'{"object":"list","data":['
+    kind, key, head = "embedding", "embedding", b'{"object":"list","data":['
     if pooling is not None:
         kind, key = "pooling", "data"
-        separator = orjson.dumps({"id": pooling, "created": int(time.time())})[:-1] + b"," + separator[1:]
-    for part in parts(vectors):
-        rows = vector_format.convert(vectors[part], wanted)
-        if encoding == "base64":
-            rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        data = [
-            {
-                "object": kind,
-                "index": index,
-                key: base64.b64encode(row).decode() if encoding == "base64" else row,
-            }
-            for index, row in enumerate(rows, part.start)
-        ]
-        yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        separator = b","
+        head = orjson.dumps({"id": pooling, "created": int(time.time())})[:-1] + b"," + head[1:]
+
+    def entries(part: slice) -> list[dict[str, Any]]:
+        rows = json_rows(vectors[part], encoding, wanted)
+        return [{"object": kind, "index": index, key: row} for index, row in enumerate(rows, part.start)]
+
     rest = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-    yield b"]," + orjson.dumps(rest)[1:]
+    return json_list(head, map(entries, parts(vectors)), b"]," + orjson.dumps(rest)[1:])
 
 
 def embed(path: str, summary: str, response: type[BaseModel], api: EmbeddingApi, **others: Any) -> Endpoint:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import (
@@ -69,6 +69,18 @@ def parts(rows: Vectors) -> list[slice]:
         return [slice(0, 1)]
     step = max(1, min(_PART_ROWS, _PART_NUMBERS // rows.shape[1]))
     return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def json_list(head: bytes, values: Iterable[Any], tail: bytes = b"]") -> Iterator[bytes]:
+    """Yield JSON in parts, so that a large list never stops the event loop for long.
+
+    `head` begins the list, each of `values` has some of its items, and `tail` ends it.
+    """
+    separator = head
+    for each in values:
+        yield separator + orjson.dumps(each, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    yield tail if separator == b"," else head + tail
 
 
 class Usage(BaseModel):

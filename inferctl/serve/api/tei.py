@@ -18,7 +18,7 @@ from inferctl.reading.rows import Vectors
 from inferctl.serve.api.embedding_outputs import SeveralOutputs, token_vectors
 from inferctl.serve.api.embeddings import EmbeddingApi, EmbeddingRequest, Input, InputSchema, embed, validate_input
 from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
-from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, json_list, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 
@@ -103,12 +103,7 @@ class TeiEmbed:
         self, request: EmbedRequest, vectors: Vectors, model: ServedModel, _: RequestContext
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        separator = b"["
-        for part in parts(vectors):
-            rows = vectors[part]
-            yield separator + orjson.dumps(np.ascontiguousarray(rows), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-            separator = b","
-        yield b"]"
+        return json_list(b"[", (np.ascontiguousarray(vectors[part]) for part in parts(vectors)))
 
 
 @dataclass(frozen=True)
@@ -151,13 +146,9 @@ class TeiSimilarity:
 
     def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        first, others, separator = vectors[0], vectors[1:], b"["
-        for part in parts(others):
-            # Not `@`, for which BLAS would take all cores, which are those of the engine.
-            cosines = np.einsum("ij,j->i", others[part], first)
-            yield separator + orjson.dumps(cosines, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-            separator = b","
-        yield b"]"
+        first, others = vectors[0], vectors[1:]
+        # Not `@`, for which BLAS would take all cores, which are those of the engine.
+        return json_list(b"[", (np.einsum("ij,j->i", others[part], first) for part in parts(others)))
 
 
 def _embedding(

@@ -20,7 +20,7 @@ from inferctl.serve.api import endpoint
 from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
 from inferctl.serve.api.inference import Inference, send_json
-from inferctl.serve.api.schemas import ModelRequest, Unsupported, limit_items
+from inferctl.serve.api.schemas import ModelRequest, Unsupported, json_list, limit_items
 from inferctl.serve.text.tokenizer_pool import Token
 
 # How many tokens are converted to JSON at a time.
@@ -90,10 +90,8 @@ async def tokenize(inference: Inference, scope: Scope, receive: Receive, send: S
 def _response(found: list[list[Token]]) -> Iterator[bytes]:
     """Yield the JSON of the tokens of texts in parts."""
     for number, row in enumerate(found):
-        yield b",[" if number else b"[["
-        for start in range(0, len(row), _PART_TOKENS):
-            yield (b"," if start else b"") + orjson.dumps(row[start : start + _PART_TOKENS])[1:-1]
-        yield b"]"
+        starts = range(0, len(row), _PART_TOKENS)
+        yield from json_list(b",[" if number else b"[[", (row[start : start + _PART_TOKENS] for start in starts))
     yield b"]"
 
 

@@ -54,14 +54,12 @@ class Compute(Protocol):
 class _Flight:
     """Missing sequences of one request that are computed.
 
-    `future`: of the computation. `ended`: that it is done, for the request that started it, which may cancel this one.
-    `waiters`: how many requests need the flight. `joined`: futures of single vectors that other requests wait for; None
-    means that the flight failed.
+    `future`: of the computation. `waiters`: how many requests need the flight. `joined`: futures of single vectors that
+    other requests wait for; None means that the flight failed.
     """
 
     keys: list[bytes]
     bulk: bool
-    ended: asyncio.Future[None]
     future: asyncio.Future[RequestResult] = field(init=False)
     waiters: int = 0
     found: dict[bytes, bytes] = field(default_factory=dict)
@@ -195,7 +193,7 @@ class VectorCache:
         use: EngineUse,
         bulk: bool,
     ) -> _Flight:
-        flight = _Flight(list(missing), bulk, asyncio.get_running_loop().create_future())
+        flight = _Flight(list(missing), bulk)
         in_order = None if marks is None else [marks[key] for key in missing]
         arrived = partial(self._arrived, flight)
         flight.future = compute(list(missing.values()), in_order, on_vector=arrived, use=use)
@@ -211,12 +209,9 @@ class VectorCache:
         for flight in flights:
             flight.waiters += 1
         try:
-            # If this request is cancelled, neither of both cancels what others wait for.
-            if own and not futures:  # the most common case, in a fourth of the time
-                await own.ended
-            else:
-                both = [*futures, *((own.future,) if own else ())]
-                await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            # If this request is cancelled, that does not cancel what others wait for.
+            both = [*futures, *((own.future,) if own else ())]
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for flight in flights:
                 flight.waiters -= 1
@@ -239,8 +234,6 @@ class VectorCache:
     def _finished(self, flight: _Flight, future: asyncio.Future[RequestResult]) -> None:
         flight.error = asyncio.CancelledError() if future.cancelled() else future.exception()
         self._forget(flight)
-        if not flight.ended.done():
-            flight.ended.set_result(None)
         for joined in flight.joined.values():
             if not joined.done():
                 joined.set_result(None)

@@ -149,11 +149,6 @@ def check_endpoint(scope: Scope, context: RequestContext) -> None:
         raise _forbidden(f"use {scope['path']}")
 
 
-def create(settings: spec.Access, names: Iterable[str], batch_secret: str | None) -> EdgeAccess | None:
-    """Return who may use the server; None for everyone. Raises `UsageError` for a bad key file."""
-    return EdgeAccess(settings, names, batch_secret) if settings.required else None
-
-
 def known(access: EdgeAccess | None) -> bool:
     """Return whether clients can be recognized."""
     return access is None or access.ready
@@ -177,41 +172,28 @@ def warnings(settings: spec.Access, host: str) -> Iterator[str]:
         yield "limits per key have no effect without `access.keys`"
 
 
-def documentation(settings: spec.Access, url: str) -> str:
-    """Return where the documentation of a server is, and who may read it."""
+def ready_line(name: str, url: str, seconds: float, settings: spec.Access) -> str:
+    """Return the last line printed when the server is ready: where it and its documentation are."""
     who = " (requires an admin key)" if settings.required and "docs" not in settings.open else ""
-    return f"documentation at {url}/docs{who}"
+    return f"ready      {name} at {url} after {seconds:.1f} s; documentation at {url}/docs{who}"
 
 
-def limit_lines(quotas: Quotas) -> bytes:
-    """Return the headers of limits as lines: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy`."""
-    requests, tokens = quotas
-    if requests and tokens:
-        (limit, left, reset), (token_limit, tokens_left, token_reset) = requests, tokens
-        return _template(limit, reset, token_limit, token_reset) % (left, tokens_left, left, tokens_left)
-    if requests:
-        limit, left, reset = requests
-        return _template(limit, reset, None, 0) % (left, left)
-    if tokens:
-        limit, left, reset = tokens
-        return _template(None, 0, limit, reset) % (left, left)
-    return b""
+def limit_headers(quotas: Quotas) -> dict[str, str]:
+    """Return the headers of limits: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy`."""
+    found = [(name, *quota) for name, quota in zip(("requests", "tokens"), quotas, strict=True) if quota]
+    headers: dict[str, str] = {}
+    for name, limit, left, reset in found:
+        headers |= {f"x-ratelimit-limit-{name}": str(limit), f"x-ratelimit-reset-{name}": _duration(reset)}
+        headers[f"x-ratelimit-remaining-{name}"] = str(left)
+    if found:
+        headers["ratelimit-policy"] = ", ".join(f'"{name}";q={limit};w={PERIOD_S}' for name, limit, _, _ in found)
+        headers["ratelimit"] = ", ".join(f'"{name}";r={left};t={reset}' for name, _, left, reset in found)
+    return headers
 
 
-@functools.lru_cache(maxsize=1024)
-def _template(requests: int | None, reset: int, tokens: int | None, token_reset: int) -> bytes:
-    """Return the lines with a place for what is left of each limit, which changes with each request."""
-    limits = [(b"requests", requests, reset), (b"tokens", tokens, token_reset)]
-    found = [(name, limit, seconds) for name, limit, seconds in limits if limit is not None]
-    lines = [b"x-ratelimit-limit-%s: %d\r\nx-ratelimit-reset-%s: %s" % (n, q, n, _duration(t)) for n, q, t in found]
-    lines += [b"x-ratelimit-remaining-%s: %%d" % name for name, _, _ in found]
-    lines.append(b"ratelimit-policy: " + b", ".join(b'"%s";q=%d;w=%d' % (n, q, PERIOD_S) for n, q, _ in found))
-    lines.append(b"ratelimit: " + b", ".join(b'"%s";r=%%d;t=%d' % (n, t) for n, _, t in found))
-    return b"\r\n".join([*lines, b""])
-
-
-def _duration(seconds: int) -> bytes:
-    return b"%dm%ds" % divmod(seconds, 60) if seconds >= 60 else b"%ds" % seconds
+def _duration(seconds: int) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
 def _credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -50,7 +50,6 @@ class Connection(HttpToolsProtocol):
         self._dropping = False  # drop what arrives, and close after the response
         self._keep_alive = True
         self._upgrade = b""
-        self._headed: Any = None  # the request whose response has begun
         self._unsent = b""  # a part of a response that is sent with the next one, or in the next turn of the event loop
         self._received = self._body = 0  # bytes of the request, and of its body
         self._fields = 0  # headers and trailers of the request
@@ -171,11 +170,6 @@ class Connection(HttpToolsProtocol):
 
         They are sent together: a packet costs the server and the client more than the rest of the HTTP protocol.
         """
-        cycle = self.cycle
-        if cycle is not self._headed and cycle is not None and cycle.response_started:
-            self._headed = cycle  # this is the head of its response
-            if lines := ConnectionNotes.of(cycle.scope).header_lines:
-                data = b"%s%s\r\n" % (data[:-2], lines)
         self._written += len(data)
         if self._unsent:
             parts, self._unsent = (self._unsent, data), b""

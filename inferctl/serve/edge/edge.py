@@ -25,7 +25,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_m
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext
-from inferctl.serve.work import LIMIT_EXCEEDED, EdgeBackend, RejectedError
+from inferctl.serve.work import INTERNAL_ERROR, LIMIT_EXCEEDED, EdgeBackend, RejectedError
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
 log = logging.getLogger("inferctl.edge")
@@ -184,7 +184,7 @@ class Edge:
             error = request.rejection(rejected)
         except Exception:  # a bug of the server must not leave a request without a response
             log.exception("request %s", context.asked.id.decode())
-            error = errors.internal()
+            error = ApiError(500, "internal error; see the server log", code=INTERNAL_ERROR)
         try:
             if error is not None:
                 await request.fail(error)
@@ -247,7 +247,7 @@ class Edge:
         except (ApiError, RejectedError) as found:
             error = errors.rejection(found) if isinstance(found, RejectedError) else found
             page, headers = (error.status, error.body(), "application/json"), error.headers
-        await _respond(send, *page, headers)
+        await respond(send, *page, headers)
 
 
 class _EdgeRequest:
@@ -305,8 +305,8 @@ class _EdgeRequest:
                 await self.fail(error)
                 return
             context.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.asked.id)]
-            self._add_lines()
+            limits = ((name.encode(), value.encode()) for name, value in self._limit_headers().items())
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.asked.id), *limits]
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
@@ -315,9 +315,8 @@ class _EdgeRequest:
             async with self._edge.turn:
                 await asyncio.sleep(0)
 
-    def _add_lines(self) -> None:
-        if self.context.quotas is not None:
-            self.notes.header_lines = edge_access.limit_lines(self.context.quotas)
+    def _limit_headers(self) -> dict[str, str]:
+        return edge_access.limit_headers(self.context.quotas) if self.context.quotas else {}
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
@@ -330,10 +329,9 @@ class _EdgeRequest:
         if context.status:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         context.status = error.status
-        headers = {**error.headers, "x-request-id": context.asked.id.decode()}
-        self._add_lines()
+        headers = {**error.headers, "x-request-id": context.asked.id.decode(), **self._limit_headers()}
         body = self._edge.error_body(self._scope["path"], error)
-        await _respond(self._send, error.status, body, "application/json", headers)
+        await respond(self._send, error.status, body, "application/json", headers)
         self.complete = True
 
     async def end(self, status: int) -> ApiError | None:
@@ -372,7 +370,8 @@ class _EdgeRequest:
         return errors.rejection(error)
 
 
-async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str]) -> None:
+async def respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str] = {}) -> None:
+    """Send a whole response."""
     fields = {"content-type": media, "content-length": str(len(body)), **headers}
     raw = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})

@@ -105,11 +105,6 @@ def key_share(what: str) -> ApiError:
     return at_capacity(f"this key has many {what}, and other keys need room", "key_share", 1)
 
 
-def internal() -> ApiError:
-    """Return the error of a bug."""
-    return ApiError(500, "internal error; see the server log", code=INTERNAL_ERROR)
-
-
 def _error_type(status: int) -> str:
     if status == 429:
         return "rate_limit_error"

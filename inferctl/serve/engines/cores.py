@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from inferctl.reading.rows import Rows
+from inferctl.reading.rows import Rows, join_rows
 from inferctl.serve.engines.forward import AnyForward
 from inferctl.serve.engines.prepared import Sequences
 
@@ -61,14 +61,8 @@ class Cores:
             return self._forward(sequences)
         groups = _balanced(sequences.lengths, parts)
         found = list(self._pool.map(self._forward, map(sequences.take, groups)))
-        widths = {rows.shape[1] for rows in found if not isinstance(rows, list)}
-        if len(widths) > 1 or any(isinstance(rows, list) for rows in found):
-            by_index = dict(zip(chain(*groups), chain(*found), strict=True))
-            return [by_index[index] for index in range(len(sequences))]
-        rows = np.concatenate(found)
-        out = np.empty_like(rows)
-        out[np.concatenate(groups)] = rows
-        return out
+        by_index = dict(zip(chain(*groups), chain(*found), strict=True))
+        return join_rows([by_index[index] for index in range(len(sequences))])
 
 
 def _balanced(lengths: list[int], parts: int) -> list[list[int]]:

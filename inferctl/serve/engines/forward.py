@@ -23,7 +23,7 @@ from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import fused, int8, onednn, packed, plain, transfer, weights
 from inferctl.serve.engines.graphs import Graphs, shapes
-from inferctl.serve.engines.head import Head, MaskedLanguageHead
+from inferctl.serve.engines.head import Head, LanguageHead, TokenScore
 from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.engines.prepared import Inputs, Part, Prepared, Sequences, split
@@ -72,18 +72,13 @@ class Forward:
         self.shared_starts = deque[tuple[int, int]]()
         # A GPU computes one batch after the other, also if two threads launch them.
         self._launching = contextlib.nullcontext() if transfer.on_host(device) else threading.Lock()
-        head: Head | None = None
         self._outputs: OutputHeads | None = None
         self._graphs: Graphs | None = None
-        if isinstance(config, EmbeddingConfig):
-            model, self._pooling = plain.load_model(folder, dtype, config=config), config.pooling
-        elif config.pooling:
-            model, self._pooling = plain.load_model(folder, dtype), config.pooling
-        else:  # the model of transformers has the head
-            model = plain.load_model(folder, dtype, task=config.task)
-            head = Head(model, device)
-            self._pooling = (head.pooling,)
-        self._head, self._layers = head, Layers(folder, config.layers).to(device)
+        task, score = plain.loaded_task(config), plain.token_score(config)
+        model = plain.load_model(folder, dtype, task=task, config=config)
+        self._head = Head(model, device) if task in ("rerank", "classify") else None
+        self._pooling = (self._head.pooling,) if self._head else config.pooling
+        self._layers = TokenScore(model, score, device) if score else Layers(folder, config.layers).to(device)
         self._dimensions = config.truncate_dim if isinstance(config, EmbeddingConfig) else None
         encoder = model.base_model
         fused.apply(encoder)
@@ -97,7 +92,7 @@ class Forward:
         self.warning = onednn.pack(encoder, int8=eight_bit) if uses_onednn else None
         encoder.pooler = pooler
         if isinstance(config, EmbeddingConfig):
-            logits = MaskedLanguageHead(model) if config.has_logits else None
+            logits = LanguageHead(model) if config.has_logits else None
             if logits is not None and uses_onednn:
                 onednn.pack(logits.module, int8=False)
             self._outputs = OutputHeads(folder, config, logits, device)

@@ -16,7 +16,7 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Form, Ids, Outputs, SparseConfig, top
 from inferctl.reading.rows import Tokens, Vectors, slices
 from inferctl.serve.engines import transfer, weights
-from inferctl.serve.engines.head import MaskedLanguageHead
+from inferctl.serve.engines.head import LanguageHead
 from inferctl.serve.engines.pooling import Layers
 from inferctl.serve.engines.prepared import Wanted
 
@@ -37,7 +37,7 @@ class OutputHeads:
     """
 
     def __init__(
-        self, folder: Path, config: EmbeddingConfig, logits: MaskedLanguageHead | None, device: torch.device
+        self, folder: Path, config: EmbeddingConfig, logits: LanguageHead | None, device: torch.device
     ) -> None:
         """Raises `UsageError` for weights that are missing or of other sizes."""
         self._config, self._logits, self._device = config, logits, device

@@ -81,6 +81,16 @@ def load_model(
     return model
 
 
+def token_score(config: TaskConfig) -> LogitScore | None:
+    """Return of which logits of a language model the score is made; None for other models."""
+    return next((layer for layer in config.layers if isinstance(layer, LogitScore)), None)
+
+
+def loaded_task(config: TaskConfig) -> Task:
+    """Return the task of `load_model` for a configuration: that of the model before its pooling and layers."""
+    return "generate" if token_score(config) else "embed" if config.pooling else config.task
+
+
 def check_type(settings: Mapping[str, Any]) -> None:
     """Raise `UsageError` for the `config.json` of a model whose type transformers does not know."""
     from transformers import CONFIG_MAPPING
@@ -136,15 +146,14 @@ class Reference:
         `by_layer`: keep the weights in the format of the files, and convert those of one layer at a time.
         """
         self._folder, self._config = folder, config
-        self._scored = next((layer for layer in config.layers if isinstance(layer, LogitScore)), None)
-        task: Task = "generate" if self._scored else "embed" if config.pooling else config.task
+        self._scored = token_score(config)
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         self.causal: bool | None = None
         self._counter = FlopCounter()
         if static is None:
             dtype = weights.stored_format(folder) if by_layer else torch.float32
-            self._model = load_model(folder, dtype, task=task, config=config)
+            self._model = load_model(folder, dtype, task=loaded_task(config), config=config)
             if dtype != torch.float32:
                 _compute_in_fp32(self._model)
             self._model.requires_grad_(False)  # else the counter follows gradients

@@ -5,13 +5,14 @@ All of it runs in fp32: 8 bits of bf16 are too few for a long sum, and the layer
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from inferctl.core.errors import UsageError
-from inferctl.reading.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode
+from inferctl.reading.modules import Dense, Layer, LayerNorm, PoolingMode
 from inferctl.serve.engines import weights
 
 
@@ -62,40 +63,19 @@ class _Dense(torch.nn.Module):
         return result + self.residual(vectors) if hasattr(self, "residual") else result
 
 
-class _LayerNorm(torch.nn.Module):
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(dimension)
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.norm(vectors)
-        return result
-
-
 class _Normalize(torch.nn.Module):
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(vectors, dim=1)
 
 
-class _LogitScore(torch.nn.Module):
-    rows: torch.Tensor
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("rows", rows)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        logits = states @ self.rows.T
-        return logits if logits.shape[1] == 1 else logits[:, :1] - logits[:, 1:]
-
-
 def _built(folder: Path, layer: Layer) -> torch.nn.Module:
-    if isinstance(layer, LogitScore):
-        tokens = [token for token in (layer.true_token, layer.false_token) if token is not None]
-        return _LogitScore(weights.output_rows(folder, tokens))
     if not isinstance(layer, Dense | LayerNorm):
         return _Normalize()
-    module: torch.nn.Module = _Dense(layer) if isinstance(layer, Dense) else _LayerNorm(layer.dimension)
+    module: torch.nn.Module
+    if isinstance(layer, Dense):
+        module = _Dense(layer)
+    else:
+        module = torch.nn.Sequential(OrderedDict(norm=torch.nn.LayerNorm(layer.dimension)))
     stored = weights.of_module(folder, layer.folder)
     if not layer.folder:  # the folder of the model, with its other weights
         stored = {name: values for name, values in stored.items() if name.startswith("linear.")}

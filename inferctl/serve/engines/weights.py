@@ -7,12 +7,11 @@ mentions both only in its log.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
@@ -144,72 +143,6 @@ def query_weights(folder: Path, path: str) -> Any:
     if stored.keys() != {"weight"} or stored["weight"].dim() != 1:
         raise UsageError(f"the weights in {folder / path} are {_listed(sorted(stored))}, not one per token", _HINT)
     return stored["weight"].numpy()
-
-
-def output_rows(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
-    """Return the rows whose products with a state are the logits of these tokens by a causal model: fp32.
-
-    They are those of its output embeddings, or of the input embeddings if it shares them, times the factor by which
-    the model scales logits. Raises `UsageError` if the files have no such rows, or if logits depend on more than them.
-    """
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # noqa: BLE001  # the files of a folder can fail in any way
-        raise UsageError(f"transformers cannot load {folder}: {error}", "use a model that transformers knows") from None
-    layers = [model.get_output_embeddings()]
-    if config.get_text_config().tie_word_embeddings:  # transformers uses a stored output matrix nevertheless
-        layers.append(model.get_input_embeddings())
-    by_layer = {module: f"{name}.weight" for name, module in model.named_modules()}
-    wanted = [by_layer[layer] for layer in layers if layer is not None]
-    for name in (each for whole in wanted for each in (whole, whole.removeprefix(f"{model.base_model_prefix}."))):
-        for file in ModelFolder(folder).weight_files:
-            with safe_open(file, framework="pt") as stored:
-                if name not in stored.keys():  # noqa: SIM118  # not a mapping
-                    continue
-                part = stored.get_slice(name)
-                if max(tokens) >= (count := part.get_shape()[0]):
-                    raise UsageError(f"{folder} scores the token {max(tokens)}, but has {count} tokens", _HINT)
-                rows = torch.cat([part[token : token + 1] for token in tokens])
-                rows = next(iter(_checked(folder, "", {name: rows}).values())).float()
-            return rows * _logit_factor(folder, model)
-    raise UsageError(f"the weights of {folder} lack {wanted[0] if wanted else 'output embeddings'}", _HINT)
-
-
-@torch.inference_mode()
-def _logit_factor(folder: Path, model: Any) -> float:
-    """Return the factor between the logits of a causal model and the products of states with its output matrix.
-
-    The model's own code computes logits of random states and a random matrix. Raises `UsageError` if there is none.
-    """
-    random = torch.Generator().manual_seed(0)
-    states, matrix = (torch.randn(1, 8, model.get_input_embeddings().embedding_dim, generator=random) for _ in "ab")
-    states *= 100  # above what a soft cap lets through
-    layer = torch.nn.Linear(states.shape[2], 8, bias=False)
-    layer.weight = torch.nn.Parameter(matrix[0])
-    products, problem = layer(states), ""
-    try:
-        if model.get_output_embeddings().bias is not None:
-            raise ValueError("they have a bias")
-        model.set_output_embeddings(layer)
-        model.base_model.forward = lambda **_: MoeModelOutputWithPast(last_hidden_state=states)
-        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.float()
-        factor = float((logits * products).sum() / (products * products).sum())
-        if not torch.allclose(logits, factor * products, rtol=1e-4, atol=1e-4 * float(products.abs().max() * factor)):
-            problem = "such as with a soft cap (final_logit_softcapping)"
-    except Exception as error:  # noqa: BLE001  # the code of an architecture can need more than states
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
-    if problem:
-        raise UsageError(
-            f"{type(model).__name__} computes logits in another way than as products with a matrix and one factor, "
-            f"which is not supported: {problem}",
-            "use a reranker of another architecture",
-        )
-    return factor
 
 
 def static_table(folder: Path, path: str) -> torch.Tensor:

@@ -63,9 +63,10 @@ async def check(app: ASGIApp, settings: EdgeSettings, folder: Path) -> None:
     while adapters and not (folder / _EXPECTED).exists():
         await asyncio.sleep(_POLL_S)
     expected = json.loads((folder / _EXPECTED).read_text()) if adapters else {}
-    name = f"model {settings.name}"
+    base_name = settings.info["name"]
+    name = f"model {base_name}"
     try:
-        base = await _ask(app, settings.name, expected) if adapters else []
+        base = await _ask(app, base_name, expected) if adapters else []
         for each in adapters:
             name = f"adapter {each['name']}"
             own = await _ask(app, each["name"], expected)
@@ -81,7 +82,7 @@ async def check_added(app: ASGIApp, settings: EdgeSettings, folder: Path, added:
     expected["texts"] = expected.get("texts", [])[-_BESIDE:]
     if isinstance(rows := expected["adapters"][added["sha256"]], list):
         expected["adapters"][added["sha256"]] = rows[-_BESIDE:]
-    base = await _ask_beside(app, settings.name, expected)
+    base = await _ask_beside(app, settings.info["name"], expected)
     own = await _ask_beside(app, added["name"], expected)
     added["next_tokens"] = _compared(expected, added, base, own, settings)
 
@@ -158,7 +159,6 @@ async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None
         status = message.get("status", status)
         parts.append(message.get("body", b""))
 
-    key = os.environ.get("VLLM_API_KEY", "")
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -169,7 +169,7 @@ async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())],
+        "headers": [(b"content-type", b"application/json")],
         "server": None,
         "client": None,
     }

@@ -49,15 +49,13 @@ class Derived:
     source: str
 
 
-def options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp_compiler: bool = True) -> list[Derived]:
-    """Return the options of `vllm serve`. `socket`: where vLLM's own server listens; clients do not use it.
+def options(
+    spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp_compiler: bool = True
+) -> Iterator[Derived]:
+    """Yield the options of `vllm serve`. `socket`: where vLLM's own server listens; clients do not use it.
 
     `cpp_compiler`: whether this machine has one, so that the model can be compiled for a CPU.
     """
-    return list(_options(spec, model, device, socket, cpp_compiler))
-
-
-def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp_compiler: bool) -> Iterator[Derived]:
     serve = spec.serve
     yield Derived("--dtype", _DTYPES[model.dtype], f"precision {model.precision.effective}")
     if model.quantization:

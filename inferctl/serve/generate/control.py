@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,18 @@ _MAX_MESSAGE = 65536
 
 @dataclass(frozen=True)
 class EdgeSettings:
-    """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
+    """What the supervisor tells the edge. `spec`: as JSON data. `info`: the document of `GET /info`.
 
-    `access`, `metering`, `batches`: the sections of the spec, as JSON data. `batch_secret`: as of `EdgeAccess`.
-    `models`: the names of the model, its own first.
-    `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
+    `log`, `traces`: as in `ServerOptions`. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
+    `batch_secret`: as of `EdgeAccess`.
     """
 
-    name: str
-    drain_seconds: float
+    spec: dict[str, Any]
     info: dict[str, Any]
-    log: str = "text"
-    traces: bool = False
-    access: dict[str, Any] = field(default_factory=dict)
-    models: list[str] = field(default_factory=list)
-    metering: dict[str, Any] = field(default_factory=dict)
-    slo: dict[str, float] = field(default_factory=dict)
-    started: float = 0.0
-    batches: dict[str, Any] = field(default_factory=dict)
-    batch_secret: str = ""
+    log: str
+    traces: bool
+    started: float
+    batch_secret: str
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

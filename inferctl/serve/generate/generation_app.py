@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inferctl.batching.fairness import Shares
 from inferctl.serve.api import docs_page
 from inferctl.serve.backend.charges import GenerationCharges
-from inferctl.serve.edge.edge import ClientDisconnectedError, read_body
+from inferctl.serve.edge.edge import ClientDisconnectedError, read_body, respond
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.generate import live_adapters, meter, vllm_request
@@ -95,11 +95,11 @@ class GenerationApp:
         elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
         elif path == _MODELS or path.startswith(f"{_MODELS}/"):
-            await self._send_models(scope, receive, send)
+            await self._send_models(scope, send)
         elif path in ENDPOINTS or path in _PASSED:
             await self._app(scope, receive, send)
         elif path in live_adapters.PATHS and self._adapters:
-            await _send(send, orjson.dumps(await self._adapters(scope, receive)), b"application/json")
+            await respond(send, 200, orjson.dumps(await self._adapters(scope, receive)), "application/json")
         else:
             # The path may have a key by mistake, and clients log errors.
             raise ApiError(404, f"no such endpoint; POST to {' or '.join(ENDPOINTS)}", code="not_found")
@@ -156,32 +156,21 @@ class GenerationApp:
             if path in ENDPOINTS or path in _PASSED or path.startswith(_MODELS)
         }
         if scope["path"] == "/openapi.json":
-            media, body = b"application/json", orjson.dumps(document)
+            media, body = "application/json", orjson.dumps(document)
         else:
-            media, body = b"text/html; charset=utf-8", docs_page.render(document).encode()
-        await _send(send, body, media)
+            media, body = "text/html; charset=utf-8", docs_page.render(document).encode()
+        await respond(send, 200, body, media)
 
-    async def _send_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_models(self, scope: Scope, send: Send) -> None:
         """Send the names that the key of a request may use, or one of them. vLLM's own list has paths of files."""
         if scope["method"] != "GET":
             raise wrong_method(scope["method"], "GET")
-        status = 0
-
-        async def check(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            if status != 200:  # with VLLM_API_KEY, vLLM asks for it
-                await send(message)
-
-        await self._app({**scope, "path": _MODELS, "raw_path": _MODELS.encode()}, receive, check)
-        if status != 200:
-            return
         context, name = context_of(scope), scope["path"][len(_MODELS) + 1 :]
         cards = self._names.cards(context)
         if name:
             self._names.resolve(context, name)
         found = next(card for card in cards if card["id"] == name) if name else {"object": "list", "data": cards}
-        await _send(send, orjson.dumps(found), b"application/json")
+        await respond(send, 200, orjson.dumps(found), "application/json")
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
@@ -400,12 +389,6 @@ async def _read(context: RequestContext, receive: Receive, parse: Callable[[byte
     except ApiError:
         context.in_vain = -(-len(raw) // BYTES_PER_TOKEN)
         raise
-
-
-async def _send(send: Send, body: bytes, media: bytes) -> None:
-    headers = [(b"content-type", media), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _message(request: VllmRequest) -> Message:

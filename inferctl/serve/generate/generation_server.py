@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from inferctl.serve.generate import adapter_probe, command, control, generation_
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
-from inferctl.serve.lifetime import ServerLifetime
-from inferctl.serve.observe import metering
+from inferctl.serve.lifetime import ServerLifetime, without_stores
 from inferctl.serve.observe.metrics import RequestMetrics, objectives
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
@@ -62,10 +61,11 @@ class GenerationServer(ServerLifetime):
         self._folder = folder
         if several := generation_fit.check_processes(spec):
             raise UsageError(f"{several.what}: {several.why}", several.hint)
+        if os.environ.get("VLLM_API_KEY"):
+            raise UsageError("the environment variable VLLM_API_KEY is set", "remove it, and use access.keys")
         self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
-        _check_key(spec, os.environ)
         if spec.serve.adapter_folders and not spec.access.keys:
             raise UsageError(
                 "serve.adapter_folders requires access.keys: who changes adapters needs an admin key",
@@ -107,7 +107,7 @@ class GenerationServer(ServerLifetime):
 
     def _options_of_vllm(self) -> list[command.Derived]:
         socket = self._directory / _VLLM_SOCKET
-        return command.options(self._spec, self._model, self._probe.device, socket, self._compiler)
+        return list(command.options(self._spec, self._model, self._probe.device, socket, self._compiler))
 
     def _link(self, found: Adapter) -> None:
         """Make the path of an adapter for vLLM. Two names can have the same, and one of them may be in use."""
@@ -203,23 +203,23 @@ class GenerationServer(ServerLifetime):
         self._supervisor.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _warnings(self, host: str) -> Iterator[str]:
-        if os.environ.get("VLLM_API_KEY"):  # vLLM asks for it
-            return metering.warnings(self._spec.metering)
-        return super()._warnings(host)
-
     async def _start_vllm(self) -> VllmProcess:
         changed = [each.name for each in self._model.adapters if not _is_unchanged(each)]
         for name in changed if self._supervisor.restarts else ():  # one in the spec, too: vLLM would not start
             await self._change_adapters({"kind": "removed", "name": name})
         self._derived = self._options_of_vllm()
-        self._edge_settings().write(self._directory)
-        (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
-        style = self._options.log
-        variables = command.environment(
-            self._spec, self._model, self._probe.device, self._directory, style, os.environ, self._compiler
+        started = time.monotonic() if self._supervisor.restarts else self._started
+        # A killed server leaves it in a file.
+        document, options = without_stores(self._spec), self._options
+        settings = control.EdgeSettings(
+            document, self._info(), options.log, options.traces, started, self._batch_secret
         )
-        variables |= command.visible_gpu(self._options.device, os.environ)
+        settings.write(self._directory)
+        (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
+        variables = command.environment(
+            self._spec, self._model, self._probe.device, self._directory, options.log, os.environ, self._compiler
+        )
+        variables |= command.visible_gpu(options.device, os.environ)
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
         )
@@ -230,35 +230,6 @@ class GenerationServer(ServerLifetime):
     def _output(self, line: str) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
-
-    def _edge_settings(self) -> control.EdgeSettings:
-        """Return what the edge needs. A killed server leaves it in a file, and the edge connects to no store.
-
-        So it has no passwords.
-        """
-        spec = self._spec
-        keys, broker = spec.access.public_key_store, spec.access.broker
-        if not keys and spec.access.key_file:
-            keys = str(Path(spec.access.key_file).absolute())
-        access = {"keys": keys, "broker": broker.public if broker else None}
-        batches = spec.serve.batches.model_dump()
-        if batches["folder"]:
-            batches["folder"] = str(Path(batches["folder"]).absolute())
-        return control.EdgeSettings(
-            spec.name,
-            spec.serve.drain_seconds,
-            self._info(),
-            self._options.log,
-            self._options.traces,
-            spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
-            command.base_names(spec),
-            spec.metering.model_dump()
-            | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
-            objectives(spec.slo),
-            time.monotonic() if self._supervisor.restarts else self._started,
-            batches,
-            self._batch_secret,
-        )
 
     def _info(self) -> dict[str, Any]:
         """Return the document of `GET /info`."""
@@ -316,8 +287,7 @@ class GenerationServer(ServerLifetime):
         chosen, device, spec = self._model.precision, self._probe.device, self._spec
         self._notify(f"precision  {chosen.effective}, {chosen.level}, {chosen.method}: {chosen.reason}")
         self._notify(f"device     {device.name}")
-        documentation = access.documentation(spec.access, self._url)
-        self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
+        self._notify(access.ready_line(spec.name, self._url, seconds, spec.access))
         for each in self._supervisor.adapters:
             self._notify(f"adapter    {each['name']}: {adapter_effect.line(each['next_tokens'])}")
         self._announce()
@@ -399,14 +369,6 @@ def _check_version(found: probe.DeviceProbe, notify: Callable[[str], None]) -> N
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
-
-
-def _check_key(spec: Spec, environment: Mapping[str, str]) -> None:
-    """Raise `UsageError` if requests would need two keys in one header."""
-    if spec.access.keys and environment.get("VLLM_API_KEY"):
-        raise UsageError(
-            "access.keys and the environment variable VLLM_API_KEY both set keys", "remove the variable VLLM_API_KEY"
-        )
 
 
 def _install_vllm(kind: str) -> str:

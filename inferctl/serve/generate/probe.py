@@ -10,6 +10,8 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from pydantic import TypeAdapter
+
 from inferctl.core.errors import NotReadyError
 from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
@@ -28,9 +30,7 @@ class DeviceProbe:
 
     def to_json(self) -> str:
         """Return the probe as JSON."""
-        data = asdict(self)
-        data["traits"]["cpu_flags"] = sorted(self.traits.cpu_flags)
-        return json.dumps(data)
+        return json.dumps(asdict(self), default=sorted)
 
     @classmethod
     def from_json(cls, text: str) -> DeviceProbe:
@@ -38,13 +38,7 @@ class DeviceProbe:
         data = json.loads(text)
         if "error" in data:
             raise NotReadyError(data["error"], data["hint"])
-        traits = data["traits"]
-        capability = traits["compute_capability"]
-        return cls(
-            DeviceInfo(**data["device"]),
-            DeviceTraits(traits["kind"], tuple(capability) if capability else None, frozenset(traits["cpu_flags"])),
-            data["versions"],
-        )
+        return TypeAdapter(cls).validate_python(data)
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -18,18 +17,19 @@ from prometheus_client import REGISTRY
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferctl.config import spec
+from inferctl.config.spec import Spec
 from inferctl.serve.backend.charges import GenerationCharges
+from inferctl.serve.child import end_with_parent
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
-from inferctl.serve.generate import adapter_probe, control, generation_app, live_adapters
+from inferctl.serve.generate import adapter_probe, command, control, generation_app, live_adapters
 from inferctl.serve.generate.live_adapters import LiveAdapters
 from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
-from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.serve.observe.metrics import RequestMetrics, objectives
 from inferctl.tenancy.access.limits import Limiter
 
 _BEAT_S = 1.0
@@ -72,7 +72,8 @@ class _EdgeServer:
         self._app, self._folder = app, folder
         self._healthy = True
         settings.info["ready_seconds"] = round(time.monotonic() - settings.started, 3)
-        metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
+        spec = Spec.model_validate(settings.spec)
+        metrics = RequestMetrics(REGISTRY, slo=objectives(spec.slo), answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
         metrics.describe_model(settings.info)
         metrics.watch_threads("api")
         metrics.engine_restarts.set(settings.info["restarts"])
@@ -80,20 +81,19 @@ class _EdgeServer:
         metrics.watch_queue(
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
-        keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
-        source = settings.info["model"]["source"]
+        keys, names = spec.access, command.base_names(spec)
         adapters = {each["name"]: each["sha256"] for each in settings.info["adapters"]}
         setup = EdgeSetup(
-            settings.name,
-            [*settings.models, source, *adapters],
+            spec.name,
+            [*names, spec.model.source, *adapters],
             "generate",
             keys,
-            recording,
+            spec.metering,
             lambda: self._healthy,
             log=settings.log,
             traces=settings.traces,
             tasks=dict.fromkeys(adapters, "generate"),
-            batches=spec.Batches(**settings.batches),
+            batches=spec.serve.batches,
             batch_secret=settings.batch_secret,
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
@@ -107,13 +107,13 @@ class _EdgeServer:
         self._lifecycle.started = True
         limits = settings.info["limits"]
         sequences = limits["max_sequences"]
-        names = ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"])
+        known = ModelNames(names, spec.model.source, list(adapters), limits["max_context_tokens"])
         self._live = LiveAdapters(
-            app, settings, folder, names, setup, lambda *sent, **of: self._channel.send(*sent, **of)
+            app, settings, folder, known, setup, lambda *sent, **of: self._channel.send(*sent, **of)
         )
         self._generation = generation_app.GenerationApp(
             app,
-            names,
+            known,
             self._check,
             lambda: self._edge.stopped,
             sequences,
@@ -126,13 +126,13 @@ class _EdgeServer:
         self._edge = setup.edge(
             self._generation, metrics, pages.answer, endpoints=generation_app.ENDPOINTS, backend=charges
         )
-        self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
-        threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
+        self._http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected)
+        end_with_parent(_ORPHAN_S, lambda: os.killpg(0, signal.SIGKILL))  # vLLM's processes, too
         self._channel = control.connect(folder)
         self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
         work = [self._serve(), self._beat(), self._follow()]
-        if setup.access and (exchange := Exchange.of(keys, limiter, settings.name, setup.access.revoke)):
+        if setup.access and (exchange := Exchange.of(keys, limiter, spec.name, setup.access.revoke)):
             work.append(exchange.run())
         self._tasks = [asyncio.create_task(each) for each in work]
 
@@ -185,11 +185,3 @@ def _waiting() -> float:
     """Return how many requests wait in vLLM; 0 if vLLM publishes no statistics."""
     found = REGISTRY.restricted_registry([_WAITING]).collect()
     return sum(sample.value for metric in found for sample in metric.samples)
-
-
-def _kill_orphan(parent: int) -> None:
-    """Kill vLLM's processes some time after its supervisor was killed, also if the event loop is blocked."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(_ORPHAN_S)
-    os.killpg(0, signal.SIGKILL)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import inferctl
-from inferctl.config.spec import MAX_CLIENT_BATCH, Access, Spec
+from inferctl.config.spec import MAX_CLIENT_BATCH, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.reading import model_summary
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.task_config import TaskConfig
-from inferctl.serve.edge import access
 from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.text import tokenizer_pool
@@ -115,17 +114,8 @@ def _of_tei(
     }
 
 
-def admission_line(slo_ms: float | None) -> str | None:
-    """Return the line about the SLO that the server enforces; None without one."""
-    rejects = "admission  rejects requests (429) whose predicted latency exceeds"
-    return f"{rejects} {slo_ms:g} ms (slo.p99_ms)" if slo_ms else None
-
-
-def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | None = None) -> Iterator[str]:
-    """Yield the lines about a model printed when the server is ready.
-
-    `admission`: the result of `admission_line`. `config`: that of the model.
-    """
+def lines(info: EngineInfo, slo_ms: float | None = None, config: TaskConfig | None = None) -> Iterator[str]:
+    """Yield the lines about a model printed when the server is ready. `config`: that of the model."""
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
     yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
@@ -146,12 +136,7 @@ def lines(info: EngineInfo, admission: str | None = None, config: TaskConfig | N
             yield f"outputs    {', '.join(config.trained)}"
         if config.prompts.summary:
             yield f"prompts    {config.prompts.summary}"
-    if admission:
-        yield admission
+    if slo_ms:
+        yield f"admission  rejects requests (429) whose predicted latency exceeds {slo_ms:g} ms (slo.p99_ms)"
     for warning in info.warnings:
         yield f"warning    {warning}"
-
-
-def ready_line(name: str, url: str, seconds: float, settings: Access) -> str:
-    """Return the last line printed when the server is ready. `settings`: who may use it."""
-    return f"ready      {name} at {url} after {seconds:.1f} s; {access.documentation(settings, url)}"

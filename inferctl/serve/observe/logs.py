@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,11 +38,6 @@ def configure(style: str) -> None:
     if style == "json":
         for name in ("inferctl.server", "inferctl.request"):
             logging.getLogger(name).setLevel(logging.INFO)
-
-
-def notifier(style: str, notify: Callable[[str], None]) -> Callable[[str], None]:
-    """Return the function for status lines: `notify`, or a logger at level info if all lines are JSON."""
-    return logging.getLogger("inferctl.server").info if style == "json" else notify
 
 
 def log_request(event: UsageEvent) -> None:

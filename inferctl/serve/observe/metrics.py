@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER
-from inferctl.serve.observe.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 from inferctl.tenancy.metering.usage_event import UsageEvent
 
-T = TypeVar("T", Total, Distribution)
 # The native ids of threads so far, and how many there can be.
 Threads: TypeAlias = tuple[Sequence[int], int]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -100,7 +97,7 @@ class RequestMetrics:
         self._registries = (self.registry, *other)
         self.size = RequestSize(answer_tokens)
         slo = slo or {}
-        counter, total, gauge, histogram = self._counter, self._total, self._gauge, self._histogram
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self._requests = counter("requests", "Requests by HTTP status; 499: disconnected.", "endpoint", "status")
         self._duration = histogram(
             "request_duration_seconds",
@@ -115,12 +112,12 @@ class RequestMetrics:
             _with_bound(slo.get("first_token")),
             "phase",
         )
-        self._tokens = total("tokens", "Input tokens of successful requests.")
-        self._output_tokens = total("output_tokens", "Generated tokens, also of streams that did not complete.")
+        self._tokens = counter("tokens", "Input tokens of successful requests.")
+        self._output_tokens = counter("output_tokens", "Generated tokens, also of streams that did not complete.")
         self._broken = counter("broken_streams", "Streams that ended with an error event.", "reason")
-        self._inputs = total("inputs", "Inputs of successful requests.")
+        self._inputs = counter("inputs", "Inputs of successful requests.")
         self._rejected = counter("rejected", "Requests rejected before any work.", "reason")
-        self._cancelled = total("cancelled", "Requests whose client disconnected.")
+        self._cancelled = counter("cancelled", "Requests whose client disconnected.")
         offered = counter(
             "offered_tokens",
             "Tokens for the engines, also of requests rejected for lack of capacity; estimated if not tokenized here.",
@@ -221,22 +218,14 @@ class RequestMetrics:
         """Return the text that Prometheus scrapes, and its media type."""
         return b"".join(map(generate_latest, self._registries)), CONTENT_TYPE_LATEST
 
-    def _counter(self, name: str, description: str, *labels: str) -> Family[Total]:
-        return self._registered(Family(f"inferctl_{name}", description, "counter", Total, labels))
-
-    def _total(self, name: str, description: str) -> Total:
-        return self._counter(name, description).labels()
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(f"inferctl_{name}", description, labels, registry=self.registry)
 
     def _gauge(self, name: str, description: str, *labels: str) -> Gauge:
         return Gauge(f"inferctl_{name}", description, labels, registry=self.registry)
 
-    def _histogram(self, name: str, description: str, bounds: tuple[float, ...], *labels: str) -> Family[Distribution]:
-        create = partial(Distribution, bounds)
-        return self._registered(Family(f"inferctl_{name}", description, "histogram", create, labels))
-
-    def _registered(self, family: Family[T]) -> Family[T]:
-        self.registry.register(family)
-        return family
+    def _histogram(self, name: str, description: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"inferctl_{name}", description, labels, buckets=bounds, registry=self.registry)
 
 
 class Metrics(RequestMetrics):
@@ -244,25 +233,23 @@ class Metrics(RequestMetrics):
 
     def __init__(self, slo: Mapping[str, float] | None = None, model: str | None = None) -> None:
         super().__init__(slo=slo, model=model)
-        total, gauge, histogram = self._total, self._gauge, self._histogram
-        # Of the library, because any thread counts.
-        truncated = "Inputs truncated to the longest input of the model."
-        self.truncated = Counter("inferctl_inputs_truncated", truncated, registry=self.registry)
-        self.non_finite = total("non_finite", "Inputs for which the model returned NaN or infinity; never sent.")
-        self.engine_deaths = total("engine_deaths", "Engine processes that crashed.")
-        self.batch_failures = total("batch_failures", "Batches that the engine could not compute.")
-        self.out_of_memory = total("out_of_memory", "Batches for which the memory of the engine was insufficient.")
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.truncated = counter("inputs_truncated", "Inputs truncated to the longest input of the model.")
+        self.non_finite = counter("non_finite", "Inputs for which the model returned NaN or infinity; never sent.")
+        self.engine_deaths = counter("engine_deaths", "Engine processes that crashed.")
+        self.batch_failures = counter("batch_failures", "Batches that the engine could not compute.")
+        self.out_of_memory = counter("out_of_memory", "Batches for which the memory of the engine was insufficient.")
         self.batch_limit = gauge("batch_limit_tokens", "Largest batch in tokens; lowered after running out of memory.")
-        self.cache_hits = total("cache_hits", "Inputs whose vectors the cache had.")
-        self.cache_misses = total("cache_misses", "Inputs computed because the cache did not have their vectors.")
-        self.cache_coalesced = total("cache_coalesced", "Inputs that were equal to one in flight.")
+        self.cache_hits = counter("cache_hits", "Inputs whose vectors the cache had.")
+        self.cache_misses = counter("cache_misses", "Inputs computed because the cache did not have their vectors.")
+        self.cache_coalesced = counter("cache_coalesced", "Inputs that were equal to one in flight.")
         self.cache_bytes = gauge("cache_bytes", "Memory of the cached vectors.")
-        self._batch_tokens = histogram("batch_tokens", "Tokens in a batch.", _TOKENS).labels()
-        self._batch_sequences = histogram("batch_sequences", "Sequences in a batch.", _SEQUENCES).labels()
-        self._batch_seconds = histogram("batch_duration_seconds", "Time of a batch in the engine.", _SECONDS).labels()
+        self._batch_tokens = histogram("batch_tokens", "Tokens in a batch.", _TOKENS)
+        self._batch_sequences = histogram("batch_sequences", "Sequences in a batch.", _SEQUENCES)
+        self._batch_seconds = histogram("batch_duration_seconds", "Time of a batch in the engine.", _SECONDS)
 
         flops = "Floating-point operations that completed batches needed: of matrix products, without padding."
-        self._flops = total("engine_flops", flops)
+        self._flops = counter("engine_flops", flops)
         limit = "Floating-point operations per second of matrix products that all engines can do, by source."
         self.matrix_rate = gauge("matrix_flops_per_second", limit, "source")
 

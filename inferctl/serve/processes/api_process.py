@@ -14,8 +14,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from inferctl.core.errors import InferctlError
 from inferctl.reading import task_config
 from inferctl.serve import event_loop
 from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.child import end_with_parent
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.pages import Page
@@ -241,14 +240,6 @@ def _counting(link: Link, processes: int) -> type[Connection]:
     return Counted
 
 
-def _end_with(parent: int) -> None:
-    """End this process some time after its parent was killed, also if the event loop is blocked."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(3 * _FLUSH_S)
-    os._exit(1)
-
-
 async def _main() -> None:
     link_socket, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     for each in (link_socket, control):
@@ -267,7 +258,7 @@ def main() -> None:
     # Someone may send these to all processes. The backend decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(3 * _FLUSH_S, lambda: os._exit(1))
     with event_loop.runner() as runner:
         runner.run(_main())
 

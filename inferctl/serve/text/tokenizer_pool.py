@@ -206,61 +206,39 @@ class TokenizerPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        truncate: bool,
-        tenant: str | None = None,
-        prompt: str | None = None,
-        limit: int | None = None,
-        special_tokens: bool = True,
-        left: bool = False,
+        self, texts: Sequence[str], *, tenant: str | None = None, prompt: str | None = None, **options: Any
     ) -> list[Tokens]:
-        """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
+        """Return what `encode_now` returns with `options`: of large requests, from the threads.
 
-        `limit`: the most tokens, with special ones, if they are fewer than the model accepts. `special_tokens`: whether
-        they are added. `tenant`: among whom the threads are shared; None if they are not. `left`: long texts lose their
-        start, and the prompt, as in the tokenizers library.
-
-        Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
-        few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
+        `tenant`: among whom the threads are shared; None if they are not. Raises what `encode_now` raises,
+        `TokenizerBusyError` and `TokenizerShareError`.
         """
         prompt = self._prompt if prompt is None else prompt
-        size = sum(map(len, texts)) + len(texts) * len(prompt)
-        if self._is_small(size, len(texts)):
-            return self.encode_now(
-                texts, truncate=truncate, prompt=prompt, limit=limit, special_tokens=special_tokens, left=left
-            )
-        options: dict[str, Any] = {"prompt": prompt, "limit": limit, "special_tokens": special_tokens, "left": left}
-        encode = partial(self.encode_now, truncate=truncate, **options)
+        encode: Callable[..., list[Tokens]] = partial(self.encode_now, prompt=prompt, **options)
         sizes = [len(prompt) + len(text) for text in texts]
+        if self._is_small(sum(sizes), len(texts)):
+            return encode(texts)
         calls = [partial(encode, texts[i:j], first=i) for i, j in slices(sizes, text_parts.SLICE_CHARACTERS)]
-        return await self._run(calls, size, tenant)
+        return await self._run(calls, sum(sizes), tenant)
 
     async def encode_pairs(
         self,
         query: str | Sequence[str],
         documents: Sequence[str],
         *,
-        truncate: bool,
         tenant: str | None = None,
-        most: int | None = None,
         prompt: str | None = None,
         enough: int | None = None,
+        **options: Any,
     ) -> list[Pair]:
-        """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
+        """Return what `encode_pairs_now` returns with `options`: of large requests, from the threads.
 
-        `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count.
-        `enough`: with more tokens than these, the rest of a large request is left out, because it gets no response:
-        with a template, a long query is in the text of each document. `prompt`: the instruction for a template; None is
-        the default of the model.
-
-        Pairs are truncated to `max_tokens` as by transformers (`longest_first`): first the longer text, then both. If
-        both are so long that only their heads are tokenized, the head with more tokens counts as the longer text. With
-        a template, only the document is truncated. Raises `InputError` as `encode` does, and for a query that leaves no
-        room in the template.
+        `tenant`: as in `encode`. `enough`: with more tokens than these, the rest of a large request is left out, because
+        it gets no response: with a template, a long query is in the text of each document. Raises what
+        `encode_pairs_now` raises, `TokenizerBusyError` and `TokenizerShareError`.
         """
         queries, prompt = listed(query), self._prompt if prompt is None else prompt
+        encode: Callable[..., list[Pair]] = partial(self.encode_pairs_now, prompt=prompt, **options)
         more = len(prompt) + (len(self.private.template.source) if self.private else 0)
         firsts, once = [more + len(text) for text in queries], 0
         if isinstance(query, str):
@@ -269,17 +247,9 @@ class TokenizerPool:
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
         size = once + sum(sizes)
         if self._is_small(size, len(queries) + len(documents)):
-            return self.encode_pairs_now(query, documents, truncate=truncate, most=most, prompt=prompt)
+            return encode(query, documents)
         calls = [
-            partial(
-                self.encode_pairs_now,
-                query if isinstance(query, str) else query[i:j],
-                documents[i:j],
-                truncate=truncate,
-                first=i,
-                most=most,
-                prompt=prompt,
-            )
+            partial(encode, query if isinstance(query, str) else query[i:j], documents[i:j], first=i)
             for i, j in slices(sizes, text_parts.SLICE_CHARACTERS)
         ]
 
@@ -299,7 +269,15 @@ class TokenizerPool:
         special_tokens: bool = True,
         left: bool = False,
     ) -> list[Tokens]:
-        """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
+        """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
+
+        `first`: the index of the first text in errors. `limit`: the most tokens, with special ones, if they are fewer
+        than the model accepts. `special_tokens`: whether they are added. `left`: long texts lose their start, and the
+        prompt, as in the tokenizers library.
+
+        Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
+        few tokens for its length.
+        """
         prompt = self._prompt if prompt is None else prompt
         rows, truncated = [], 0
         encode = self._tails if left else self._encodings
@@ -332,7 +310,17 @@ class TokenizerPool:
         most: int | None = None,
         prompt: str | None = None,
     ) -> list[Pair]:
-        """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
+        """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
+
+        `query`: one text for all documents, or one text per document. `first`: the index of the first document in
+        errors. `most`: how many tokens of a document count. `prompt`: the instruction for a template; None is the
+        default of the model.
+
+        Pairs are truncated to `max_tokens` as by transformers (`longest_first`): first the longer text, then both. If
+        both are so long that only their heads are tokenized, the head with more tokens counts as the longer text. With
+        a template, only the document is truncated. Raises `InputError` as `encode_now` does, and for a query that
+        leaves no room in the template.
+        """
         prompt = self._prompt if prompt is None else prompt
         if self._rendered is not None:
             pairs, truncated = self._rendered.encode(

@@ -220,10 +220,6 @@ async def page(_: Request) -> Response:
     return Response("<script src=https://cdn.example.com/ui.js></script>", media_type="text/html")
 
 
-async def models(_: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [{"id": "m", "object": "model"}]})
-
-
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("command")
@@ -249,7 +245,6 @@ def main() -> None:
         print("(APIServer pid=1)", json.dumps(warning | {"logger": logger, "message": "geheim"}, separators=(",", ":")))
     routes = [
         Route("/health", health),
-        Route("/v1/models", models),
         Route("/openapi.json", document),
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
