@@ -74,7 +74,6 @@ class Adapter:
 
     name: str
     path: Path
-    config: Mapping[str, Any]
     layers: Mapping[str, tuple[int, float]]
 
     @property
@@ -169,15 +168,14 @@ def read(name: str, folder: Path, base: ModelFolder) -> Adapter:
 def _read(name: str, folder: Path, base: ModelFolder) -> Adapter:
     file = folder / WEIGHTS
     untrusted.check(folder, [each for each in (folder / CONFIG, file) if os.path.lexists(each)])
-    found = untrusted.read_json(folder / CONFIG)
-    config = _checked(found)
+    config = _checked(untrusted.read_json(folder / CONFIG))
     if not file.is_file():
         _refuse(f"{folder} has no {WEIGHTS}, and a pickle can run code when it is loaded", _SAVE)
     tensors = dict(model_folder.tensors(file, _MAX_HEADER_BYTES))
     layers = _match(tensors, config, base)
     _check_numbers(file, tensors)
     _check_tokens(folder, base.path)
-    return Adapter(name, folder, found, layers)
+    return Adapter(name, folder, layers)
 
 
 def _checked(found: Any) -> _Config:

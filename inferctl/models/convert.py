@@ -6,14 +6,10 @@ folder gets its name when it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.partials import complete, partial_folder
 from inferctl.core.sizes import size
 from inferctl.models import model as model_folder
+from inferctl.models import own_process
 from inferctl.models.model import ModelFolder
 
 # Called with the written bytes, and the bytes to write, estimated.
@@ -29,7 +26,6 @@ Progress = Callable[[int, int], None]
 # The slowest import of torch and transformers took 40 s, on two cores with other load. Weights are read, written and
 # hashed at this rate at least.
 _START_S, _BYTES_PER_S = 300, 10_000_000
-_POLL_S = 0.5
 _PROGRAM = "inferctl.models.conversion"
 
 
@@ -91,34 +87,20 @@ def _run(source: Path, partial: Path, total: int, progress: Progress, adapter: P
     command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid()), *([str(adapter)] if adapter else [])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit_s = _START_S + total / _BYTES_PER_S
-    deadline = time.monotonic() + limit_s
     written = 0
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=os.environ | offline,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None:
-                written = max(written, _written(partial))
-                progress(min(written, max(0, total - 1)), total)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL_S)
-                if time.monotonic() > deadline:
-                    raise NotReadyError(
-                        f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
-                    )
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            stdout.seek(0)
-            stderr.seek(0)
-            raise _error(source, process.returncode, stdout.read(), stderr.read()[-4000:].decode(errors="replace"))
+
+    def on_wait(seconds: float) -> None:
+        nonlocal written
+        if seconds > limit_s:
+            raise NotReadyError(
+                f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
+            )
+        written = max(written, _written(partial))
+        progress(min(written, max(0, total - 1)), total)
+
+    code, stdout, stderr = own_process.run(command, on_wait, environment=os.environ | offline)
+    if code:
+        raise _error(source, code, stdout, stderr)
 
 
 def _written(folder: Path) -> int:
@@ -128,13 +110,12 @@ def _written(folder: Path) -> int:
         return 0
 
 
-def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError:
+def _error(source: Path, code: int, stdout: bytes, lines: list[str]) -> InferctlError:
     """Return the error that the process wrote to stdout, or how it ended."""
     if stdout:
         found = json.loads(stdout)
         kind = UsageError if found["exit_code"] == UsageError.exit_code else NotReadyError
         return kind(found["message"], found["hint"])
-    lines = [line for line in stderr.splitlines() if line.strip()]
     how = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
     return NotReadyError(
         f"the conversion of {source} failed: {how}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
@@ -154,7 +154,13 @@ def check_part(
     ]
     shown = need if isinstance(need, Memory) else None
     kernels = has_kernels(stack, part)
-    return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
+    found = of_part(findings, part)
+    return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, found)
+
+
+def of_part(findings: Iterable[Finding], part: Hardware) -> tuple[Finding, ...]:
+    """Return findings that name their hardware."""
+    return tuple(replace(each, part=part.key) for each in findings)
 
 
 def together(fits: Mapping[str, Fit], part: Hardware) -> Fit:
@@ -310,21 +316,21 @@ def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], 
 def _precision(precision: str, level: Level | Literal["depends"], reason: str, part: Hardware) -> Iterator[Finding]:
     if level == "depends":
         what, hint = f"{precision} depends on the processor", "run `inferctl doctor` on the target machine"
-        yield Finding("warn", "precision", what, reason, hint, part.key)
+        yield Finding("warn", "precision", what, reason, hint)
         return
     if level == "unsupported":
         better = f"set serve.precision: {best_precision(part.traits)}"
-        yield Finding("error", "precision", f"{precision} is not supported", reason, better, part.key)
+        yield Finding("error", "precision", f"{precision} is not supported", reason, better)
     elif level == "emulated":
         better = f"set serve.precision: {best_precision(part.traits)}, or auto to select it for each hardware"
-        yield Finding("warn", "precision", f"{precision} is emulated", reason, better, part.key)
+        yield Finding("warn", "precision", f"{precision} is emulated", reason, better)
     else:
-        yield Finding("ok", "precision", f"{precision} is native", reason, None, part.key)
+        yield Finding("ok", "precision", f"{precision} is native", reason)
     if precision == "int8" and level == "native":
         what = "int8 saves memory but not time"
         why = "LLM.int8 halves the weights; it was slower than fp16 or bf16 in every measurement (T4: 2.5x, A100: 5x)"
         hint = f"for speed, set serve.precision: {best_precision(part.traits)}"
-        yield Finding("ok", "int8", what, why, hint, part.key)
+        yield Finding("ok", "int8", what, why, hint)
 
 
 def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Finding]:
@@ -332,32 +338,24 @@ def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Fin
         if stack.cuda:
             why = f"{stack.key} contains CUDA {stack.cuda}, which a CPU does not use"
             smaller = "set image.base: vllm-cpu" if stack.vllm else "set image.base: cpu"
-            yield Finding("warn", "kernels", "the image is larger than necessary", why, smaller, part.key)
+            yield Finding("warn", "kernels", "the image is larger than necessary", why, smaller)
         return
     if not stack.cuda:
         why = f"{stack.key} is built without CUDA and cannot use the GPU"
-        yield Finding(
-            "error",
-            "kernels",
-            "the stack has no CUDA",
-            why,
-            "select a base with CUDA: `inferctl catalog bases`",
-            part.key,
-        )
+        hint = "select a base with CUDA: `inferctl catalog bases`"
+        yield Finding("error", "kernels", "the stack has no CUDA", why, hint)
         return
     built = ", ".join(stack.sm) or "none known"
     ptx = {True: "PTX", False: "no PTX", None: "PTX unknown"}[stack.ptx]
     why = f"{stack.key} is built for compute capability {built} ({ptx}); the part is {part.compute_capability}"
     if kernels:
-        yield Finding("ok", "kernels", "the stack has kernels", why, None, part.key)
+        yield Finding("ok", "kernels", "the stack has kernels", why)
     elif kernels is None:
         hint = "test it on the hardware, or select a stack with a complete list: `inferctl catalog stacks`"
-        yield Finding("warn", "kernels", "unknown whether the stack has kernels", why, hint, part.key)
+        yield Finding("warn", "kernels", "unknown whether the stack has kernels", why, hint)
     else:
         hint = "select another base: `inferctl catalog stacks` lists the kernels of each stack"
-        yield Finding(
-            "error", "kernels", f"{stack.key} has no kernels for {part.compute_capability}", why, hint, part.key
-        )
+        yield Finding("error", "kernels", f"{stack.key} has no kernels for {part.compute_capability}", why, hint)
 
 
 def judge_driver(base: BaseImage, stack: Stack, gpu: drivers.CudaGpu, driver: int) -> drivers.DriverVerdict | None:
@@ -374,27 +372,27 @@ def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -
     if driver is None:
         hint = "find the driver of a node with `nvidia-smi` and check it with `inferctl check --driver 535`"
         why = f"{stack.key} is built for CUDA {stack.cuda}"
-        yield Finding("ok", "driver", drivers.describe_drivers(image, gpu), why, hint, part.key)
+        yield Finding("ok", "driver", drivers.describe_drivers(image, gpu), why, hint)
         return
     verdict = drivers.judge(image, gpu, driver, drivers.cuda_of_driver(driver))
-    yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint, part.key)
+    yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint)
 
 
 def _memory(need: Memory | UnknownSize, part: Hardware) -> Finding:
     if isinstance(need, UnknownSize):
-        return Finding("warn", "memory", "memory not checked", need.why, need.hint, part.key)
+        return Finding("warn", "memory", "memory not checked", need.why, need.hint)
     sizes = (size(value, 1) for value in (need.weights, need.activations, need.overhead))
     why = "weights {}, activations of one full batch {}, CUDA overhead {}".format(*sizes)
     if part.memory_bytes is None:
         what = f"needs about {size(need.total, 1)}, estimated"
-        return Finding("ok", "memory", what, f"{why}; the profile has no memory size", None, part.key)
+        return Finding("ok", "memory", what, f"{why}; the profile has no memory size")
     what = f"needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}, estimated"
     if need.total > part.memory_bytes:
         hint = "use int8, a smaller serve.max_batch_tokens, or hardware with more memory"
-        return Finding("error", "memory", f"does not fit: {what}", why, hint, part.key)
+        return Finding("error", "memory", f"does not fit: {what}", why, hint)
     if need.total > _FULL_SHARE * part.memory_bytes:
-        return Finding("warn", "memory", f"tight: {what}", why, "set a smaller serve.max_batch_tokens", part.key)
-    return Finding("ok", "memory", what, why, None, part.key)
+        return Finding("warn", "memory", f"tight: {what}", why, "set a smaller serve.max_batch_tokens")
+    return Finding("ok", "memory", what, why)
 
 
 def _slice(part: Hardware) -> Iterator[Finding]:
@@ -408,4 +406,4 @@ def _slice(part: Hardware) -> Iterator[Finding]:
     )
     misleading_name = memory_share - compute > 0.05
     hint = "plan its load by its share of compute, not by its memory or name" if misleading_name else None
-    yield Finding("ok", "slice", what, why, hint, part.key)
+    yield Finding("ok", "slice", what, why, hint)

@@ -142,18 +142,18 @@ def check_part(
     requested = spec.serve.precision
     precision = best_generation_precision(part.traits, checkpoint) if requested == "auto" else requested
     level, reason, hint = _level(precision, part, checkpoint)
-    findings = [_precision(precision, level, reason, hint, part)]
+    findings = [_precision(precision, level, reason, hint)]
     findings += fit.hardware_findings(base, stack, part, driver)
     if (part.traits.compute_capability or OLDEST_GPU) < OLDEST_GPU:
         what = f"vLLM does not run on compute capability {part.compute_capability}"
-        findings.append(Finding("error", "vllm", what, "it requires 7.5 or newer", "use another GPU", part.key))
+        findings.append(Finding("error", "vllm", what, "it requires 7.5 or newer", "use another GPU"))
     if part.mig and spec.serve.gpus > 1:
         why = "slices have no access to each other's memory, which NCCL needs"
         what = f"serve.gpus: {spec.serve.gpus} MIG slices cannot share a model"
-        findings.append(Finding("error", "gpus", what, why, "use one larger slice, or whole GPUs", part.key))
+        findings.append(Finding("error", "gpus", what, why, "use one larger slice, or whole GPUs"))
     memory = capacity = None
     if isinstance(model, UnknownSize):
-        findings.append(Finding("warn", "memory", "memory not checked", model.why, model.hint, part.key))
+        findings.append(Finding("warn", "memory", "memory not checked", model.why, model.hint))
     elif level != "unsupported":
         shape = decoder.describe(model.config)
         if isinstance(shape, UnknownDecoder):
@@ -163,9 +163,8 @@ def check_part(
             memory, capacity = need.memory(part), need.capacity(part)
             findings.append(need.finding(part))
     kernels = fit.has_kernels(stack, part)
-    return Fit(
-        part.key, requested, precision, level, reason, kernels, memory, part.memory_bytes, tuple(findings), capacity
-    )
+    found = fit.of_part(findings, part)
+    return Fit(part.key, requested, precision, level, reason, kernels, memory, part.memory_bytes, found, capacity)
 
 
 @dataclass(frozen=True)
@@ -233,15 +232,15 @@ class _Need:
         if part.memory_bytes is None:
             what = f"needs about {size(need.total + capacity.kv_cache_bytes, 1)}, estimated"
             why = f"{parts}, KV cache {size(capacity.kv_cache_bytes, 1)}; the profile has no memory size"
-            return Finding("ok", "memory", what, why, None, part.key)
+            return Finding("ok", "memory", what, why)
         why = f"{parts}{each}; {self._remaining(part, capacity)}"
         if self.fits(part):
             tokens = capacity.context_tokens or capacity.longest_context_tokens
             what = f"{capacity.sequences} sequences of {tokens:,} tokens, estimated"
-            return Finding("ok", "memory", what, why, None, part.key)
+            return Finding("ok", "memory", what, why)
         wanted = f"one sequence of {self.context:,} tokens" if self.context else "any sequence"
         what = f"does not fit, estimated: no memory for {wanted}"
-        return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
+        return Finding("error", "memory", what, why, self._hint(part, capacity))
 
     def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)
@@ -343,9 +342,9 @@ def _without_kv_cache(
     if part.memory_bytes is not None and weights > part.memory_bytes * spec.serve.gpu_memory_share:
         what = f"does not fit: the weights take {size(weights, 1)} of {size(part.memory_bytes, 1)}, estimated"
         hint = "use more GPUs (serve.gpus), hardware with more memory, or a smaller model"
-        return Finding("error", "memory", what, shape.why, hint, part.key)
+        return Finding("error", "memory", what, shape.why, hint)
     what = f"KV cache not estimated; the weights take about {size(weights, 1)}"
-    return Finding("warn", "memory", what, shape.why, "vLLM prints the longest context when it starts", part.key)
+    return Finding("warn", "memory", what, shape.why, "vLLM prints the longest context when it starts")
 
 
 def _level(
@@ -361,13 +360,11 @@ def _level(
     return found.level, found.reason, found.hint
 
 
-def _precision(
-    precision: str, level: Level | Literal["depends"], reason: str, hint: str | None, part: Hardware
-) -> Finding:
+def _precision(precision: str, level: Level | Literal["depends"], reason: str, hint: str | None) -> Finding:
     if level == "unsupported":
-        return Finding("error", "precision", f"{precision} is not supported", reason, hint, part.key)
+        return Finding("error", "precision", f"{precision} is not supported", reason, hint)
     if level == "depends":
         run = "run `inferctl doctor` on the target machine"
-        return Finding("warn", "precision", f"{precision} depends on the processor", reason, run, part.key)
+        return Finding("warn", "precision", f"{precision} depends on the processor", reason, run)
     severe: fit.Verdict = "warn" if level in ("emulated", "unknown") else "ok"
-    return Finding(severe, "precision", f"{precision} is {level}", reason, hint, part.key)
+    return Finding(severe, "precision", f"{precision} is {level}", reason, hint)

@@ -5,16 +5,14 @@ The process is `python -m inferctl.serve.reference`.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError
+from inferctl.models import own_process
 
 # What computes each task from raw text, for comparison.
 LIBRARIES: Mapping[str, str] = {
@@ -47,32 +45,9 @@ def run(
     """
     # -P: Python files in the current folder, such as that of the model, are not imported.
     arguments = [sys.executable, "-P", "-m", program, str(model.resolve()), *options]
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(json.dumps(inputs).encode())
-        stdin.seek(0)
-        process = subprocess.Popen(arguments, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
-        try:
-            passed = 0.0
-            while process.poll() is None:
-                on_wait(passed)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.5)
-                passed += 0.5
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        stdout.seek(0)
-        stderr.seek(0)
-        if process.returncode:
-            raise ReferenceFailedError(_error_line(stderr.read().decode(errors="replace")), program)
-        document: dict[str, Any] = json.loads(stdout.read())
+    code, output, lines = own_process.run(arguments, on_wait, json.dumps(inputs).encode())
+    if code:
+        own = (line.removeprefix("error: ") for line in lines if line.startswith("error:"))
+        raise ReferenceFailedError(next(own, lines[-1] if lines else "no message"), program)
+    document: dict[str, Any] = json.loads(output)
     return document
-
-
-def _error_line(stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    return next(
-        (line.removeprefix("error: ") for line in lines if line.startswith("error:")),
-        lines[-1] if lines else "no message",
-    )

@@ -17,7 +17,7 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models import model
 from inferctl.reading import architecture, modules, output_config, prompts
-from inferctl.reading.modules import Layer, Normalize, PoolingMode, read_object
+from inferctl.reading.modules import NO_LIMIT, Layer, Normalize, PoolingMode, read_object
 from inferctl.reading.output_config import STATIC_TOKENS
 from inferctl.reading.outputs import FORMS, ROLES, Form, Output, Role, SparseConfig, TokensConfig
 from inferctl.reading.prompts import NO_PROMPTS, Prompts
@@ -26,7 +26,6 @@ from inferctl.reading.prompts import NO_PROMPTS, Prompts
 _OFFSET_TYPES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
 )
-_NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
         tokens=tokens,
         pooling=found.pooling if found else _assumed_pooling(folder),
         layers=found.layers if found else (),
-        truncate_dim=_truncate_dim(folder),
+        truncate_dim=modules.number(folder, modules.library_settings(folder), "truncate_dim"),
         assumed=found is None,
         matryoshka=_matryoshka(read_object(folder / "config.json")),
         static=static,
@@ -183,10 +182,10 @@ def input_settings(
 
 def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) -> int:
     tokenizer = read_object(folder / "tokenizer_config.json")
-    own = _limit(folder, transformer, "max_seq_length")
+    own = modules.number(folder, transformer, "max_seq_length")
     positions = None
     if not (own and _rotates(config)) and config.get("max_position_embeddings") != -1:  # XLNet has no limit
-        positions = _limit(folder, config, "max_position_embeddings")
+        positions = modules.number(folder, config, "max_position_embeddings")
     if positions and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
     if own and positions and own > positions and _rope_type(config) == "dynamic":
@@ -196,18 +195,9 @@ def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) 
             f"set `max_seq_length` to {positions} in sentence_bert_config.json",
         )
     if own is None:
-        own = _limit(folder, tokenizer, "max_len" if tokenizer.get("model_max_length") is None else "model_max_length")
-    return min((limit for limit in (positions, own) if limit is not None and limit < _NO_LIMIT), default=512)
-
-
-def _limit(folder: Path, settings: dict[str, Any], name: str) -> int | None:
-    """Return a number of tokens, None if there is none. Raises `UsageError` for what no tokenizer can truncate to."""
-    value = settings.get(name)
-    if value is None or (type(value) is float and value >= _NO_LIMIT):
-        return None
-    if type(value) is not int or value < 1:
-        raise UsageError(f"`{name}` of {folder} is {value!r}, not a number of tokens", "correct the file")
-    return value
+        name = "max_len" if tokenizer.get("model_max_length") is None else "model_max_length"
+        own = modules.number(folder, tokenizer, name)
+    return min((limit for limit in (positions, own) if limit is not None and limit < NO_LIMIT), default=512)
 
 
 def _rotates(config: dict[str, Any]) -> bool:
@@ -226,10 +216,3 @@ def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
     if isinstance(dimensions, list):
         return tuple(int(d) for d in dimensions)
     return None if config.get("is_matryoshka") else ()
-
-
-def _truncate_dim(folder: Path) -> int | None:
-    found = modules.library_settings(folder).get("truncate_dim")
-    if found is not None and not (type(found) is int and found > 0):
-        raise UsageError(f"`truncate_dim` of {folder} is {found!r}, not a number of dimensions", "correct the file")
-    return found

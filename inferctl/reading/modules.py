@@ -8,13 +8,13 @@ own files.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from inferctl.config.spec import Task
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import UsageError, shown
 from inferctl.models import model
 from inferctl.models.model import LIBRARY_FILE, STATIC, ModelFolder
 from inferctl.models.untrusted import inside, read_json
@@ -72,6 +72,8 @@ _SETTINGS_FILES = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _PACKAGE = "sentence_transformers"
+# A length from here on is no limit.
+NO_LIMIT = 1_000_000
 _HINT = "use a model with Transformer, StaticEmbedding, Pooling, Dense, LayerNorm and Normalize modules"
 
 
@@ -200,6 +202,16 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
     data = read_json(path) if path.is_file() else None
     return data if isinstance(data, dict) else {}
+
+
+def number(folder: Path, settings: Mapping[str, Any], name: str) -> int | None:
+    """Return a number above 0 of the settings of a folder; None without one, and for no limit (1e30)."""
+    value = settings.get(name)
+    if value is None or (type(value) is float and value >= NO_LIMIT):
+        return None
+    if type(value) is not int or value < 1:
+        raise UsageError(f"`{name}` of {folder} is {shown(value)}, not a number above 0", "correct the file")
+    return value
 
 
 def listed_modules(folder: Path, packages: Collection[str] = (_PACKAGE,)) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from inferctl.models.model import BGE_M3, ROUTER_FILE, ModelFolder
 from inferctl.reading import modules
 from inferctl.reading.modules import Dense, Normalize, read_object
 from inferctl.reading.outputs import Expansion, SparseConfig, TokensConfig
+from inferctl.reading.tokenizer_files import token_text
 
 _HINT = "use a model of another kind, or save it again with a current sentence-transformers"
 _TOKEN_SETTINGS = ("query_length", "document_length", "query_expansion")
@@ -75,13 +76,15 @@ def _splade(folder: Path) -> SparseConfig:
         raise UsageError(f"{folder} has SpladePooling with {shown(pooling)} and {shown(activation)}", _HINT)
     routes = modules.read_object(folder / ROUTER_FILE).get("structure") or {}
     query = str(routes["query"][0]) if routes.get("query") else None
-    length = None if query is None else _length(folder, read_object(folder / query / TOKENIZER), "model_max_length")
+    length = (
+        None if query is None else modules.number(folder, read_object(folder / query / TOKENIZER), "model_max_length")
+    )
     return SparseConfig(
         pooling=pooling,
         twice=activation == "log1p_relu",
         query_weights=query,
         query_length=None if query is None else min(length or STATIC_TOKENS, STATIC_TOKENS),
-        most=_length(folder, modules.library_settings(folder), "max_active_dims"),
+        most=modules.number(folder, modules.library_settings(folder), "max_active_dims"),
     )
 
 
@@ -125,8 +128,8 @@ def _multi_vector(folder: Path, *, old: bool) -> OutputConfig:
         layers=tuple(layers),
         skipped=_ids(tokenizer, words),
         skips_queries="query" in tasks,
-        query_length=_length(folder, lengths, "query_length"),
-        document_length=_length(folder, lengths, "document_length"),
+        query_length=modules.number(folder, lengths, "query_length"),
+        document_length=modules.number(folder, lengths, "document_length"),
         expansion=_expansion(folder, tokenizer, lengths.get("query_expansion")),
         markers=_markers(tokenizer, prefixes.values()),
         mean=settings.get("similarity_fn_name") == "meanmaxsim",
@@ -153,7 +156,7 @@ def _stanford(folder: Path) -> OutputConfig:
     config = TokensConfig(
         layers=(Dense("", shape[1], shape[0], bias=False, activation="Identity", residual=False), Normalize()),
         skipped=_ids(tokenizer, _PUNCTUATION if metadata.get("mask_punctuation", True) else ()),
-        document_length=_length(folder, {"document_length": metadata.get("doc_maxlen")}, "document_length"),
+        document_length=modules.number(folder, {"document_length": metadata.get("doc_maxlen")}, "document_length"),
         expansion=_expansion(folder, tokenizer, expansion),
         markers=_markers(tokenizer, prompts.values()),
     )
@@ -191,10 +194,8 @@ def _expansion(folder: Path, tokenizer: Tokenizer, found: Any) -> Expansion | No
 
 def _special(folder: Path, name: str) -> str | None:
     """Return a special token of a tokenizer, by its name in the files of transformers."""
-    found = read_object(folder / "tokenizer_config.json").get(name)
-    if found is None:
-        found = read_object(folder / "special_tokens_map.json").get(name)
-    return str(found["content"] if isinstance(found, dict) else found) if found is not None else None
+    found = (token_text(read_object(folder / file).get(name)) for file in (TOKENIZER, "special_tokens_map.json"))
+    return next((text for text in found if text is not None), None)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -226,10 +227,3 @@ def _words(settings: Mapping[str, Any], name: str, default: list[str]) -> list[s
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
         raise UsageError(f"`{name}` is {shown(found)}, not a list of texts", "correct the file")
     return found
-
-
-def _length(folder: Path, settings: Mapping[str, Any], name: str) -> int | None:
-    value = settings.get(name)
-    if value is not None and (type(value) is not int or value < 1):
-        raise UsageError(f"`{name}` of {folder} is {shown(value)}, not a number above 0", "correct the file")
-    return value

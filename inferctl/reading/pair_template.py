@@ -14,6 +14,7 @@ from typing import Any
 
 from inferctl.core.errors import UsageError
 from inferctl.reading.modules import read_object, transformer_settings
+from inferctl.reading.tokenizer_files import token_text
 
 FILE = "chat_template.jinja"
 # Parts of a template that reads lists of parts instead of texts, if the folder does not say which of both it reads.
@@ -97,7 +98,7 @@ def read(folder: Path) -> PairTemplate | None:
     if unsupported := [key for key in given if key in _SIZES or (key == _RESTORE and not given[key])]:
         raise UsageError(f"{folder} sets {unsupported[0]} for its chat template, which is not supported", _HINT)
     given.pop(_RESTORE, None)
-    tokens = {name: _content(value) for name, value in own.items() if name.endswith("_token") and _content(value)}
+    tokens = {name: text for name, value in own.items() if name.endswith("_token") and (text := token_text(value))}
     found = PairTemplate(source, structured, {"add_generation_prompt": False, **tokens, **given})
     _check(folder, found)
     return found
@@ -125,9 +126,4 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     found = settings.get("chat_template")
     if isinstance(found, list):  # of several, by name
         found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
-
-
-def _content(value: Any) -> str | None:
-    found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else None

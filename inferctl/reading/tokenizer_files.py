@@ -16,6 +16,12 @@ from inferctl.reading.modules import PoolingMode, read_object
 _KNOWN_CODE = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})
 
 
+def token_text(value: Any) -> str | None:
+    """Return the text of a special token, which a file of transformers has as a text or as an object."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
 def refuse_code(folder: Path) -> None:
     """Raise `UsageError` if the tokenizer of a folder is code of its own."""
     code = (read_object(folder / "tokenizer_config.json").get("auto_map") or {}).get("AutoTokenizer") or []
@@ -61,7 +67,7 @@ def missing_eos(folder: Path, tokenizer: Tokenizer, pooling: Sequence[PoolingMod
     settings = read_object(folder / "tokenizer_config.json")
     if "last" not in pooling or settings.get("add_eos_token") is not True:
         return None
-    wanted = _token(settings, "eos_token", "")
+    wanted = token_text(settings.get("eos_token")) or ""
     if wanted == eos(tokenizer):
         return None
     found: int | None = tokenizer.token_to_id(wanted)
@@ -89,8 +95,3 @@ def with_lower_case(normalizer: Normalizer | None) -> Normalizer:
 def lowers_case(tokenizer: Tokenizer) -> bool:
     """Return whether the tokenizer itself turns text into lower case."""
     return tokenizer.normalizer is not None and "a" in tokenizer.normalizer.normalize_str("A")
-
-
-def _token(settings: dict[str, Any], name: str, default: str) -> str:
-    value = settings.get(name) or default
-    return str(value.get("content", default) if isinstance(value, dict) else value)

@@ -173,34 +173,25 @@ def test_requeued_sequences_run_first(requests: Requests, limit: int) -> None:
     assert lost[0] in queue.next_batch(0.0)
 
 
-def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
-    queue = batcher(batch_tokens=10)
-    queue.submit(1, [7, 7, 3], now=0.0)
-    assert [[item.tokens for item in batch] for batch in drain(queue)] == [[7, 3], [7]]
+# Token limit, requests, and the lengths of the sequences in each batch.
+BATCHES: dict[str, tuple[int, Requests, list[list[int]]]] = {
+    "shorter sequences fill a batch": (10, [(False, [7, 7, 3])], [[7, 3], [7]]),
+    "sequences of one length are together": (30, [(False, [10, 2, 2, 30, 11, 9])], [[10, 11, 9], [2, 2], [30]]),
+    "bulk is last and makes no batch longer": (30, [(True, [10] * 4), (False, [9, 9])], [[9, 9], [10] * 3, [10]]),
+    "any number of short sequences": (
+        16_384,
+        [(False, [40])] * 500 + [(True, [40] * 500)],
+        [[40] * 409, [40] * 91] * 2,
+    ),
+    # More would stop the event loop.
+    "tiny sequences": (65_536, [(False, [1] * 2000)] * 3, [[1] * 512] * 11 + [[1] * 368]),
+}
 
 
-def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
-    queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [40])] * 500 + [(True, [40] * 500)])
-    assert [len(batch) for batch in drain(queue)] == [409, 91, 409, 91]
-
-
-def test_a_batch_of_tiny_sequences_does_not_stop_the_event_loop() -> None:
-    queue = filled(batcher(batch_tokens=65_536), [(False, [1] * 2000)] * 3)
-    assert queue.has_full_batch()
-    assert [len(batch) for batch in drain(queue)] == [512] * 11 + [368]
-
-
-def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
-    queue = batcher(batch_tokens=30)
-    queue.submit(1, [10, 2, 2, 30, 11, 9], now=0.0)
-    assert [item.tokens for item in queue.next_batch(0.0)] == [10, 11, 9]
-
-
-def test_interactive_requests_run_before_bulk_which_makes_their_batches_no_longer() -> None:
-    queue = batcher(batch_tokens=30)
-    queue.submit(1, [10] * 4, now=0.0, bulk=True)
-    queue.submit(2, [10, 10], now=0.0)
-    assert [[item.request for item in batch] for batch in drain(queue)] == [[2, 2], [1, 1, 1], [1]]
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_sequences_of_a_batch(name: str) -> None:
+    limit, requests, batches = BATCHES[name]
+    assert [[item.tokens for item in batch] for batch in drain(filled(batcher(limit), requests))] == batches
 
 
 def test_a_batch_at_the_token_limit_is_full() -> None:
@@ -209,6 +200,7 @@ def test_a_batch_at_the_token_limit_is_full() -> None:
     assert not queue.has_full_batch()
     queue.submit(2, [1], now=0.0)
     assert queue.has_full_batch()
+    assert filled(batcher(65_536), [(False, [1] * 2000)] * 3).has_full_batch(), "with as many sequences as one may have"
 
 
 def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 
-import hypothesis
 import jsonschema
 import pytest
 import yaml
@@ -25,13 +25,16 @@ GOOD = "name: m\nmodel:\n  source: org/m\n"
 BAD_NAMES, BOOLEANS = ("a..b", "a.-b", "-a", "a-", "A", "a_b"), ("yes", "true", "off")
 
 
+def resolved(text: str | None = GOOD, environment: dict[str, str] | None = None, **flags: object) -> settings.Resolved:
+    given = {name.replace("__", "."): value for name, value in flags.items()}
+    return settings.resolve(None if text is None else settings.parse(text), environment or {}, given, VOCABULARY)
+
+
 def problems(
     text: str, environment: dict[str, str] | None = None, **flags: object
 ) -> list[tuple[int | None, str, str | None]]:
     with pytest.raises(SpecError) as caught:
-        settings.resolve(
-            settings.parse(text), environment or {}, {k.replace("__", "."): v for k, v in flags.items()}, VOCABULARY
-        )
+        resolved(text, environment, **flags)
     return [(p.line, p.message, p.hint) for p in caught.value.problems]
 
 
@@ -115,12 +118,12 @@ def test_an_invalid_value_is_one_error_with_its_line(text: str, line: int | None
 
 
 def test_flags_override_environment_file_and_defaults() -> None:
-    document = settings.parse(GOOD + "serve:\n  port: 1\n  precision: fp32\n  host: file\n")
     environment = {"INFERCTL_SERVE_PORT": "2", "INFERCTL_SERVE_PRECISION": "fp16"}
-    resolved = settings.resolve(document, environment, {"serve.port": 3, "serve.host": None}, VOCABULARY)
-    serve = resolved.spec.serve
+    text = GOOD + "serve:\n  port: 1\n  precision: fp32\n  host: file\n"
+    found = resolved(text, environment, serve__port=3, serve__host=None)
+    serve = found.spec.serve
     assert (serve.port, serve.precision, serve.host, serve.drain_seconds) == (3, "fp16", "file", 25.0)
-    origins = [resolved.origins[f"serve.{name}"] for name in ("port", "precision", "host", "drain_seconds")]
+    origins = [found.origins[f"serve.{name}"] for name in ("port", "precision", "host", "drain_seconds")]
     assert origins == ["flag --port", "env INFERCTL_SERVE_PRECISION", "inferctl.yaml:7", "default"]
 
 
@@ -161,21 +164,6 @@ slo: {p99_ms: 100}
     assert found.digest() == settings.resolve(settings.parse(text), {}, {}).spec.digest()
 
 
-def test_lists_in_variables_are_separated_by_commas() -> None:
-    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_HARDWARE": "t4, l4"}, {}, VOCABULARY)
-    assert resolved.spec.hardware == ["t4", "l4"]
-
-
-def test_aliases_are_words_that_commas_separate() -> None:
-    for environment, flags in (({"INFERCTL_SERVE_ALIASES": "a, b/c"}, {}), ({}, {"serve.aliases": "a,b/c"})):
-        assert settings.resolve(settings.parse(GOOD), environment, flags).spec.serve.aliases == ["a", "b/c"]
-    for wrong in ("a b", "-x", "a\x1b", "a" * 201, ",".join(["a"] * 33)):
-        with pytest.raises(SpecError, match=r"serve\.aliases"):
-            settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_ALIASES": wrong}, {})
-    with pytest.raises(SpecError, match="'a b' is not a valid item of aliases"):
-        settings.resolve(settings.parse(GOOD), {}, {"serve.aliases": "a b"})
-
-
 @pytest.mark.parametrize("variable", ["INFERCTL_ACCESS_KEY", "INFERCTL_ACCESS_OIDC_ISSUER"])
 def test_an_unknown_variable_of_access_is_an_error(variable: str) -> None:
     """With a warning, the server would be open to everyone."""
@@ -185,20 +173,13 @@ def test_an_unknown_variable_of_access_is_an_error(variable: str) -> None:
 
 
 def test_an_unknown_variable_is_a_warning_with_the_closest_name() -> None:
-    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PRECISON": "bf16", "INFERCTL_REQUIRE": "x"}, {})
-    assert resolved.warnings == ["INFERCTL_SERVE_PRECISON is not a setting; did you mean INFERCTL_SERVE_PRECISION?"]
-
-
-def test_without_a_file_the_name_comes_from_the_model() -> None:
-    resolved = settings.resolve(None, {}, {"model.source": "sentence-transformers/all-MiniLM-L6-v2"})
-    assert resolved.spec.name == "all-minilm-l6-v2"
-    assert resolved.spec.repository == "inferctl/all-minilm-l6-v2"
+    found = resolved(environment={"INFERCTL_SERVE_PRECISON": "bf16", "INFERCTL_REQUIRE": "x"})
+    assert found.warnings == ["INFERCTL_SERVE_PRECISON is not a setting; did you mean INFERCTL_SERVE_PRECISION?"]
 
 
 def test_only_equal_specs_have_equal_digests() -> None:
-    one = settings.resolve(settings.parse("name: m\nmodel: {source: org/m}\n"), {}, {}).spec
-    same = settings.resolve(settings.parse("model:\n  source: org/m\nname: m\nserve: {port: 8080}\n"), {}, {}).spec
-    other = settings.resolve(settings.parse(GOOD + "serve: {port: 8081}\n"), {}, {}).spec
+    one, same = resolved().spec, resolved("model:\n  source: org/m\nname: m\nserve: {port: 8080}\n").spec
+    other = resolved(GOOD + "serve: {port: 8081}\n").spec
     assert one.digest() == same.digest() != other.digest()
 
 
@@ -209,63 +190,66 @@ def test_the_json_schema_and_the_reader_accept_the_same_specs() -> None:
     assert len(list(validator.iter_errors(yaml.safe_load(GOOD + "serve: {precision: bf61, prot: 1}\n")))) == 2
 
 
-# On a busy machine, making a value may take seconds.
-@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    )
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
-def test_no_yaml_value_crashes_the_reader(value: object) -> None:
-    text = json.dumps({"name": "m", "model": {"source": "x"}, "serve": value, "hardware": value})
-    try:
-        settings.resolve(settings.parse(text), {}, {}, VOCABULARY)
-    except SpecError as error:
-        assert error.problems
 
 
-@given(st.text(max_size=60))
+@given(
+    VALUES.map(lambda value: json.dumps({"name": "m", "model": {"source": "x"}, "serve": value, "hardware": value}))
+    | st.text(max_size=60)
+)
 def test_no_text_crashes_the_reader(text: str) -> None:
     try:
-        settings.resolve(settings.parse(text), {}, {}, VOCABULARY)
+        resolved(text)
     except SpecError as error:
         assert error.problems
 
 
-@pytest.mark.parametrize(("written", "least"), [("4", 4), ("'4'", 4), ("auto", 1)])
-def test_the_number_of_api_processes_is_known_unless_the_machine_decides(written: str, least: int) -> None:
-    document = settings.parse(f"{GOOD}serve: {{api_processes: {written}}}\n")
-    assert settings.resolve(document, {}, {}).spec.serve.least_api_processes == least
+# A spec, variables, flags, and what one setting is then.
+WRITTEN: list[tuple[str | None, dict[str, str], dict[str, object], str, object]] = [
+    (GOOD, {"INFERCTL_HARDWARE": "t4, l4"}, {}, "hardware", ["t4", "l4"]),
+    (GOOD, {"INFERCTL_SERVE_ALIASES": "a, b/c"}, {}, "serve.aliases", ["a", "b/c"]),
+    (GOOD, {}, {"serve__aliases": "a,b/c"}, "serve.aliases", ["a", "b/c"]),
+    (None, {}, {"model__source": "sentence-transformers/all-MiniLM-L6-v2"}, "name", "all-minilm-l6-v2"),
+    (None, {}, {"model__source": "org/M"}, "repository", "inferctl/m"),
+    # Unless the machine decides, the number of API processes is known.
+    (GOOD + "serve: {api_processes: 4}", {}, {}, "serve.least_api_processes", 4),
+    (GOOD + "serve: {api_processes: '4'}", {}, {}, "serve.least_api_processes", 4),
+    (GOOD + "serve: {api_processes: auto}", {}, {}, "serve.least_api_processes", 1),
+    (GOOD + "serve:\nimage:\nslo:\n", {}, {}, "serve.port", 8080),
+    # Text stays text, also in variables.
+    *(
+        (GOOD, {"INFERCTL_IMAGE_TAG": text}, {}, "image.tag", text)
+        for text in ("20250101", "1.10", "2024-02-30", "true", "null")
+    ),
+    (GOOD + "image: {tag: 2024-02-30}", {}, {}, "image.tag", "2024-02-30"),
+    # YAML 1.1 reads 010 as 8, `--port 010` is 10.
+    *(
+        (GOOD + f"serve: {{port: {written}}}", {}, {}, "serve.port", port)
+        for written, port in {"8080": 8080, "08": 8, "010": 10, "'010'": 10, "0": 0}.items()
+    ),
+    (GOOD + "image: {tag: 010}", {}, {}, "image.tag", "010"),
+    (GOOD, {"INFERCTL_SERVE_PORT": "010"}, {}, "serve.port", 10),
+    ("model: {source: ~/m}", {}, {}, "model.source", f"{Path.home()}/m"),
+    (GOOD + "image: {wheels: ~/w}", {}, {}, "image.wheels", f"{Path.home()}/w"),
+    # Aliases and merges of a normal size.
+    (GOOD + "serve: {port: &p 1}\nslo: {p99_ms: *p}\ncache: &b {size: 1GB}\n", {}, {}, "slo.p99_ms", 1),
+]
 
 
-def test_an_empty_section_means_its_defaults() -> None:
-    resolved = settings.resolve(settings.parse(GOOD + "serve:\nimage:\nslo:\n"), {}, {})
-    assert resolved.spec.serve.port == 8080
+@pytest.mark.parametrize(("text", "environment", "flags", "path", "value"), WRITTEN)
+def test_a_setting_is_what_was_written(
+    text: str | None, environment: dict[str, str], flags: dict[str, object], path: str, value: object
+) -> None:
+    assert attrgetter(path)(resolved(text, environment, **flags).spec) == value
 
 
-@pytest.mark.parametrize("text", ["20250101", "1.10", "2024-02-30", "true", "null"])
-def test_text_in_a_variable_stays_text(text: str) -> None:
-    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_IMAGE_TAG": text}, {})
-    assert resolved.spec.image.tag == text
-
-
-def test_a_date_like_tag_in_the_file_is_text() -> None:
-    assert settings.resolve(settings.parse(GOOD + "image: {tag: 2024-02-30}\n"), {}, {}).spec.image.tag == "2024-02-30"
-
-
-@pytest.mark.parametrize(("written", "port"), [("8080", 8080), ("08", 8), ("010", 10), ("'010'", 10), ("0", 0)])
-def test_a_leading_zero_makes_no_octal_number(written: str, port: int) -> None:
-    """YAML 1.1 reads 010 as 8, `--port 010` is 10."""
-    resolved = settings.resolve(settings.parse(f"{GOOD}serve: {{port: {written}}}\nimage: {{tag: 010}}\n"), {}, {})
-    assert (resolved.spec.serve.port, resolved.spec.image.tag) == (port, "010")
-    assert settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PORT": "010"}, {}).spec.serve.port == 10
-
-
-def test_a_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/nowhere/me")
-    resolved = settings.resolve(settings.parse("model: {source: ~/m}\nimage: {wheels: ~/w}\n"), {}, {})
-    assert (resolved.spec.model.source, resolved.spec.image.wheels) == ("/nowhere/me/m", "/nowhere/me/w")
+@pytest.mark.parametrize("wrong", ["a b", "-x", "a\x1b", "a" * 201, ",".join(["a"] * 33)])
+def test_aliases_that_are_no_words_are_an_error(wrong: str) -> None:
+    with pytest.raises(SpecError, match=r"serve\.aliases"):
+        resolved(environment={"INFERCTL_SERVE_ALIASES": wrong})
 
 
 ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -301,14 +285,6 @@ def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, 
     }[reader]
     with pytest.raises(UsageError, match=words):
         read()
-
-
-def test_aliases_and_merges_of_a_normal_size_are_fine() -> None:
-    text = (
-        "name: m\nmodel: {source: org/m}\nserve: {port: &p 1}\nslo: {p99_ms: *p}\ncache: &b {size: 1GB}\ndeploy: {}\n"
-    )
-    resolved = settings.resolve(settings.parse(text), {}, {}, {})
-    assert (resolved.spec.serve.port, resolved.spec.slo.p99_ms) == (1, 1)
 
 
 ELSEWHERE = """model: {source: models/minilm}
@@ -374,9 +350,8 @@ SERVICE_LINKS = {
 
 
 def test_variables_of_kubernetes_services_are_not_settings() -> None:
-    resolved = settings.resolve(settings.parse(GOOD), SERVICE_LINKS, {}, VOCABULARY)
-    assert resolved.warnings == []
-    assert resolved.spec == settings.resolve(settings.parse(GOOD), {}, {}, VOCABULARY).spec
+    found = resolved(environment=SERVICE_LINKS)
+    assert (found.warnings, found.spec) == ([], resolved().spec)
 
 
 @pytest.mark.parametrize("text", ["tcp://", "10.0.0.1:80", "http://10.0.0.1:80", "x"])
@@ -395,7 +370,6 @@ def test_a_kubernetes_service_does_not_set_the_port_of_an_image() -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 
 
-@hypothesis.settings(deadline=None)
 @given(TEXTS | st.sampled_from(["./my #1", "no", "1e3", "a: b", "- x", "*a", "&a", "!x", "'", "2024-01-01"]))
 def test_a_spec_from_init_has_the_given_values(text: str) -> None:
     values = {

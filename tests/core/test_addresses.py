@@ -143,29 +143,18 @@ _SETTINGS = {
 @pytest.mark.parametrize("path", _SETTINGS)
 def test_a_rejected_setting_is_not_quoted(path: str) -> None:
     value = _SETTINGS[path]
-    section, _, name = path.rpartition(".")
+    section, name = path.split(".")
     variable = f"INFERCTL_{path.upper().replace('.', '_')}"
-    nested: Any = {name: value}
-    for part in reversed(section.split(".")):
-        nested = {part: nested}
-    texts = [json.dumps({"model": {"source": "."}, **nested})]
-    texts += [json.dumps({"model": {"source": "."}, **_put(section, name, each)}) for each in ([value], {value: 1})]
-    texts.append(json.dumps({"model": {"source": "."}, section.split(".")[0]: value}))
+    written: list[Any] = [{name: value}, {name: [value]}, {name: {value: 1}}, value]
     for document, environment, flags in [
-        *((settings.parse(text), {}, {}) for text in texts),
+        *((settings.parse(json.dumps({"model": {"source": "."}, section: each})), {}, {}) for each in written),
         (None, {variable: value}, {"model.source": "."}),
         (None, {variable: f"{value}\n"}, {"model.source": "."}),
         (None, {}, {path: value, "model.source": "."}),
     ]:
-        with pytest.raises(UsageError, match=section.split(".")[0]) as failed:
+        with pytest.raises(UsageError, match=section) as failed:
             settings.resolve(document, environment, flags)
         assert "heim" not in f"{failed.value.message}{failed.value.hint}"
-
-
-def _put(section: str, name: str, value: Any) -> dict[str, Any]:
-    for part in (name, *reversed(section.split("."))):
-        value = {part: value}
-    return dict(value)
 
 
 def test_a_spec_has_passwords_only_for_its_relay() -> None:

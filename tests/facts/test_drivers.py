@@ -21,13 +21,11 @@ RTX = dataclasses.replace(catalog.hardware("l40s"), key="rtx-6000-ada", brand="n
 
 def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.DriverVerdict:
     entry = catalog.base(base)
-    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), catalog.cuda_gpu_of(part), driver)
+    stack = catalog.stack(entry.stack)
+    verdict = fit.judge_driver(entry, stack, catalog.cuda_gpu_of(part), driver)
     assert verdict is not None
-    finding = next(
-        f
-        for f in fit.check_part(SPEC, entry, catalog.stack(entry.stack), part, UNKNOWN, driver).findings
-        if f.topic == "driver"
-    )
+    findings = fit.check_part(SPEC, entry, stack, part, UNKNOWN, driver).findings
+    (finding,) = (each for each in findings if each.topic == "driver")
     assert (finding.level, finding.what, finding.why) == (verdict.level, verdict.what, verdict.why)
     return verdict
 
@@ -92,17 +90,9 @@ def test_which_drivers_run_an_image(part: catalog.Hardware, base: str, driver: i
     assert part is not GEFORCE or verdict.level == "ok" or "geforcertx" in verdict.why
 
 
-@pytest.mark.parametrize(
-    ("capability", "oldest"),
-    [
-        ((7, 5), 410),
-        ((10, 3), 570),  # newer than 10.0
-        ((11, 0), None),
-        ((6, 1), None),
-    ],
-)
-def test_every_architecture_has_an_oldest_driver(capability: tuple[int, int], oldest: int | None) -> None:
-    assert drivers.oldest_driver(capability) == oldest
+def test_every_architecture_has_an_oldest_driver() -> None:
+    oldest = {(7, 5): 410, (10, 3): 570, (11, 0): None, (6, 1): None}  # 10.3 is newer than 10.0
+    assert {capability: drivers.oldest_driver(capability) for capability in oldest} == oldest
 
 
 def test_without_a_driver_the_oldest_one_of_the_gpu_is_named() -> None:
@@ -154,11 +144,9 @@ def test_an_image_without_cuda_requires_no_driver() -> None:
     assert fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 470) is None
 
 
-@pytest.mark.parametrize(
-    ("branch", "cuda"), [(525, (12, 0)), (540, (12, 2)), (580, (13, 0)), (700, (13, 5)), (1, (0,))]
-)
-def test_a_driver_supports_the_cuda_version_of_its_branch(branch: int, cuda: tuple[int, ...]) -> None:
-    assert drivers.cuda_of_driver(branch) == cuda
+def test_a_driver_supports_the_cuda_version_of_its_branch() -> None:
+    versions = {525: (12, 0), 540: (12, 2), 580: (13, 0), 700: (13, 5), 1: (0,)}
+    assert {branch: drivers.cuda_of_driver(branch) for branch in versions} == versions
 
 
 @pytest.mark.parametrize(
@@ -186,17 +174,14 @@ def test_an_invalid_requirement_is_rejected(text: str) -> None:
         Requirement.parse(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "brand"),
-    [
-        ("Tesla T4", "nvidia"),
-        ("NVIDIA A100-SXM4-40GB", "nvidia"),
-        ("NVIDIA GeForce RTX 4090", "geforcertx"),
-        ("NVIDIA GeForce GTX 1080", "geforce"),
-        ("NVIDIA RTX A6000", "nvidiartx"),
-        ("Quadro RTX 5000", "quadrortx"),
-        ("NVIDIA TITAN V", "titan"),
-    ],
-)
-def test_an_unknown_gpu_gets_its_brand_from_its_name(name: str, brand: str) -> None:
-    assert drivers.brand_of(name) == brand
+def test_an_unknown_gpu_gets_its_brand_from_its_name() -> None:
+    brands = {
+        "Tesla T4": "nvidia",
+        "NVIDIA A100-SXM4-40GB": "nvidia",
+        "NVIDIA GeForce RTX 4090": "geforcertx",
+        "NVIDIA GeForce GTX 1080": "geforce",
+        "NVIDIA RTX A6000": "nvidiartx",
+        "Quadro RTX 5000": "quadrortx",
+        "NVIDIA TITAN V": "titan",
+    }
+    assert {name: drivers.brand_of(name) for name in brands} == brands

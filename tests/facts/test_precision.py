@@ -11,11 +11,9 @@ from inferctl.facts.precision import (
     Checkpoint,
     DeviceTraits,
     Quantization,
-    best_generation_precision,
     best_precision,
     checkpoint_of,
     choose_generation,
-    generation_dtype,
     generation_support,
     support,
 )
@@ -31,9 +29,13 @@ FP8 = Checkpoint("llama", "bf16", Quantization("fp8", "fp8"))
 GEMMA3 = Checkpoint("gemma3_text", "bf16")
 
 
-def compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+def compressed(activations: bool = False, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": weights if activations else None}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+def stored(name: str, format_: str | None) -> Checkpoint:
+    return Checkpoint(quantization=Quantization(name, format_))
 
 
 @pytest.mark.parametrize(
@@ -87,41 +89,27 @@ def test_fp8_is_rejected_for_embeddings(device: DeviceTraits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "checkpoint", "best", "dtype"),
-    [
-        (T4, Checkpoint("llama", "bf16"), "fp16", "fp16"),
-        (T4, GEMMA3, "fp32", "fp32"),
-        (A100, Checkpoint("llama", "bf16"), "bf16", "bf16"),
-        (A100, Checkpoint("llama", "fp16"), "fp16", "fp16"),
-        (A100, Checkpoint("llama", "fp32"), "bf16", "bf16"),
-        (A100, W8A8, "int8", "bf16"),
-        (T4, W8A8, "int8", "fp16"),
-        (A100, AWQ, "int4", "fp16"),
-        (H100, Checkpoint("gpt_oss", "bf16", Quantization("mxfp4", None)), "mxfp4", "bf16"),
-        (CPU, Checkpoint("llama", "bf16"), "fp32", "fp32"),
-        (AVX512_CPU, Checkpoint("llama", "fp16"), "bf16", "bf16"),
-    ],
-)
-def test_auto_keeps_the_format_of_the_checkpoint_where_the_device_runs_it(
-    device: DeviceTraits, checkpoint: Checkpoint, best: str, dtype: str
-) -> None:
-    assert best_generation_precision(device, checkpoint) == best
-    assert generation_dtype(best, device, checkpoint) == dtype
-
-
-@pytest.mark.parametrize(
     ("requested", "device", "checkpoint", "effective", "dtype", "quantization"),
     [
+        ("auto", T4, Checkpoint("llama", "bf16"), "fp16", "fp16", None),
+        ("auto", T4, GEMMA3, "fp32", "fp32", None),
         ("auto", A100, Checkpoint("llama", "bf16"), "bf16", "bf16", None),
+        ("auto", A100, Checkpoint("llama", "fp16"), "fp16", "fp16", None),
+        ("auto", A100, Checkpoint("llama", "fp32"), "bf16", "bf16", None),
+        ("auto", A100, W8A8, "int8", "bf16", None),
+        ("auto", T4, W8A8, "int8", "fp16", None),
+        ("auto", A100, AWQ, "int4", "fp16", None),
+        ("auto", H100, Checkpoint("gpt_oss", "bf16", Quantization("mxfp4", None)), "mxfp4", "bf16", None),
+        ("auto", CPU, Checkpoint("llama", "bf16"), "fp32", "fp32", None),
+        ("auto", AVX512_CPU, Checkpoint("llama", "fp16"), "bf16", "bf16", None),
         ("fp8", T4, Checkpoint("llama", "bf16"), "fp8", "fp16", "fp8_per_tensor"),
         ("fp8", H100, Checkpoint("llama", "bf16"), "fp8", "bf16", "fp8_per_tensor"),
         ("fp8", AVX512_CPU, Checkpoint("llama", "bf16"), "fp8", "bf16", "fp8_per_channel"),
         ("fp8", H100, FP8, "fp8", "bf16", None),
-        ("auto", T4, W8A8, "int8", "fp16", None),
         ("fp16", A100, W8A8, "fp16", "fp16", None),
     ],
 )
-def test_the_options_of_vllm(
+def test_auto_keeps_the_format_of_the_checkpoint_where_the_device_runs_it(
     requested: str, device: DeviceTraits, checkpoint: Checkpoint, effective: str, dtype: str, quantization: str | None
 ) -> None:
     chosen = choose_generation(requested, device, checkpoint)
@@ -135,32 +123,25 @@ def test_the_options_of_vllm(
         ({}, Checkpoint()),
         ({"model_type": "llama", "torch_dtype": "bfloat16"}, Checkpoint("llama", "bf16")),
         ({"model_type": "gemma3", "text_config": {"dtype": "torch.bfloat16"}}, Checkpoint("gemma3", "bf16")),
-        (
-            {"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 128}},
-            Checkpoint(quantization=Quantization("gptq", "int8")),
+        *(
+            ({"quantization_config": settings}, found)
+            for settings, found in [
+                ({"quant_method": "gptq", "bits": 8, "group_size": 128}, stored("gptq", "int8")),
+                ({"quant_method": "awq", "bits": 4, "version": "gemm"}, stored("awq", "int4")),
+                ({"quant_method": "fp8", "weight_block_size": [128, 128]}, stored("fp8", "fp8")),
+                (compressed(True, num_bits=8, type="int"), stored("compressed-tensors", "int8")),
+                ("wrong", Checkpoint()),
+                ({"config_groups": 3}, stored("unknown", None)),
+            ]
         ),
         (
-            {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}},
-            Checkpoint(quantization=Quantization("awq", "int4")),
+            {"compression_config": compressed(num_bits=4, type="int", strategy="group")},
+            stored("compressed-tensors", "int4"),
         ),
         (
-            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-            Checkpoint(quantization=Quantization("fp8", "fp8")),
+            {"text_config": {"quantization_config": compressed(num_bits=8, type="float")}},
+            stored("compressed-tensors", "fp8"),
         ),
-        (
-            {"quantization_config": compressed({"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "int"})},
-            Checkpoint(quantization=Quantization("compressed-tensors", "int8")),
-        ),
-        (
-            {"compression_config": compressed({"num_bits": 4, "type": "int", "strategy": "group"}, None)},
-            Checkpoint(quantization=Quantization("compressed-tensors", "int4")),
-        ),
-        (
-            {"text_config": {"quantization_config": compressed({"num_bits": 8, "type": "float"}, None)}},
-            Checkpoint(quantization=Quantization("compressed-tensors", "fp8")),
-        ),
-        ({"quantization_config": "wrong"}, Checkpoint()),
-        ({"quantization_config": {"config_groups": 3}}, Checkpoint(quantization=Quantization("unknown", None))),
     ],
 )
 def test_the_checkpoint_is_read_from_its_config(config: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -80,6 +80,19 @@ def start(tmp_path: Path) -> Iterator[Any]:
         gateway.stop(signal.SIGINT)
 
 
+@pytest.fixture
+def behind(backends: Backends, start: Any) -> Callable[..., ServerProcess]:
+    """`behind("--timeout", "1", names="ab")` starts a gateway in front of new servers, and waits until it has all."""
+
+    def start_all(*options: str, names: str = "a", delay_s: float = 0.01) -> ServerProcess:
+        servers = [part for name in names for part in ("--server", backends.start(name, delay_s))]
+        gateway: ServerProcess = start(*servers, *options)
+        wait_for_servers(gateway.url, set(names))
+        return gateway
+
+    return start_all
+
+
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """The URL and the port of metrics of a gateway with one server, for tests that change neither."""
@@ -130,10 +143,8 @@ async def load(url: str, users: int, seconds: float) -> list[tuple[int, str, flo
     return found
 
 
-def test_a_killed_server_costs_no_request_and_a_restarted_one_comes_back(backends: Backends, start: Any) -> None:
-    urls = [backends.start(name, 0.05) for name in "abc"]
-    gateway = start(*(part for url in urls for part in ("--server", url)))
-    wait_for_servers(gateway.url, {"a", "b", "c"})
+def test_a_killed_server_costs_no_request_and_a_restarted_one_comes_back(backends: Backends, behind: Any) -> None:
+    gateway = behind(names="abc", delay_s=0.05)
 
     async def kill_one() -> list[tuple[int, str, float]]:
         running = asyncio.create_task(load(gateway.url, 24, 6))
@@ -144,7 +155,7 @@ def test_a_killed_server_costs_no_request_and_a_restarted_one_comes_back(backend
     found = asyncio.run(kill_one())
     assert Counter(status for status, *_ in found) == {200: len(found)}
     assert Counter(name for _, name, _ in found[-50:]).keys() == {"a", "c"}
-    port = urls[1].rpartition(":")[2]
+    port = backends.urls["b"].rpartition(":")[2]
     backends.processes["b"] = subprocess.Popen([sys.executable, str(BACKEND), "b", port, "0.01"])
     wait_for_servers(gateway.url, {"b"})
 
@@ -158,9 +169,8 @@ def test_a_slow_server_gets_fewer_requests_than_its_turn(backends: Backends, sta
     assert names["slow"] < 0.5 * names["fast"]
 
 
-def test_sigterm_finishes_the_requests_in_flight(backends: Backends, start: Any) -> None:
-    gateway = start("--server", backends.start("a", 1.0))
-    wait_for_servers(gateway.url, {"a"})
+def test_sigterm_finishes_the_requests_in_flight(behind: Any) -> None:
+    gateway = behind(delay_s=1.0)
 
     async def drain() -> list[int]:
         async with httpx.AsyncClient(timeout=30) as client:
@@ -267,9 +277,8 @@ def test_bodies_of_all_sizes_pass(quiet: tuple[str, int], size: int, chunked: bo
         content = parts(size) if chunked else content
 
 
-def test_a_large_request_is_repeated_too(backends: Backends, start: Any) -> None:
-    gateway = start("--server", backends.start("a", 1.0), "--server", backends.start("b", 1.0))
-    wait_for_servers(gateway.url, {"a", "b"})
+def test_a_large_request_is_repeated_too(backends: Backends, behind: Any) -> None:
+    gateway = behind(names="ab", delay_s=1.0)
 
     async def kill_one() -> list[int]:
         async with httpx.AsyncClient(timeout=30) as client:
@@ -282,30 +291,26 @@ def test_a_large_request_is_repeated_too(backends: Backends, start: Any) -> None
     assert asyncio.run(kill_one()) == [200] * 4
 
 
-def test_only_what_another_server_can_answer_is_repeated(backends: Backends, start: Any) -> None:
-    urls = [backends.start(name) for name in "ab"]
-    gateway = start(*(part for url in urls for part in ("--server", url)))
-    wait_for_servers(gateway.url, {"a", "b"})
+def test_only_what_another_server_can_answer_is_repeated(backends: Backends, behind: Any) -> None:
+    gateway = behind(names="ab")
+
+    def answered() -> int:
+        return sum(int(httpx.get(f"{url}/statuses").text) for url in backends.urls.values())
+
     requests = {}
     for status in (429, 500, 503):
-        before = sum(int(httpx.get(f"{url}/statuses").text) for url in urls)
+        before = answered()
         assert httpx.get(f"{gateway.url}/status/{status}").status_code == status
-        requests[status] = sum(int(httpx.get(f"{url}/statuses").text) for url in urls) - before
+        requests[status] = answered() - before
     assert requests == {429: 1, 500: 1, 503: 3}
 
 
-def test_an_ended_envoy_is_started_again_on_the_same_port(backends: Backends, start: Any) -> None:
-    gateway = start("--server", backends.start("a"))
-    children = execute("pgrep", "-P", gateway.process.pid, code=0)
-    os.kill(int(children.stdout), signal.SIGKILL)
-
-    def answers() -> bool:
-        try:
-            return httpx.post(f"{gateway.url}/v1/embeddings", json={}).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    until(answers)
+def test_an_ended_envoy_is_started_again_on_the_same_port(behind: Any) -> None:
+    gateway = behind()
+    (envoy,) = gateway.children()
+    os.kill(envoy, signal.SIGKILL)
+    until(lambda: gateway.children() not in ([], [envoy]))
+    wait_for_servers(gateway.url, {"a"})
     assert "Envoy ended (signal 9)" in gateway.log.read_text()
 
 
@@ -316,20 +321,24 @@ def test_metrics_are_published_and_the_admin_interface_is_not(quiet: tuple[str, 
     assert httpx.post(f"http://127.0.0.1:{port}/quitquitquit").status_code == 404
 
 
+def tls_options(ca: trustme.CA, folder: Path) -> list[str]:
+    """Write a certificate and its key, and return the options that name them."""
+    server, files = ca.issue_cert("127.0.0.1"), [folder / "cert.pem", folder / "key.pem"]
+    server.cert_chain_pems[0].write_to_path(files[0])
+    server.private_key_pem.write_to_path(files[1])
+    return ["--tls-certificate", str(files[0]), "--tls-key", str(files[1])]
+
+
 def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: Path) -> None:
     ca = trustme.CA()
-    server, client = ca.issue_cert("127.0.0.1"), ca.issue_cert("someone@example.com")
-    files = {name: str(tmp_path / name) for name in ("cert.pem", "key.pem", "ca.pem", "client.pem")}
-    server.cert_chain_pems[0].write_to_path(files["cert.pem"])
-    server.private_key_pem.write_to_path(files["key.pem"])
-    ca.cert_pem.write_to_path(files["ca.pem"])
-    client.private_key_and_cert_chain_pem.write_to_path(files["client.pem"])
-    options = ["--tls-certificate", files["cert.pem"], "--tls-key", files["key.pem"], "--client-ca", files["ca.pem"]]
-    gateway = start("--server", backends.start("a"), *options)
-    context = ssl.create_default_context(cafile=files["ca.pem"])
+    ca_file, client = str(tmp_path / "ca.pem"), tmp_path / "client.pem"
+    ca.cert_pem.write_to_path(ca_file)
+    ca.issue_cert("someone@example.com").private_key_and_cert_chain_pem.write_to_path(client)
+    gateway = start("--server", backends.start("a"), *tls_options(ca, tmp_path), "--client-ca", ca_file)
+    context = ssl.create_default_context(cafile=ca_file)
     with pytest.raises(httpx.TransportError):
         httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context)
-    context.load_cert_chain(files["client.pem"])
+    context.load_cert_chain(client)
     until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context).status_code == 200)
 
 
@@ -369,10 +378,8 @@ def test_a_name_means_all_of_its_addresses(backends: Backends, start: Any) -> No
     wait_for_servers(start("--server", f"localhost:{port}").url, {"a"})
 
 
-def test_a_body_that_arrives_slowly_gets_408(backends: Backends, start: Any) -> None:
-    gateway = start("--server", backends.start("a"), "--timeout", "1")
-    wait_for_servers(gateway.url, {"a"})
-    with slow_upload(gateway.url, 10) as client:
+def test_a_body_that_arrives_slowly_gets_408(behind: Any) -> None:
+    with slow_upload(behind("--timeout", "1").url, 10) as client:
         assert b" 408 " in client.recv(4096)
 
 
@@ -406,12 +413,9 @@ def seconds_until_closed(client: socket.socket) -> float:
     return time.monotonic() - begin
 
 
-def test_a_connection_without_a_request_ends(
-    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_without_a_request_ends(behind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_settings(tmp_path, monkeypatch, begin_s=1.0, keep_alive_s=3.0)
-    gateway = start("--server", backends.start("a"))
-    wait_for_servers(gateway.url, {"a"})
+    gateway = behind()
     for sent in (b"", b"POST /v1/embed", b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\n"):
         with connect(gateway.url) as client:
             client.sendall(sent)
@@ -425,11 +429,7 @@ def test_a_connection_without_a_tls_handshake_ends(
     backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_settings(tmp_path, monkeypatch, begin_s=1.0)
-    server = trustme.CA().issue_cert("127.0.0.1")
-    server.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    server.private_key_pem.write_to_path(tmp_path / "key.pem")
-    options = ["--tls-certificate", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
-    gateway = start("--server", backends.start("a"), *options)
+    gateway = start("--server", backends.start("a"), *tls_options(trustme.CA(), tmp_path))
     hello = ssl.MemoryBIO()
     handshake = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="a")
     with contextlib.suppress(ssl.SSLWantReadError):
@@ -440,18 +440,25 @@ def test_a_connection_without_a_tls_handshake_ends(
             assert 0.5 < seconds_until_closed(client) < 2.5
 
 
-def test_metrics_are_read_while_clients_have_all_connections(
-    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_many_connections_idle_ones_are_closed_early_and_metrics_are_read_while_clients_have_all(
+    behind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_settings(tmp_path, monkeypatch, max_connections=20)
     port = free_port()
-    gateway = start("--server", backends.start("a"), "--metrics-port", str(port))
-    wait_for_servers(gateway.url, {"a"})
+    gateway = behind("--metrics-port", str(port))
+    request = b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n"
+    with contextlib.ExitStack() as clients:
+        idle = [clients.enter_context(connect(gateway.url)) for _ in range(20)]
+        for client in idle:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(request)
+        wait_for_servers(gateway.url, {"a"})
+        assert all(seconds_until_closed(client) < 30 for client in idle), "not after 300 s"
     with contextlib.ExitStack() as clients:
 
         def rejects() -> bool:
             with contextlib.suppress(ConnectionError):
-                clients.enter_context(connect(gateway.url)).sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+                clients.enter_context(connect(gateway.url)).sendall(request)
             try:
                 httpx.post(f"{gateway.url}/v1/embeddings", json={})
             except httpx.TransportError:
@@ -463,32 +470,16 @@ def test_metrics_are_read_while_clients_have_all_connections(
     wait_for_servers(gateway.url, {"a"})
 
 
-def test_idle_connections_are_closed_early_when_there_are_many(
-    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_settings(tmp_path, monkeypatch, max_connections=20)
-    gateway = start("--server", backends.start("a"))
-    wait_for_servers(gateway.url, {"a"})
-    with contextlib.ExitStack() as clients:
-        idle = [clients.enter_context(connect(gateway.url)) for _ in range(20)]
-        for client in idle:
-            with contextlib.suppress(ConnectionError):
-                client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
-        wait_for_servers(gateway.url, {"a"})
-        assert all(seconds_until_closed(client) < 30 for client in idle), "not after 300 s"
-
-
 def test_a_gateway_without_a_ready_server_says_so(start: Any) -> None:
     gateway = start("--server", f"127.0.0.1:{free_port()}", "--server", "nowhere.invalid:80")
     assert "warning: none of the servers is ready; requests get 503" in gateway.log.read_text()
 
 
 def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
-    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    behind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_heap(tmp_path, monkeypatch)
-    gateway = start("--server", backends.start("a"), "--timeout", "5")  # a server that reads everything
-    wait_for_servers(gateway.url, {"a"})
+    gateway = behind("--timeout", "5")  # a server that reads everything
     body = bytes(7 << 20)
     with contextlib.ExitStack() as clients:
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.core.errors import InferctlError
 from inferctl.image import library, verify
@@ -182,8 +183,7 @@ def test_the_limit_of_the_server_cuts_the_texts_of_the_library(right: Callable[[
 
 
 def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: ServerProcess, tmp_path: Path) -> None:
-    done = inferctl("verify", "--url", server.url, "--against", library.NAME, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = inferctl("verify", "--url", server.url, "--against", library.NAME, "--json", cwd=tmp_path, code=0)
     found = json.loads(done.stdout)["library"]
     assert found["difference"] <= library.FP32_LIMIT
     assert found["cosine_min"] > 0.99999
@@ -191,18 +191,18 @@ def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: Se
 
 @pytest.mark.slow
 def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tmp_path: Path) -> None:
-    done = inferctl("verify", "--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = inferctl("verify", "--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path, code=0)
     assert f"equals {library.NAME} " in done.stderr
 
 
 @pytest.mark.slow
 def test_each_task_has_its_library(serving: Callable[[str, str], ServerProcess], tmp_path: Path) -> None:
-    done = inferctl("verify", "--url", serving("classify", "fp32").url, "--against", "transformers", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = inferctl(
+        "verify", "--url", serving("classify", "fp32").url, "--against", "transformers", cwd=tmp_path, code=0
+    )
     assert "equals transformers " in done.stderr
-    done = inferctl("verify", "--url", serving("embed", "fp32").url, "--against", "transformers", cwd=tmp_path)
-    assert (done.returncode, f"--against {library.NAME}" in done.stderr) == (2, True)
+    done = inferctl("verify", "--url", serving("embed", "fp32").url, "--against", "transformers", cwd=tmp_path, code=2)
+    assert f"--against {library.NAME}" in done.stderr
 
 
 @pytest.mark.slow
@@ -219,8 +219,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         modules_changed(lambda listed: listed.append(entry))(folder)
     else:
         edit(folder / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
-    done = inferctl("verify", "--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)
-    assert done.returncode == 3
+    done = inferctl("verify", "--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder, code=3)
     assert "own.Model" in done.stderr
     assert not list(tmp_path.rglob("ran"))
 
@@ -236,10 +235,11 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         (["--against", "torch", "--model", "m"], "'torch'"),
     ],
 )
-def test_options_that_do_not_fit_are_usage_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = inferctl("verify", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_options_that_do_not_fit_are_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["verify", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_library_adds_the_token_that_the_server_adds(tmp_path: Path) -> None:

@@ -6,9 +6,6 @@ import hashlib
 import json
 import socket
 import subprocess
-import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +26,7 @@ from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
 from tests.image import tiny
 from tests.image.tiny import run
-from tests.processes import inferctl
+from tests.processes import inferctl, start
 
 pytestmark = pytest.mark.docker
 REGISTRY = "localhost:5000"
@@ -349,21 +346,12 @@ def test_a_container_that_runs_out_of_memory_is_an_error(docker: DockerEngine, b
 
 def test_an_image_is_served_until_it_receives_a_signal(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
-    announce = tmp_path / "ready.json"
-    options = ("--image", built.reference, "--port", "0", "--announce", str(announce))
-    command = [sys.executable, "-m", "inferctl", "serve", *options]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    server = start(tmp_path, "--image", built.reference)
     try:
-        while not announce.exists():
-            assert server.poll() is None
-            time.sleep(0.05)
-        url = json.loads(announce.read_text())["url"]
-        with urllib.request.urlopen(f"{url}/info") as answer:
-            assert json.load(answer)["name"] == "tiny"
+        assert server.get("/info").json()["name"] == "tiny"
     finally:
-        server.terminate()
-        said = server.communicate(timeout=90)[1]
-    assert "tiny server: works" in said
+        server.stop(seconds=90)
+    assert "tiny server: works" in server.log.read_text()
     assert _output("docker", "ps", "--all", "--quiet", "--filter", f"ancestor={built.image}") == ""
 
 

@@ -12,7 +12,6 @@ import ssl
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import yaml
 from inferctl.config import settings
 from inferctl.facts import catalog
 from inferctl.image import locks, render
-from tests.http_servers import Handler
+from tests.http_servers import Handler, serving
 from tests.processes import execute, inferctl
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -72,11 +71,8 @@ def private_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index_port(authority: trustme.CA, private_wheels: Path) -> Iterator[int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Index, directory=str(private_wheels)))
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_address[1]
-    server.shutdown()
+    with serving(functools.partial(Index, directory=str(private_wheels)), context) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +133,19 @@ def test_the_torch_closure_uses_the_index_of_its_stack_by_default(
     base_image: str, private_wheels: Path, tmp_path: Path
 ) -> None:
     """An index without a password replaces the PyTorch index of the stack."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(private_wheels))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    stack = replace(catalog.stack("torch2.13-cpu"), index=f"http://127.0.0.1:{server.server_port}/")
     (wheel,) = (private_wheels / "private-torch").glob("*.whl")
     lock = f"private-torch==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
     wanted = {"model.source": "org/m", "image.base": "cpu", "image.base_image": base_image}
     spec = settings.resolve(None, {}, wanted).spec
-    made = render.render(spec, catalog.base("cpu"), stack, locks.Locks(torch=lock, server=""), render.Provenance())
     (tmp_path / "locks").mkdir()
     (tmp_path / "locks" / "torch.txt").write_text(lock)
-    (tmp_path / "Dockerfile").write_text(made.dockerfile)
-    command = ["docker", "buildx", "build", "--network", "host", "--target", "torch", "--quiet", str(tmp_path)]
-    try:
-        done = execute(*command)
-    finally:
-        server.shutdown()
-    assert done.returncode == 0, done.stderr
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(private_wheels))
+    with serving(handler) as port:
+        stack = replace(catalog.stack("torch2.13-cpu"), index=f"http://127.0.0.1:{port}/")
+        made = render.render(spec, catalog.base("cpu"), stack, locks.Locks(torch=lock, server=""), render.Provenance())
+        (tmp_path / "Dockerfile").write_text(made.dockerfile)
+        command = ["docker", "buildx", "build", "--network", "host", "--target", "torch", "--quiet", str(tmp_path)]
+        done = execute(*command, code=0)
     subprocess.run(["docker", "image", "rm", "--force", done.stdout.strip()], capture_output=True, check=False)
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,26 +20,21 @@ import yaml
 
 from inferctl import cli
 from tests.http_servers import Handler, serving
+from tests.models.model_folders import write_model
+from tests.processes import execute, until
 
 HASH = f"--hash=sha256:{'0' * 64}"
 
 
-def model(folder: Path) -> Path:
-    """A minimal model folder with an empty safetensors file."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
-    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return folder
-
-
-def spec(folder: Path, **image: str) -> Path:
+def spec(folder: Path, model: dict[str, str] | None = None, **image: str) -> Path:
+    """Write a spec, of a model without tensors if it names none."""
     locks = folder / "locks"
     locks.mkdir()
     for name in ("torch", "server"):
         (locks / f"{name}.txt").write_text(f"{name}-of-nowhere==1 {HASH}\n")
     content = {
         "name": "tiny",
-        "model": {"source": str(model(folder / "model"))},
+        "model": model or {"source": str(write_model(folder / "model", {}))},
         "image": {"base": "cpu", "locks": str(locks), **image},
     }
     file = folder / "inferctl.yaml"
@@ -102,10 +96,7 @@ def test_the_image_is_built_for_the_platform_of_the_spec(tmp_path: Path) -> None
 
 
 def test_a_branch_as_revision_is_rejected(tmp_path: Path) -> None:
-    file = spec(tmp_path)
-    content = yaml.safe_load(file.read_text())
-    content["model"] = {"source": "org/model", "weights": "bake", "revision": "main"}
-    file.write_text(yaml.safe_dump(content))
+    file = spec(tmp_path, {"source": "org/model", "weights": "bake", "revision": "main"})
     failed(inferctl("build", "--dry-run", "--spec", file), 1, "'main' is not a commit", "--allow-floating")
     assert "'main' is not a commit" in inferctl("check", "--spec", file).stdout.replace("\n      ", " ")
 
@@ -118,25 +109,17 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint
 
 
 def test_an_unpinned_hub_model_is_rejected_unless_it_is_allowed(tmp_path: Path) -> None:
-    file = spec(tmp_path)
-    content = yaml.safe_load(file.read_text())
-    content["model"] = {"source": "sentence-transformers/all-MiniLM-L6-v2", "weights": "download"}
-    file.write_text(yaml.safe_dump(content))
+    file = spec(tmp_path, {"source": "sentence-transformers/all-MiniLM-L6-v2", "weights": "download"})
     failed(inferctl("build", "--dry-run", "--spec", file), 1, "not pinned", "--allow-floating")
     allowed = inferctl("build", "--dry-run", "--allow-floating", "--spec", file)
     assert allowed.returncode == 0
     assert "[revision]" in allowed.stderr
 
 
-def test_missing_weights(tmp_path: Path) -> None:
+def test_without_its_weights_an_image_that_mounts_them_is_built_but_not_verified(tmp_path: Path) -> None:
     file = spec(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
     failed(inferctl("build", "--spec", file), 2, "no *.safetensors weights", "save_pretrained")
-
-
-def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Path) -> None:
-    file = spec(tmp_path)
-    (tmp_path / "model" / "model.safetensors").unlink()
     assert inferctl("build", "--dry-run", "--no-verify", "--spec", file).returncode == 0
 
 
@@ -212,12 +195,7 @@ def test_an_interrupted_build_stops_at_once_and_leaves_no_output(
     assert out == ""
     assert "Traceback" not in err
     assert list(tmp_path.glob("*inferctl-*")) == [], "the build context is gone"
-    for _ in range(50):
-        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        if str(tmp_path) not in processes:
-            break
-        time.sleep(0.1)
-    assert str(tmp_path) not in processes
+    until(lambda: str(tmp_path) not in execute("ps", "-eo", "args").stdout)
     assert subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode != 0
 
 

@@ -16,20 +16,16 @@ CONTAINERD = replace(CLASSIC, containerd_store=True)
 CONTAINER = replace(CLASSIC, driver="docker-container")
 
 
-@pytest.mark.parametrize(
-    ("builder", "engine", "expected"),
-    [
+def test_the_builder_and_the_engine_decide() -> None:
+    methods: list[tuple[buildx.Builder, str, buildx.Compression | None]] = [
         (CONTAINERD, "26.1.5+dfsg1", "zstd"),
         (CONTAINER, "23.0.0", "zstd"),
         (CONTAINER, "20.10.25", "gzip"),
         (CONTAINER, "dev", "gzip"),
         (CLASSIC, "28", None),
-    ],
-)
-def test_the_builder_and_the_engine_decide(
-    builder: buildx.Builder, engine: str, expected: buildx.Compression | None
-) -> None:
-    assert buildx.choose_compression(builder, engine) == expected
+    ]
+    for builder, engine, expected in methods:
+        assert buildx.choose_compression(builder, engine) == expected
 
 
 def fields_of(value: str) -> dict[str, str]:
@@ -58,24 +54,19 @@ def test_images_and_caches_get_the_compression() -> None:
     assert "compression-level" not in pushed
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        (
-            "failed to push r/x:1: unexpected status from PUT request to http://r/v2/x/manifests/1: 400 Bad Request",
-            True,
-        ),
-        ("failed commit on ref: manifest invalid: manifest invalid", True),
-        ("MANIFEST_INVALID: unknown media type application/vnd.oci.image.layer.v1.tar+zstd", True),
-        ("405 Method Not Allowed: Invalid parameter: UnsupportedImageType", True),
-        ("unexpected status: 503 Service Unavailable", False),
-        ("unexpected status: 429 Too Many Requests: unsupported rate", False),
-        ("pull access denied, insufficient_scope: authorization failed", False),
-        ("no space left on device", False),
-    ],
-)
-def test_a_rejection_of_the_format_differs_from_other_failures(message: str, expected: bool) -> None:
-    assert failures.rejects_zstd(message) is expected
+def test_a_rejection_of_the_format_differs_from_other_failures() -> None:
+    put = "failed to push r/x:1: unexpected status from PUT request to http://r/v2/x/manifests/1: 400 Bad Request"
+    rejects = {
+        put: True,
+        "failed commit on ref: manifest invalid: manifest invalid": True,
+        "MANIFEST_INVALID: unknown media type application/vnd.oci.image.layer.v1.tar+zstd": True,
+        "405 Method Not Allowed: Invalid parameter: UnsupportedImageType": True,
+        "unexpected status: 503 Service Unavailable": False,
+        "unexpected status: 429 Too Many Requests: unsupported rate": False,
+        "pull access denied, insufficient_scope: authorization failed": False,
+        "no space left on device": False,
+    }
+    assert {message: failures.rejects_zstd(message) for message in rejects} == rejects
 
 
 @pytest.mark.parametrize(

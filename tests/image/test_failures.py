@@ -57,33 +57,27 @@ def test_the_last_lines_of_the_step_are_in_the_message() -> None:
     assert "line 5\n" not in error.message
 
 
-@pytest.mark.parametrize(
-    ("reference", "host"),
-    [
-        ("localhost:5000/a/b:c", "localhost:5000"),
-        ("localhost/a", "localhost"),
-        ("r.example.com/a@sha256:0", "r.example.com"),
-        ("org/name:tag", "docker.io"),
-        ("name:tag", "docker.io"),
-    ],
-)
-def test_the_registry_of_a_reference(reference: str, host: str) -> None:
-    assert host_of(reference) == host
+def test_the_registry_of_a_reference() -> None:
+    hosts = {
+        "localhost:5000/a/b:c": "localhost:5000",
+        "localhost/a": "localhost",
+        "r.example.com/a@sha256:0": "r.example.com",
+        "org/name:tag": "docker.io",
+        "name:tag": "docker.io",
+    }
+    assert {reference: host_of(reference) for reference in hosts} == hosts
 
 
-@pytest.mark.parametrize(
-    ("message", "transient"),
-    [
-        ("net/http: TLS handshake timeout", True),
-        ("EOF", True),
-        ('Get "http://r.example.com/v2/": context deadline exceeded', True),
-        ("unauthorized: 503", False),
-        ("write: no space left on device: EOF", False),
-        ("received unexpected HTTP status: 200 OK", False),
-    ],
-)
-def test_transient_failures_differ_from_permanent_ones(message: str, transient: bool) -> None:
-    assert failures.transient(message) == transient
+def test_transient_failures_differ_from_permanent_ones() -> None:
+    transient = {
+        "net/http: TLS handshake timeout": True,
+        "EOF": True,
+        'Get "http://r.example.com/v2/": context deadline exceeded': True,
+        "unauthorized: 503": False,
+        "write: no space left on device: EOF": False,
+        "received unexpected HTTP status: 200 OK": False,
+    }
+    assert {message: failures.transient(message) for message in transient} == transient
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,16 @@ def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(
 
 
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
-def test_every_shipped_lock_has_all_server_requirements(base: catalog.BaseImage) -> None:
+def test_every_shipped_lock_has_all_server_requirements_and_no_more(base: catalog.BaseImage) -> None:
     """Fails if a dependency was added without `make locks`."""
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
     declared = {locks.normalize(locks.name_of(line)) for line in locks.server_requirements(catalog.stack(base.stack))}
     # jinja2 is a dependency of torch: a base with torch also has it.
     assert declared - locked - ({"jinja2"} if "torch" in base.provides else set()) == set()
+    every = locked | locks.versions(found.int8 or "").keys()
+    assert (every - set(base.provides)) & set(locks.LEFT_OUT) == set(), "the server does not import them"
+    assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
 def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
@@ -64,14 +67,6 @@ def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
         # The local version distinguishes the CPU wheel of PyTorch from the wheel on PyPI, which includes CUDA.
         wanted = f"{stack.torch}+cpu" if stack.cuda is None else stack.torch
         assert torch is None or locks.versions(torch)["torch"] == wanted
-
-
-@pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
-def test_no_shipped_lock_has_packages_that_the_server_does_not_import(base: catalog.BaseImage) -> None:
-    found = locks.load(base, None, int8=True)
-    locked = {name for text in (found.torch, found.server, found.int8) for name in locks.versions(text or "")}
-    assert locked & set(locks.LEFT_OUT) == set()
-    assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
 @pytest.mark.parametrize("base", ["cpu", "vllm-cpu"])

@@ -12,7 +12,7 @@ import tarfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,14 @@ def test_the_command_line(
     assert "has a digest" in command_line("push", str(model), pushed, code=2)
 
 
-def test_an_interrupted_push_leaves_no_image(repository: str, model: Path) -> None:
-    running = model_transfer.push(ModelFolder(model), str(model), f"{repository}:v1", attempts=1)
-    for event in running:
-        if not isinstance(event, Phase):
-            break
+def interrupt(running: Generator[Any, None, Any]) -> None:
+    """Close a transfer when it has begun."""
+    next(event for event in running if not isinstance(event, Phase))
     running.close()
+
+
+def test_an_interrupted_push_leaves_no_image(repository: str, model: Path) -> None:
+    interrupt(model_transfer.push(ModelFolder(model), str(model), f"{repository}:v1", attempts=1))
     assert DockerEngine.connect().image(f"{repository}:v1") is None
     with pytest.raises(UsageError, match="not found in its registry"):
         model_image.inspect(f"{repository}:v1")
@@ -288,9 +290,7 @@ def test_a_registry_that_refuses_a_push_leaves_no_image(
 def test_a_registry_that_loses_or_changes_a_layer_leaves_no_folder(
     registry: RegistryProxy, repository: str, tmp_path: Path, fault: str
 ) -> None:
-    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
-    (digest,) = put_image(repository, "v1", [layer], labels)  # not a push: the builder must not have the layer
-    image = model_image.inspect(f"{repository}:v1")
+    image, digest, layer = put_model(repository, tmp_path / "model")
     body = {"lost": b'{"errors": [{"code": "BLOB_UNKNOWN"}]}', "changed": b"x" * len(layer), "cut": layer[:-5000]}[
         fault
     ]
@@ -305,20 +305,13 @@ def test_a_registry_that_loses_or_changes_a_layer_leaves_no_folder(
 
 
 def test_an_interrupted_pull_leaves_no_folder(repository: str, tmp_path: Path) -> None:
-    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
-    put_image(repository, "v1", [layer], labels)
-    running = model_transfer.pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
-    for event in running:
-        if not isinstance(event, Phase):
-            break
-    running.close()
+    image, _, _ = put_model(repository, tmp_path / "model")
+    interrupt(model_transfer.pull(image, tmp_path / "pulled"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_the_next_pull_removes_what_a_killed_one_left(repository: str, tmp_path: Path) -> None:
-    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
-    put_image(repository, "v1", [layer], labels)
-    image, target = model_image.inspect(f"{repository}:v1"), tmp_path / "pulled"
+    (image, _, _), target = put_model(repository, tmp_path / "model"), tmp_path / "pulled"
     # In a container, each process may have the same id.
     killed, other = (tmp_path / f".{name}.{os.getpid()}.partial" for name in ("pulled", "other"))
     running = model_transfer.pull(image, target)
@@ -352,10 +345,9 @@ def test_a_web_page_in_place_of_a_registry_is_an_error(registry: RegistryProxy, 
 
 
 def test_an_image_with_labels_that_the_builder_does_not_accept_is_an_error(repository: str, tmp_path: Path) -> None:
-    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
-    put_image(repository, "v1", [layer], labels | {"other": "x" * 3_000_000})
+    image, _, _ = put_model(repository, tmp_path / "model", other="x" * 3_000_000)
     with pytest.raises(InferctlError) as caught:
-        pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+        pull(image, tmp_path / "pulled")
     assert "labels" in (caught.value.hint or "")
 
 
@@ -384,8 +376,15 @@ def layer_of(folder: Path, *further: tarfile.TarInfo, without: str = "") -> tupl
     return stream.getvalue(), labels
 
 
-def put_image(repository: str, tag: str, layers: list[bytes], labels: dict[str, str]) -> list[str]:
-    """Write an image into the registry as it is, whatever a builder would refuse. Return the digests of its layers."""
+def put_model(repository: str, folder: Path, **labels: str) -> tuple[ModelImage, str, bytes]:
+    """Write a new model into `folder` and, without a builder, into the registry. Return its image, digest and layer."""
+    layer, own = layer_of(sharded.write(folder, run=uuid.uuid4().hex))
+    digest = put_image(repository, layer, own | labels)
+    return model_image.inspect(f"{repository}:v1"), digest, layer
+
+
+def put_image(repository: str, layer: bytes, labels: dict[str, str]) -> str:
+    """Write an image into the registry as it is, whatever a builder would refuse. Return the digest of its layer."""
     host, _, name = repository.partition("/")
     connection = http.client.HTTPConnection(host, timeout=60)
 
@@ -402,19 +401,19 @@ def put_image(repository: str, tag: str, layers: list[bytes], labels: dict[str, 
         request("PUT", f"{place.path}?{place.query}&digest={digest}", data)
         return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data)}
 
-    written = [blob(layer, "layer.v1.tar") for layer in layers]
+    written = blob(layer, "layer.v1.tar")
     config = {
         "architecture": "amd64",
         "os": "linux",
         "config": {"Labels": labels},
-        "rootfs": {"type": "layers", "diff_ids": [each["digest"] for each in written]},
+        "rootfs": {"type": "layers", "diff_ids": [written["digest"]]},
     }
     kind = "application/vnd.oci.image.manifest.v1+json"
-    manifest = {"schemaVersion": 2, "mediaType": kind, "layers": written}
+    manifest = {"schemaVersion": 2, "mediaType": kind, "layers": [written]}
     manifest["config"] = blob(json.dumps(config).encode(), "config.v1+json")
-    request("PUT", f"/v2/{name}/manifests/{tag}", json.dumps(manifest).encode(), kind)
+    request("PUT", f"/v2/{name}/manifests/v1", json.dumps(manifest).encode(), kind)
     connection.close()
-    return [each["digest"] for each in written]
+    return str(written["digest"])
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -439,7 +438,7 @@ def test_a_hostile_image_writes_nothing(repository: str, tmp_path: Path, kind: s
         labels["io.inferctl.model.files"] = json.dumps({"../../evil.txt": 0, "config.json": 1})
     elif kind == "no labels":
         labels = {}
-    put_image(repository, "v1", [layer], labels)
+    put_image(repository, layer, labels)
     target = tmp_path / "target" / "model"
     with pytest.raises(InferctlError) as caught:
         pull(model_image.inspect(f"{repository}:v1"), target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import uuid
 
 import pytest
@@ -43,34 +42,27 @@ def test_a_failing_registry_is_not_a_missing_image(message: str, missing: bool) 
     assert missing or isinstance(error, NotReadyError)
 
 
-def pull(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return inferctl("pull", *arguments)
-
-
 @pytest.mark.docker
 def test_an_image_that_exists_is_pulled_and_its_digest_printed(base_image: str) -> None:
-    done = pull("localhost:5000/base:trixie-python3.11", "--if-exists")
+    done = inferctl("pull", "localhost:5000/base:trixie-python3.11", "--if-exists")
     assert (done.returncode, done.stdout.strip()) == (0, base_image)
-    assert pull(base_image).stdout.strip() == base_image
+    assert inferctl("pull", base_image).stdout.strip() == base_image
 
 
 @pytest.mark.docker
 @pytest.mark.parametrize("name", ["base:{}", "none/{}:main"], ids=["no such tag", "no such repository"])
 def test_an_image_that_does_not_exist_is_an_error_or_nothing_with_if_exists(base_image: str, name: str) -> None:
     reference = f"localhost:5000/{name.format(uuid.uuid4().hex)}"
-    done = pull(reference)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert f"{reference} not found" in done.stderr
-    done = pull(reference, "--if-exists")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert f"{reference} not found" in done.stderr
+    for options, code in (((), 3), (("--if-exists",), 0)):
+        done = inferctl("pull", reference, *options, code=code)
+        assert (done.stdout, f"{reference} not found" in done.stderr) == ("", True)
 
 
 @pytest.mark.docker
 @pytest.mark.parametrize("status", [401, 404, 503])
 def test_a_registry_that_denies_or_fails_is_an_error_also_with_if_exists(engine: None, status: int) -> None:
     with answering(status, www_authenticate='Basic realm="registry"') as host:
-        done = pull(f"{host}/team/model:main", "--if-exists")
+        done = inferctl("pull", f"{host}/team/model:main", "--if-exists")
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
 
 
@@ -78,6 +70,6 @@ def test_a_registry_that_denies_or_fails_is_an_error_also_with_if_exists(engine:
 def test_a_registry_that_is_down_is_an_error_also_with_if_exists(engine: None) -> None:
     with answering(200) as host:
         pass
-    done = pull(f"{host}/team/model:main", "--if-exists")
+    done = inferctl("pull", f"{host}/team/model:main", "--if-exists")
     assert (done.returncode, done.stdout) == (3, "")
     assert "connection refused" in done.stderr

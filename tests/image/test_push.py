@@ -50,18 +50,16 @@ def test_only_transient_failures_are_retried(
     assert pauses == [retry.delay for retry in retries] == slept
 
 
-def test_a_missing_engine_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(NotReadyError, match="Docker Engine not found") as caught:
-        DockerEngine.connect(f"unix://{tmp_path}/nothing.sock")
-    assert "apt-get install docker.io" in (caught.value.hint or "")
-
-
-def test_an_engine_that_is_down_is_an_error(tmp_path: Path) -> None:
+def test_an_engine_that_is_missing_or_down_is_an_error(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(tmp_path / "docker.sock"))
-    with pytest.raises(NotReadyError, match="down") as caught:
-        DockerEngine.connect(f"unix://{tmp_path}/docker.sock")
-    assert "systemctl start docker" in (caught.value.hint or "")
+    for name, message, hint in (
+        ("nothing.sock", "Docker Engine not found", "apt-get install docker.io"),
+        ("docker.sock", "down", "systemctl start docker"),
+    ):
+        with pytest.raises(NotReadyError, match=message) as caught:
+            DockerEngine.connect(f"unix://{tmp_path}/{name}")
+        assert hint in (caught.value.hint or "")
 
 
 def test_an_engine_without_permission_is_an_error(tmp_path: Path) -> None:

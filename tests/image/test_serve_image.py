@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -208,17 +206,11 @@ def test_the_container_gets_the_options_of_the_command_line(named: str, tmp_path
     (tmp_path / "inferctl.yaml").write_text("name: m\nmodel: {source: org/m}\nserve: {max_batch_tokens: 128}\n")
     flags = ["--precision", "bf16", "--name", "other", "--max-queue-tokens", "99999"]
     flags += ["--device", "cpu", "--engine", "echo", "--no-truncate"]
-    announce = tmp_path / "ready.json"
-    command = [sys.executable, "-m", "inferctl", "serve", "--image", named, "--port", "0", "--announce", str(announce)]
-    running = subprocess.Popen([*command, *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    server = start(tmp_path, "--image", named, *flags)
     try:
-        while not announce.exists():
-            assert running.poll() is None
-            time.sleep(0.05)
         found: list[Any] = json.loads(_docker("inspect", *_docker("ps", "-q", "--filter", f"ancestor={named}").split()))
     finally:
-        running.terminate()
-        running.communicate(timeout=90)
+        server.stop(seconds=90)
     told = found[0]["Args"]
     pairs = [["--precision", "bf16"], ["--name", "other"], ["--max-queue-tokens", "99999"], ["--device", "cpu"]]
     assert all(told[told.index(option) + 1] == value for option, value in [*pairs, ["--engine", "echo"]])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.models import adapter
 from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.model import ModelFolder
 from tests.models.adapters import HOSTILE, WEIGHTS, WRONG, Edit, settings, write_adapter, write_base, write_wrong
-from tests.processes import inferctl
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,10 @@ def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied
     assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
 
 
-def test_check_counts_the_slots_and_refuses_an_adapter_that_does_not_fit(tmp_path: Path, base: ModelFolder) -> None:
+def test_check_counts_the_slots_and_refuses_an_adapter_that_does_not_fit(
+    tmp_path: Path, base: ModelFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sources = {"good": write_adapter(tmp_path / "good", base.path)}
     spec = {"name": "m", "image": {"base": "vllm-cuda13.0"}, "hardware": ["a100-80gb-sxm"]}
 
@@ -80,7 +83,8 @@ def test_check_counts_the_slots_and_refuses_an_adapter_that_does_not_fit(tmp_pat
         adapters = [{"name": name, "source": str(folder)} for name, folder in sources.items()]
         spec["model"] = {"source": str(base.path), "adapters": adapters, **model}
         (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-        found: dict[str, Any] = json.loads(inferctl("check", "--json", cwd=tmp_path, code=code).stdout)
+        assert cli.run(["check", "--json"]) == code
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
         found["adapters"] = [(each["level"], each["what"]) for each in found["findings"] if each["topic"] == "adapter"]
         return found
 

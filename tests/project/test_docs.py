@@ -42,14 +42,10 @@ def test_links_between_pages_are_valid(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_python_files_a_page_names_exist(page: Path) -> None:
+def test_the_python_files_and_commands_a_page_names_exist(page: Path) -> None:
     """A page may shorten a path to its last parts: `serve/start.py` for `inferctl/serve/start.py`."""
     for name in re.findall(r"[\w./-]*\w\.py\b", page.read_text(encoding="utf-8")):
         assert any(file.endswith(f"/{name}") for file in FILES), f"{page.name} names {name}, which does not exist"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_a_page_shows_exist(page: Path) -> None:
     known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]  # the root is a group
     for verb in re.findall(r"(?:^ {4}|`|\$ )inferctl ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
         assert verb in known, f"{page.name} shows `inferctl {verb}`"

@@ -60,22 +60,35 @@ TEXTS = [
 ]
 
 
-def transformer(folder: Path, architecture: str, **settings: Any) -> Any:
-    """Write a model with random weights and a tokenizer of its kind into `folder`, and return it as a module."""
+def write(folder: Path, architecture: str, auto: str = "AutoModel", mask: bool = False, **settings: Any) -> Path:
+    """Write a model with random weights of a class of transformers, and a tokenizer of its kind, which may have a mask.
+
+    Returns the folder.
+    """
     import torch
-    from sentence_transformers.base.modules import Transformer
-    from transformers import AutoConfig, AutoModel, T5EncoderModel
+    import transformers
 
     tokenizer = tiny_models.make_tokenizer(_TOKENIZERS.get(architecture, architecture))
+    if mask and tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     torch.manual_seed(0)
     known = tiny_models.TINY.get(architecture) or MORE[architecture]
     ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 130}
-    config = AutoConfig.for_model(architecture, **{**_SIZES, "initializer_range": 0.4, **known, **ids, **settings})
-    auto: Any = T5EncoderModel if "t5" in architecture else AutoModel
-    model = auto.from_config(config) if auto is AutoModel else auto(config)
+    options = {**_SIZES, "initializer_range": 0.4, **known, **ids, **settings}
+    config = transformers.AutoConfig.for_model(architecture, **options)
+    of_t5 = "t5" in architecture
+    model = transformers.T5EncoderModel(config) if of_t5 else getattr(transformers, auto).from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Transformer(str(folder), model_kwargs={"dtype": torch.float32})
+    return folder
+
+
+def transformer(folder: Path, architecture: str, **settings: Any) -> Any:
+    """Write a model into `folder`, and return it as a module."""
+    import torch
+    from sentence_transformers.base.modules import Transformer
+
+    return Transformer(str(write(folder, architecture, **settings)), model_kwargs={"dtype": torch.float32})
 
 
 def save(folder: Path, architecture: str, modules: Modules, options: dict[str, Any], **settings: Any) -> Path:

@@ -32,6 +32,7 @@ from tests import engines, tiny_models
 from tests.processes import ServerProcess
 from tests.reading import language_rerankers as rerankers
 from tests.reading.saved_models import TEXTS
+from tests.reading.test_saved_models import LIBRARY, SETTINGS, changed, modules_changed
 
 encoded = partial(engines.encoded_pairs, task="rerank")
 PROMPTS = {"prompts": {"web": "Find a passage"}, "default_prompt_name": "web"}
@@ -320,12 +321,8 @@ def test_no_kind_of_tokenizer_makes_a_control_token_of_a_text(kind: str, tmp_pat
         assert ids.max() <= max(whole.get_vocab().values())
 
 
-def edit(file: str, **changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
+def edit(file: str, **changes: Any) -> Callable[[Path], object]:
+    return changed(file, changes)
 
 
 def written(source: str) -> Callable[[Path], object]:
@@ -333,18 +330,15 @@ def written(source: str) -> Callable[[Path], object]:
 
 
 def lists_modules(*names: str) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        listed = json.loads((folder / "modules.json").read_text())
+    def change(listed: list[dict[str, Any]]) -> None:
         types = {entry["type"].rpartition(".")[2]: entry for entry in listed}
         more = {"type": "sentence_transformers.base.modules.Normalize", "path": ""}
-        (folder / "modules.json").write_text(
-            json.dumps([{**types.get(name, more), "name": str(number)} for number, name in enumerate(names)])
-        )
+        listed[:] = [{**types.get(name, more), "name": str(number)} for number, name in enumerate(names)]
 
-    return change
+    return modules_changed(change)
 
 
-SETTINGS, SCORE = "sentence_bert_config.json", "1_LogitScore/config.json"
+SCORE = "1_LogitScore/config.json"
 Q, D = rerankers.QUERY_OF, rerankers.DOCUMENT_OF
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "template of a chat": (written("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"), "query"),
@@ -365,7 +359,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a token that does not exist": (edit(SCORE, false_token_id=10**6), "1000000"),
     "a module after the score": (lists_modules("Transformer", "LogitScore", "Normalize"), "LogitScore"),
     "a module before the score": (lists_modules("Transformer", "Normalize", "LogitScore"), "text-generation"),
-    "activation": (edit("config_sentence_transformers.json", activation_fn="my.Code"), r"my\.Code"),
+    "activation": (edit(LIBRARY, activation_fn="my.Code"), r"my\.Code"),
     "no head": (edit("config.json", tie_word_embeddings=False), "lack"),
 }
 

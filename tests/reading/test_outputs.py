@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.core.errors import UsageError
+from inferctl.models import convert
 from inferctl.models import model as model_folder
 from inferctl.reading import outputs as outputs_module
 from inferctl.reading import task_config
@@ -35,28 +37,13 @@ from tests.latency_models import learned
 from tests.processes import ServerProcess
 from tests.reading import saved_models
 from tests.reading.saved_models import WIDTH
+from tests.reading.test_saved_models import LIBRARY, SETTINGS, edit
 
 TEXTS = [text for text in saved_models.TEXTS if text]
 ROLES: tuple[Role, ...] = ("query", "document", None)
 
 
-def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: Any) -> Path:
-    """Write a random model of a class of transformers and its tokenizer, which has a mask."""
-    import torch
-    import transformers
-
-    tokenizer = tiny_models.make_tokenizer(architecture)
-    if tokenizer.mask_token is None:
-        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    torch.manual_seed(0)
-    known = tiny_models.TINY.get(architecture) or saved_models.MORE[architecture]
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 130}
-    options = {**sizes, "initializer_range": 0.4, **known, **ids, **settings}
-    config = transformers.AutoConfig.for_model(architecture, **options)
-    getattr(transformers, auto).from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+base = partial(saved_models.write, mask=True)
 
 
 def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
@@ -99,22 +86,13 @@ def encode(library: Any, role: Role, texts: list[str] = TEXTS) -> Any:
     return function(texts)
 
 
-def edit(file: Path, **changes: Any) -> None:
-    """Change values of a JSON file; None removes one."""
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
 def same_weights(folder: Path, original: Path | None = None, texts: list[str] = TEXTS) -> None:
     library = encoder("SparseEncoder", original or folder)
     for role in ROLES:
         expected = encode(library, role, texts).to_dense().numpy()
         found = matrix(computed(folder, role, texts), expected.shape[1])
         np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, expected.max()))
-        assert (
-            np.array_equal(found > 0, expected > 0)
-            or np.abs(found - expected)[(found > 0) != (expected > 0)].max() < 1e-5
-        )
+        assert np.abs(found - expected)[(found > 0) != (expected > 0)].max(initial=0) < 1e-5
 
 
 def same_vectors(folder: Path) -> None:
@@ -154,7 +132,7 @@ def test_splade(architecture: str, options: dict[str, str], tmp_path: Path) -> N
 @pytest.mark.parametrize("strategy", ["max", "sum"])
 def test_only_so_many_weights_as_the_model_keeps(strategy: str, tmp_path: Path) -> None:
     folder = write_splade(tmp_path, "bert", pooling_strategy=strategy)
-    edit(folder / "config_sentence_transformers.json", max_active_dims=12)
+    edit(folder / LIBRARY, {"max_active_dims": 12})
     same_weights(folder)
     assert all(len(found.ids) == 12 for found in computed(folder, None))
 
@@ -184,8 +162,6 @@ def test_stored_weights_of_queries(longest: int, tmp_path: Path) -> None:
     from sentence_transformers.base.modules import Router, Transformer
     from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 
-    from inferctl.models import convert
-
     source = base(tmp_path / "model", "bert", "AutoModelForMaskedLM")
     document = Transformer(str(source), transformer_task="fill-mask")
     weights = torch.rand(len(document.tokenizer))
@@ -197,7 +173,7 @@ def test_stored_weights_of_queries(longest: int, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     SparseEncoder(modules=[router], device="cpu", max_active_dims=9).save(str(saved))
     (tokenizer,) = saved.glob("query_*/tokenizer_config.json")
-    edit(tokenizer, model_max_length=longest)
+    edit(tokenizer, {"model_max_length": longest})
     with pytest.raises(model_folder.UnconvertedError, match="Router"):
         model_folder.find(str(saved))
     converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path
@@ -215,8 +191,6 @@ def test_a_router_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Router, Transformer
     from sentence_transformers.sparse_encoder.modules import SpladePooling
-
-    from inferctl.models import convert
 
     source = base(tmp_path / "model", "bert", "AutoModelForMaskedLM")
     routes = [[Transformer(str(source), transformer_task="fill-mask"), SpladePooling()] for _ in range(2)]
@@ -278,9 +252,7 @@ def test_more_tokens_for_a_query_than_the_model_accepts(tmp_path: Path) -> None:
     folder = multi_vector(tmp_path, "bert", [], {"query_expansion": EXPANSION})
     assert task_config.read("embed", folder, EXPANSION["length"]).max_tokens == EXPANSION["length"]
     for limit, length in ((16, EXPANSION["length"]), (None, 10**9)):
-        file = folder / "sentence_bert_config.json"
-        settings = json.loads(file.read_text())
-        file.write_text(json.dumps(settings | {"query_expansion": EXPANSION | {"length": length}}))
+        edit(folder / SETTINGS, {"query_expansion": EXPANSION | {"length": length}})
         with pytest.raises(UsageError, match="above the limit"):
             task_config.read("embed", folder, limit)
 
@@ -300,10 +272,7 @@ def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
     saved = multi_vector(tmp_path, "bert", [], {})
     for name in ("2_MultiVectorMask", "3_Normalize"):
         shutil.rmtree(saved / name)
-    dense = json.loads((saved / "1_Dense" / "config.json").read_text())
-    (saved / "1_Dense" / "config.json").write_text(
-        json.dumps({name: value for name, value in dense.items() if not name.startswith("module_")})
-    )
+    edit(saved / "1_Dense" / "config.json", {}, without=("module_input_name", "module_output_name"))
     types = ("sentence_transformers.models.Transformer", "pylate.models.Dense.Dense")
     listing = [
         {"idx": index, "name": str(index), "path": "1_Dense" if index else "", "type": each}
@@ -312,10 +281,9 @@ def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
     (saved / "modules.json").write_text(json.dumps(listing))
     config = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 20}
     config |= {"document_length": 60, "skiplist_words": [",", "the"], **settings}
-    (saved / "config_sentence_transformers.json").write_text("{}")
-    edit(saved / "config_sentence_transformers.json", **config)
+    (saved / LIBRARY).write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     # PyLate saves the length without the marker.
-    edit(saved / "sentence_bert_config.json", max_seq_length=config["document_length"] - 1)
+    edit(saved / SETTINGS, {"max_seq_length": config["document_length"] - 1})
     same_vectors(with_markers(saved, ["[Q] ", "[D] "]))
 
 
@@ -356,8 +324,7 @@ def test_stanford(metadata: dict[str, Any] | None, kind: str, tmp_path: Path) ->
     torch.manual_seed(1)
     weights["linear.weight"] = torch.randn(8, WIDTH)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["HF_ColBERT"]}))
+    edit(folder / "config.json", {"architectures": ["HF_ColBERT"]})
     if metadata is not None:
         (folder / "artifact.metadata").write_text(json.dumps(metadata))
     same_vectors(folder)
@@ -411,8 +378,6 @@ def flag_embedding(folder: Path, texts: list[str]) -> list[tuple[Any, dict[int, 
 
 @pytest.fixture(scope="module")
 def converted_bge(bge: Path) -> Path:
-    from inferctl.models import convert
-
     return convert.convert(bge, bge.parent / "converted", lambda *_: None).path
 
 
@@ -524,14 +489,9 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None
     assert min(least["values"]) == few["values"][0]
 
     found = httpx.post(f"{server.url}/embed_sparse", json={"inputs": TEXTS[:2]}).json()
-    assert found[0] == [
-        {"index": index, "value": value}
-        for index, value in zip(
-            response["data"][0]["sparse_embedding"]["indices"],
-            response["data"][0]["sparse_embedding"]["values"],
-            strict=True,
-        )
-    ]
+    first = response["data"][0]["sparse_embedding"]
+    pairs = zip(first["indices"], first["values"], strict=True)
+    assert found[0] == [{"index": index, "value": value} for index, value in pairs]
     for path, asked, status in (
         ("/v1/embeddings", {"input": "a", "outputs": ["tokens"]}, 400),
         ("/v1/embeddings", {"input": "a", "outputs": []}, 400),
@@ -553,7 +513,7 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None
 
 def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     folder = multi_vector(tmp_path / "multi", "bert", [","], {"query_expansion": EXPANSION})
-    edit(folder / "config_sentence_transformers.json", similarity_fn_name="meanmaxsim")
+    edit(folder / LIBRARY, {"similarity_fn_name": "meanmaxsim"})
     library = encoder("MultiVectorEncoder", folder)
     server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", "2")
     for role in ("query", "document"):

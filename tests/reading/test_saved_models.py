@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -308,32 +309,25 @@ def test_a_text_with_the_padding_token_has_the_positions_of_the_model(saved: Any
     np.testing.assert_allclose(found, saved_models.vectors(folder, texts), atol=1e-5)
 
 
+def code(name: str, **settings: Any) -> dict[str, Any]:
+    """Return what names code of its own in config.json."""
+    return {"auto_map": {"AutoModel": name}, **settings}
+
+
 # Changes of config.json after which transformers itself would compute something else, and the equal native settings.
 @pytest.mark.parametrize(
     ("architecture", "foreign", "native"),
     [
-        ("mistral", {"auto_map": {"AutoModel": "modeling_gritlm7b.MistralModel"}}, {"is_causal": False}),
+        ("mistral", code("modeling_gritlm7b.MistralModel"), {"is_causal": False}),
         (
             "llama",
-            {
-                "model_type": "llama_bidirec",
-                "architectures": ["LlamaBidirectionalModel"],
-                "auto_map": {"AutoModel": "llama_bidirectional_model.LlamaBidirectionalModel"},
-                "pooling": "avg",
-            },
+            code("llama_bidirectional_model.LlamaBidirectionalModel", model_type="llama_bidirec", pooling="avg")
+            | {"architectures": ["LlamaBidirectionalModel"]},
             {"is_causal": False},
         ),
-        (
-            "qwen2",
-            {"is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},
-            {"is_causal": False},
-        ),
-        (
-            "gte",
-            {"model_type": "new", "auto_map": {"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"}},
-            {},
-        ),
-        ("nomic_bert", {"auto_map": {"AutoModel": "nomic-ai/x--modeling_hf_nomic_bert.NomicBertModel"}}, {}),
+        ("qwen2", code("modeling_qwen.Qwen2Model", is_causal=False), {"is_causal": False}),
+        ("gte", code("Alibaba-NLP/new-impl--modeling.NewModel", model_type="new"), {}),
+        ("nomic_bert", code("nomic-ai/x--modeling_hf_nomic_bert.NomicBertModel"), {}),
     ],
 )
 def test_known_code_of_a_model_is_replaced_by_what_computes_the_same(
@@ -575,15 +569,18 @@ def transformer_below(folder: Path) -> None:
 ADDED = {"content": "foo", **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)}
 CUT = {"direction": "Left", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
 POOLING, DENSE, SETTINGS = "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"
-LIBRARY, CODE = "config_sentence_transformers.json", {"auto_map": {"AutoModel": "modeling_x.BertModel"}}
+LIBRARY = "config_sentence_transformers.json"
 
 BERT = {"tokenizer_class": "BertTokenizer"}
+of_settings, of_library, of_config, of_dense, of_pooling, of_tokenizer = (
+    partial(changed, file) for file in (SETTINGS, LIBRARY, "config.json", DENSE, POOLING, "tokenizer_config.json")
+)
 # What would be computed in another way than the folder says: the change of a model with Dense, and a part of the error.
 HOLES: dict[str, tuple[Change, str]] = {
-    "sparse encoder": (changed(LIBRARY, {"model_type": "SparseEncoder"}), "sparse encoder of Transformer, Pooling"),
-    "multi-vector": (changed(LIBRARY, {"model_type": "MultiVectorEncoder"}), "Pooling module"),
-    "ColBERT of PyLate": (changed(LIBRARY, {"model_type": "ColBERT"}), "Pooling module"),
-    "ColBERT of Stanford": (changed("config.json", {"architectures": ["HF_ColBERT"]}), "linear.weight"),
+    "sparse encoder": (of_library({"model_type": "SparseEncoder"}), "sparse encoder of Transformer, Pooling"),
+    "multi-vector": (of_library({"model_type": "MultiVectorEncoder"}), "Pooling module"),
+    "ColBERT of PyLate": (of_library({"model_type": "ColBERT"}), "Pooling module"),
+    "ColBERT of Stanford": (of_config({"architectures": ["HF_ColBERT"]}), "linear.weight"),
     "module of another package": (module("Dense", package="evil.models"), "not that of sentence_transformers"),
     "unknown module": (module("LSTM"), "LSTM module"),
     "module before pooling": (module("Normalize", 1), "no Pooling module"),
@@ -595,7 +592,7 @@ HOLES: dict[str, tuple[Change, str]] = {
     "transformer in a folder": (module_with(0, path="0_Transformer"), "0_Transformer"),
     "pooling of another folder": (module_with(1, path="2_Dense"), "no configuration of a Pooling"),
     "pooling folder missing": (module_with(1, path="7_Pooling"), "no configuration of a Pooling"),
-    "unknown pooling": (changed(POOLING, {"pooling_mode": "attention"}), "attention"),
+    "unknown pooling": (of_pooling({"pooling_mode": "attention"}), "attention"),
     "path outside": (module_with(2, path="../outside"), "outside"),
     "absolute path": (module_with(2, path="/etc"), "outside"),
     "folder linked outside": (linked_out("2_Dense"), "outside"),
@@ -603,72 +600,66 @@ HOLES: dict[str, tuple[Change, str]] = {
     **{
         f"prompt excluded by {value}": (
             both(
-                changed(POOLING, {"include_prompt": value}),
-                changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
+                of_pooling({"include_prompt": value}),
+                of_library({"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
             ),
             "default prompt",
         )
         for value in (False, None)
     },
     "settings for the tokenizer": (
-        changed(SETTINGS, {"processing_kwargs": {"text": {"add_special_tokens": False}}}),
+        of_settings({"processing_kwargs": {"text": {"add_special_tokens": False}}}),
         "processing_kwargs.add_special_tokens",
     ),
-    "old settings for the tokenizer": (
-        changed(SETTINGS, {"tokenizer_args": {"do_lower_case": False}}),
-        "do_lower_case",
-    ),
-    "settings for config.json": (changed(SETTINGS, {"config_kwargs": {"num_hidden_layers": 1}}), "num_hidden_layers"),
-    "settings of another tokenizer": (changed(SETTINGS, {"tokenizer_name_or_path": "x"}), "tokenizer_name_or_path"),
-    "settings of queries": (changed(SETTINGS, {"query_length": 8}), "query_length"),
-    "modules of another class": (changed(LIBRARY, {"model_type": "Other"}), "those of a Other"),
+    "old settings for the tokenizer": (of_settings({"tokenizer_args": {"do_lower_case": False}}), "do_lower_case"),
+    "settings for config.json": (of_settings({"config_kwargs": {"num_hidden_layers": 1}}), "num_hidden_layers"),
+    "settings of another tokenizer": (of_settings({"tokenizer_name_or_path": "x"}), "tokenizer_name_or_path"),
+    "settings of queries": (of_settings({"query_length": 8}), "query_length"),
+    "modules of another class": (of_library({"model_type": "Other"}), "those of a Other"),
     **{
-        f"longest text {value!r}": (changed(SETTINGS, {"max_seq_length": value}), message)
+        f"longest text {value!r}": (of_settings({"max_seq_length": value}), message)
         for value, message in [
-            *((value, "not a number of tokens") for value in (0, -1, True, "512", 20.5)),
+            *((value, "not a number above 0") for value in (0, -1, True, "512", 20.5)),
             *((value, "no text fits") for value in (1, 2)),
         ]
     },
-    "longest text of the tokenizer": (changed("tokenizer_config.json", {"model_max_length": -1}), "model_max_length"),
-    "positions that are text": (changed("config.json", {"max_position_embeddings": "130"}), "max_position_embeddings"),
+    "longest text of the tokenizer": (of_tokenizer({"model_max_length": -1}), "model_max_length"),
+    "positions that are text": (of_config({"max_position_embeddings": "130"}), "max_position_embeddings"),
     "two modules of a name": (module_with(2, name="1"), "two modules with the name 1"),
     "Normalize of another output": (
         changed("3_Normalize/config.json", {"module_output_name": "other"}),
         "Normalize module",
     ),
-    "no direction of attention": (changed("config.json", {"is_causal": None}), "is_causal"),
+    "no direction of attention": (of_config({"is_causal": None}), "is_causal"),
     "positions that grow with the batch": (
         both(
-            changed("config.json", {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-            changed(SETTINGS, {"max_seq_length": 500}),
+            of_config({"rope_theta": 10000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+            of_settings({"max_seq_length": 500}),
         ),
         "dynamic RoPE",
     ),
     "Dense with pickled weights": (pickled, "a pickle"),
-    "Dense of other sizes": (changed(DENSE, {"out_features": 8}), "linear.weight"),
-    "Dense without its bias": (changed(DENSE, {"bias": False}), "linear.bias"),
-    "Dense with an activation of its own": (changed(DENSE, {"activation_function": "my.GELU"}), "my.GELU"),
-    "Dense with an unknown activation": (changed(DENSE, {"activation_function": "torch.nn.Softmax"}), "Softmax"),
-    "Dense of tokens": (changed(DENSE, {"module_input_name": "token_embeddings"}), "token_embeddings"),
-    "Dense with scores": (changed(DENSE, {"module_output_name": "scores"}), "scores"),
+    "Dense of other sizes": (of_dense({"out_features": 8}), "linear.weight"),
+    "Dense without its bias": (of_dense({"bias": False}), "linear.bias"),
+    "Dense with an activation of its own": (of_dense({"activation_function": "my.GELU"}), "my.GELU"),
+    "Dense with an unknown activation": (of_dense({"activation_function": "torch.nn.Softmax"}), "Softmax"),
+    "Dense of tokens": (of_dense({"module_input_name": "token_embeddings"}), "token_embeddings"),
+    "Dense with scores": (of_dense({"module_output_name": "scores"}), "scores"),
     "Dense with NaN": (not_a_number, "NaN"),
-    "truncated to nothing": (changed(LIBRARY, {"truncate_dim": 0}), "truncate_dim"),
-    "masked language model": (changed(SETTINGS, {"transformer_task": "fill-mask"}), "fill-mask"),
-    "chat template": (changed(SETTINGS, {"modality_config": {"message": {}}}), "chat template"),
-    "another method": (changed(SETTINGS, {"modality_config": {"text": {"method": "get_text_features"}}}), "features"),
+    "truncated to nothing": (of_library({"truncate_dim": 0}), "truncate_dim"),
+    "masked language model": (of_settings({"transformer_task": "fill-mask"}), "fill-mask"),
+    "chat template": (of_settings({"modality_config": {"message": {}}}), "chat template"),
+    "another method": (of_settings({"modality_config": {"text": {"method": "get_text_features"}}}), "features"),
     "another output": (
-        changed(SETTINGS, {"modality_config": {"text": {"method_output_name": "pooler_output"}}}),
+        of_settings({"modality_config": {"text": {"method_output_name": "pooler_output"}}}),
         "pooler_output",
     ),
-    "output of another name": (changed(SETTINGS, {"module_output_name": "pooled"}), "pooled"),
-    "code of its own": (changed("config.json", CODE), "code of its own"),
-    "code of a renamed class": (
-        changed("config.json", {"auto_map": {"AutoModel": "jina--modeling_bert.JinaBertModel"}}),
-        "code of its own",
-    ),
+    "output of another name": (of_settings({"module_output_name": "pooled"}), "pooled"),
+    "code of its own": (of_config(code("modeling_x.BertModel")), "code of its own"),
+    "code of a renamed class": (of_config(code("jina--modeling_bert.JinaBertModel")), "code of its own"),
     "adapter": (changed("adapter_config.json", {"peft_type": "LORA"}), "adapter"),
     "tokenizer with code of its own": (
-        changed("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.XTokenizer", None]}}),
+        of_tokenizer({"auto_map": {"AutoTokenizer": ["x.XTokenizer", None]}}),
         "x.XTokenizer",
     ),
     "tokenizer of another case": (tokenizer_json("normalizer", "lowercase", value=False), "disagree"),
@@ -677,26 +668,20 @@ HOLES: dict[str, tuple[Change, str]] = {
         tokenizer_json("normalizer", value=lambda old: {"type": "Sequence", "normalizers": [{"type": "NFKC"}, old]}),
         "disagree",
     ),
-    "tokenizer that splits at blanks alone": (
-        tokenizer_json("pre_tokenizer", value={"type": "WhitespaceSplit"}),
-        "disagree",
-    ),
+    "tokenizer that splits at blanks": (tokenizer_json("pre_tokenizer", value={"type": "WhitespaceSplit"}), "disagree"),
     "tokenizer with another prefix": (tokenizer_json("model", "continuing_subword_prefix", value="@@"), "disagree"),
     "tokenizer of shorter words": (tokenizer_json("model", "max_input_chars_per_word", value=10), "disagree"),
     "tokenizer with another unknown token": (tokenizer_json("model", "unk_token", value="[MASK]"), "disagree"),
     "tokenizer with a third special token": (tokenizer_json("post_processor", value=third_token), "disagree"),
     **{
         f"tokenizer that is of {kind}": (
-            changed("tokenizer_config.json", {"tokenizer_class": f"{kind}Tokenizer"}),
+            of_tokenizer({"tokenizer_class": f"{kind}Tokenizer"}),
             "disagree|cannot load",
         )
         for kind in ("MPNet", "Llama", "T5", "Gemma", "XLMRoberta", "Roberta", "GPT2", "Albert")
     },
-    "special tokens that are text": (changed("tokenizer_config.json", {"split_special_tokens": True}), "disagree"),
-    "tokenizer of other special tokens": (
-        tokenizer_json("post_processor", value=None),
-        "disagree",
-    ),
+    "special tokens that are text": (of_tokenizer({"split_special_tokens": True}), "disagree"),
+    "tokenizer of other special tokens": (tokenizer_json("post_processor", value=None), "disagree"),
     **{
         f"token in {file} alone": (changed(file, content), "disagree")
         for file, content in [
@@ -712,10 +697,7 @@ HOLES: dict[str, tuple[Change, str]] = {
         )
         for file in ("tokenizer_config.json", "chat_template.jinja")
     },
-    "truncation at the start": (
-        changed("tokenizer_config.json", {"truncation_side": "left"}),
-        "truncates at the start",
-    ),
+    "truncation at the start": (of_tokenizer({"truncation_side": "left"}), "truncates at the start"),
     "truncation at the start by tokenizer.json": (
         changed("tokenizer.json", {"truncation": CUT}),
         "truncates at the start",
@@ -723,7 +705,7 @@ HOLES: dict[str, tuple[Change, str]] = {
     "two poolings": (modules_changed(lambda listed: listed.insert(2, {**listed[1], "name": "9"})), "two Pooling"),
     "all of the transformer in a folder": (transformer_below, "Transformer module of .* is in 0_Transformer"),
     **{
-        f"positions of {name}": (changed("config.json", {"model_type": kind, key: scaling}), "longrope")
+        f"positions of {name}": (of_config({"model_type": kind, key: scaling}), "longrope")
         for name, kind, key, scaling in [
             ("longrope", "phi3", "rope_scaling", {"type": "longrope"}),
             ("longrope by its old name", "phi3", "rope_scaling", {"type": "su"}),
@@ -779,14 +761,10 @@ def started(folder: Path) -> None:
         ({"model_type": "new", "rope_scaling": {"type": "ntk", "factor": 2, "mixed_b": 0.1}}, "rope_scaling"),
         ({"model_type": "nomic_bert", "rotary_scaling_factor": 2}, "rotary_scaling_factor"),
         ({"model_type": "nomic_bert", "num_experts": 8}, "num_experts"),
-        (
-            {"model_type": "qwen2", "hidden_size": 1536, "is_causal": False}
-            | {"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},
-            "another direction",
-        ),
+        (code("modeling_qwen.Qwen2Model", model_type="qwen2", hidden_size=1536, is_causal=False), "another direction"),
         ({"model_type": "llama_bidirec", "pooling": "cls"}, "pools in its own way"),
-        ({"model_type": "eurobert", "auto_map": {"AutoModel": "modeling_jina.JinaEmbeddingsV5Model"}}, "code of its"),
-        ({"model_type": "xlm-roberta", "auto_map": {"AutoModel": "x--modeling_lora.XLMRobertaLoRA"}}, "code of its"),
+        (code("modeling_jina.JinaEmbeddingsV5Model", model_type="eurobert"), "code of its"),
+        (code("x--modeling_lora.XLMRobertaLoRA", model_type="xlm-roberta"), "code of its"),
     ],
 )
 def test_settings_that_only_code_of_the_model_computes_do_not_start(

@@ -9,15 +9,16 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.usage_event import Item, Origin, UsageEvent
+from tests.processes import execute, free_port, until
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
@@ -42,8 +43,22 @@ def batch(
 ) -> EventBatch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
-    content = json.dumps(usage_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
-    return EventBatch(source, first, last, int(1000 * at), content, oldest)
+    return batch_of(source, [Item(number, at, event(key)) for number in numbers], first, last, oldest=oldest)
+
+
+def batch_of(
+    source: str,
+    items: Sequence[Item],
+    first: int | None = None,
+    last: int | None = None,
+    *,
+    oldest: int = 1,
+    origins: Mapping[str, Origin] = {},
+) -> EventBatch:
+    """A batch of these events, which covers their numbers, or those from `first` to `last`."""
+    content = json.dumps(usage_event.requests(ORIGIN, items, origins)).encode()
+    time_ms = int(1000 * items[0].at)
+    return EventBatch(source, first or items[0].number, last or items[-1].number, time_ms, content, oldest)
 
 
 def end(source: str, first: int, number: int, *, clean: bool) -> EventBatch:
@@ -80,10 +95,8 @@ class Part:
         for each in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, number)
-                deadline = time.monotonic() + 10
-                while number == signal.SIGSTOP and not _stopped(each):
-                    assert time.monotonic() < deadline, f"{each} does not stop"
-                    time.sleep(0.01)
+                if number == signal.SIGSTOP:
+                    until(partial(_stopped, each))
 
     def kill(self) -> None:
         if self.process and self.process.poll() is None:
@@ -111,11 +124,7 @@ class Postgres(Part):
     def start(self) -> None:
         _open_for_others(self._folder)
         super().start()
-        for _ in range(300):
-            if subprocess.run([*self._psql, "-c", "select 1"], capture_output=True, check=False).returncode == 0:
-                return
-            time.sleep(0.1)
-        raise AssertionError("PostgreSQL does not start")
+        until(lambda: not execute(*self._psql, "-c", "select 1").returncode)
 
     def url(self) -> str:
         self._count += 1
@@ -134,25 +143,22 @@ class Nats(Part):
     """A NATS server with JetStream that forgets nothing by itself."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._port = free_port()
         folder.mkdir()
-        self.store, self.url = folder / "js", f"nats://127.0.0.1:{port}"
+        self.store, self.url = folder / "js", f"nats://127.0.0.1:{self._port}"
         config = folder / "n.conf"
         store = f'jetstream {{ store_dir: "{self.store}", sync_interval: always, max_file_store: 512MB }}'
-        config.write_text(f"listen: 127.0.0.1:{port}\n{store}\n")
+        config.write_text(f"listen: 127.0.0.1:{self._port}\n{store}\n")
         super().__init__(["nats-server", "-c", str(config)])
-        self._port = port
 
     def start(self) -> None:
         super().start()
-        for _ in range(100):
+
+        def listens() -> bool:
             with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            time.sleep(0.1)
-        raise AssertionError("NATS does not start")
+                return client.connect_ex(("127.0.0.1", self._port)) == 0
+
+        until(listens)
 
     def wipe(self) -> None:
         shutil.rmtree(self.store, ignore_errors=True)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from typing import Literal
 
-from inferctl.tenancy.access.limit_error import LimitError as LimitError
-from inferctl.tenancy.access.limit_error import Resource
 from inferctl.tenancy.access.window import CELL_S, CELLS, SLOT_S, Cells, LastHeard, Window
 
 PERIOD_S = 60
@@ -43,6 +42,7 @@ _SET_BACK_S = 1.0
 # Keys of other servers that are kept. A hostile server could send any number.
 _MOST_KEYS = 100_000
 
+Resource = Literal["requests", "tokens"]
 # The limit, what remains of it, and the seconds until it is unused; of the limits of requests and of tokens.
 Quota = tuple[int, int, int]
 Quotas = tuple[Quota | None, Quota | None]
@@ -51,6 +51,27 @@ Limits = tuple[int | None, int | None]
 NO_LIMITS: Limits = (None, None)
 # Key id -> counters of requests, and of tokens.
 Counters = dict[str, tuple[Cells, Cells]]
+
+
+class LimitError(Exception):
+    """A request exceeds a limit of its key. `retry_after`: seconds until it fits; None if it never does.
+
+    `size`: the bytes of the body from which `amount` is estimated, because the request was not tokenized; 0 if it was.
+    """
+
+    def __init__(
+        self, resource: Resource, limit: int, used: int, amount: int, retry_after: float | None, *, size: int = 0
+    ) -> None:
+        self.resource, self.retry_after = resource, retry_after
+        what = f"{limit} {resource} per minute"
+        needed = f"about {amount} {resource} for its {size} bytes" if size else f"{amount} {resource}"
+        if retry_after is None:
+            message = f"the request needs {needed}, and the limit of this key is {what}"
+        elif used + amount <= limit and not size:
+            message = f"the limit of this key is {what}, and this server used its share of what remains"
+        else:
+            message = f"the limit of this key is {what}: {used} are used, and the request needs {needed}"
+        super().__init__(message if retry_after is None else f"{message}; retry after {math.ceil(retry_after)} s")
 
 
 class KeyUsage:

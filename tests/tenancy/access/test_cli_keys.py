@@ -40,6 +40,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
+def created(run: Run, *arguments: str) -> str:
+    """Create a key, and return its id."""
+    return keys.parse(run("create", *arguments).stdout.strip()) or ""
+
+
 def listed(run: Run) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(run("list", "--json").stdout)["keys"]
     return found
@@ -52,12 +57,8 @@ def test_create_prints_the_key_alone(run: Run, tmp_path: Path) -> None:
     assert key_id
     assert done.stderr == f"created {key_id} (team-a) in keys.json; the key is shown only now\n"
     (found,) = listed(run)
-    assert (found["id"], found["name"], found["status"], found["requests_per_minute"]) == (
-        key_id,
-        "team-a",
-        "active",
-        5,
-    )
+    expected = [key_id, "team-a", "active", 5]
+    assert [found[name] for name in ("id", "name", "status", "requests_per_minute")] == expected
     assert (found["models"], found["endpoints"], found["admin"]) == (["m"], ["embeddings"], False)
     (tmp_path / "other").mkdir()
     document = json.loads(run("create", "b", "--json", "--admin", "--expires", "2h", "--file", "other/k.json").stdout)
@@ -141,7 +142,7 @@ def test_mistakes_are_named(run: Run, tmp_path: Path, arguments: tuple[str, ...]
 
 def test_a_terminal_obeys_nothing_that_an_edit_by_hand_wrote(run: Run, tmp_path: Path) -> None:
     escape = "\x1b[31mred\x1b[0m\r\x07\u202e"
-    key_id = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    key_id = created(run, "team-a")
     file = tmp_path / "keys.json"
     document = json.loads(file.read_text())
     document["keys"][0] |= {"name": f"a{escape}", "models": [escape], "endpoints": [escape]}
@@ -169,9 +170,7 @@ def test_an_unknown_id_and_a_key_as_an_argument(run: Run, tmp_path: Path) -> Non
 def test_keys_of_one_service_differ_in_their_priority_and_belong_to_a_team(run: Run) -> None:
     ids = {}
     for priority in ("interactive", "bulk"):
-        ids[priority] = (
-            keys.parse(run("create", "search", "--priority", priority, "--team", "t 1").stdout.strip()) or ""
-        )
+        ids[priority] = created(run, "search", "--priority", priority, "--team", "t 1")
         assert ids[priority] in run("create", "search", "--priority", priority, code=2).stderr
     assert {(each["id"], each["name"], each["priority"], each["team"]) for each in listed(run)} == {
         (key_id, "search", priority, "t 1") for priority, key_id in ids.items()
@@ -186,14 +185,14 @@ def test_keys_of_one_service_differ_in_their_priority_and_belong_to_a_team(run: 
 
 
 def test_a_name_stands_for_one_key(run: Run, tmp_path: Path) -> None:
-    first = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    first = created(run, "team-a")
     done = run("create", "team-a", code=2)
     assert first in done.stderr and "inferctl keys rotate" in done.stderr
     assert f"{first!r} is the id of a key" in run("create", first, code=2).stderr
     assert keys.parse(run("rotate", "team-a").stdout.strip()) == first
     assert first in run("revoke", "team-a").stderr
     assert first in run("revoke", "team-a").stderr, "again"
-    second = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    second = created(run, "team-a")
     assert keys.parse(run("rotate", "team-a").stdout.strip()) == second, "not the revoked one"
     # An earlier version did not ask.
     document = json.loads((tmp_path / "keys.json").read_text())

@@ -6,6 +6,7 @@ The messages are those of `Exchange`; the time is that of the test, and each ser
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Server:
 class Servers:
     """Three servers that hear each other 50 ms later."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, offsets: tuple[float, ...]) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, offsets: Sequence[float]) -> None:
         self.time, self.folder, self.admitted = Time(), folder, list[tuple[float, int]]()
         monkeypatch.setattr(exchanges, "time", self.time)
         self.all = [Server(self.time, offset, folder) for offset in offsets]
@@ -98,9 +99,18 @@ class Servers:
             each.take([orjson.loads(channel.AGAIN)])
 
 
+Make = Callable[..., Servers]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`make(12.0)` returns three servers, the clock of the first of which is ahead by 12 s."""
+    return lambda *offsets: Servers(tmp_path, monkeypatch, (*offsets, 0.0, 0.0, 0.0)[:3])
+
+
 @pytest.mark.parametrize("ahead", [0.0, 0.9, 3.5, 12.0, 31.0, 70.0, 3600.0, -3600.0])
-def test_together_they_stay_within_the_limit(ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    servers = Servers(tmp_path, monkeypatch, (ahead, 0.0, 0.0))
+def test_together_they_stay_within_the_limit(ahead: float, make: Make) -> None:
+    servers = make(ahead)
     servers.run(10)
     for busy in ((0, 1, 2), (0,), (1, 2), (0, 1, 2)):
         servers.run(40, *busy)
@@ -108,20 +118,16 @@ def test_together_they_stay_within_the_limit(ahead: float, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("ahead", [12.0, 70.0, 3600.0])
-def test_a_server_that_is_ahead_cannot_use_what_the_others_used(
-    ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers = Servers(tmp_path, monkeypatch, (ahead, 0.0, 0.0))
+def test_a_server_that_is_ahead_cannot_use_what_the_others_used(ahead: float, make: Make) -> None:
+    servers = make(ahead)
     servers.run(10)
     assert servers.run(20, 1, 2) >= LIMIT - 2
     assert servers.run(25, 0) <= 2
 
 
 @pytest.mark.parametrize("ahead", [12.0, 58.0, 3600.0])
-def test_the_others_get_the_whole_limit_as_soon_as_it_is_free(
-    ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers = Servers(tmp_path, monkeypatch, (ahead, 0.0, 0.0))
+def test_the_others_get_the_whole_limit_as_soon_as_it_is_free(ahead: float, make: Make) -> None:
+    servers = make(ahead)
     servers.run(10)
     used = servers.run(2, 0)
     assert used == LIMIT / 3, "the server whose clock differs applies limit / replicas"
@@ -130,10 +136,8 @@ def test_the_others_get_the_whole_limit_as_soon_as_it_is_free(
     assert servers.run(20, 1, 2) >= LIMIT - 2
 
 
-def test_a_clock_that_is_ahead_is_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    servers = Servers(tmp_path, monkeypatch, (12.0, 0.0, 0.5))
+def test_a_clock_that_is_ahead_is_logged(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    servers = make(12.0, 0.0, 0.5)
     with caplog.at_level(logging.WARNING):
         servers.run(20)
     ours = [record for record in caplog.records if record.name.startswith("inferctl")]
@@ -169,10 +173,8 @@ def test_counters_are_moved_to_the_cells_of_this_clock(ahead: float, cell: int) 
     assert in_own_time({"k": ({100: (3, 1)}, {})}, ahead) == {"k": ({cell: (3, 1)}, {})}
 
 
-def test_a_server_that_is_killed_and_starts_again_does_not_get_its_share_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers = Servers(tmp_path, monkeypatch, (0.0, 0.0, 0.0))
+def test_a_server_that_is_killed_and_starts_again_does_not_get_its_share_again(make: Make) -> None:
+    servers = make()
     servers.run(5)
     assert servers.run(10, 0) >= LIMIT - 2
     for _ in range(5):
@@ -184,9 +186,7 @@ def test_a_server_that_is_killed_and_starts_again_does_not_get_its_share_again(
     assert worst(servers.admitted) <= LIMIT + 2
 
 
-def test_a_server_that_starts_applies_its_share_until_it_has_heard_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers = Servers(tmp_path, monkeypatch, (0.0, 0.0, 0.0))
+def test_a_server_that_starts_applies_its_share_until_it_has_heard_the_others(make: Make) -> None:
+    servers = make()
     assert servers.run(2, 0, per_step=100) == LIMIT / 3
     assert servers.run(10, 0, per_step=100) == LIMIT * 2 / 3

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -39,6 +39,13 @@ def test_the_checksum_finds_every_single_typing_error(data: st.DataObject) -> No
     assert keys.parse(key[:at]) is None
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "keys.json"
+    add(found, "first")
+    return found
+
+
 def test_the_file_has_no_key_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     key, secret = add(path, models=["m"], requests_per_minute=5)
@@ -50,12 +57,16 @@ def test_the_file_has_no_key_and_only_its_owner_reads_it(tmp_path: Path) -> None
     assert path.stat().st_mode & 0o777 == 0o640  # for a container, for example
 
 
-@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_file_that_others_can_write_is_an_error(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "keys.json"
-    add(path)
-    path.chmod(mode)
-    with pytest.raises(UsageError, match="others could add keys"):
+def test_a_file_that_others_can_write_or_with_an_id_twice_is_an_error(path: Path) -> None:
+    for mode in (0o620, 0o602, 0o666):
+        path.chmod(mode)
+        with pytest.raises(UsageError, match="others could add keys"):
+            key_file.read(path)
+    path.chmod(0o600)
+    content = json.loads(path.read_text())
+    content["keys"] *= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="same id"):
         key_file.read(path)
 
 
@@ -84,42 +95,20 @@ def test_an_invalid_file_is_an_error_without_its_values(tmp_path: Path, content:
     assert "hunter2" not in error.value.message
 
 
-def test_two_keys_with_one_id_are_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    add(path)
-    content = json.loads(path.read_text())
-    content["keys"] *= 2
-    path.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="same id"):
-        key_file.read(path)
-
-
 def test_commands_at_the_same_time_lose_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    threads = [threading.Thread(target=add, args=(path, f"k{n}")) for n in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: add(path, f"k{number}"), range(16)))
     assert len(key_file.read(path).keys) == 16
     assert [each.name for each in tmp_path.iterdir()] == ["keys.json"]
 
 
-def test_a_body_that_fails_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    add(path)
+def test_a_body_that_fails_changes_nothing(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(KeyError), key_file.edit(path) as found:
         found.clear()
         raise KeyError
     assert path.read_bytes() == before
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    found = tmp_path / "keys.json"
-    add(found, "first")
-    return found
 
 
 @pytest.fixture

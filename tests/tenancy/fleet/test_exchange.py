@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,24 +57,20 @@ class Fleet:
 
     def offer(self, secret: str, rate: float, seconds: float) -> int:
         """Send requests at `rate` per second and server, and return how many were admitted."""
-        admitted = [0] * len(self.servers)
 
-        def send(index: int, server: ServerProcess) -> None:
-            begin = time.monotonic()
+        def send(server: ServerProcess) -> int:
+            begin, admitted = time.monotonic(), 0
             with httpx.Client(timeout=30) as client:
                 for number in range(int(rate * seconds)):
                     time.sleep(max(0.0, begin + number / rate - time.monotonic()))
                     headers = {"authorization": f"Bearer {secret}"}
                     found = client.post(f"{server.url}/v1/embeddings", json={"input": "hello"}, headers=headers)
                     assert found.status_code in (200, 429), found.text
-                    admitted[index] += found.status_code == 200
+                    admitted += found.status_code == 200
+            return admitted
 
-        threads = [threading.Thread(target=send, args=each) for each in enumerate(self.servers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(admitted)
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            return sum(threads.map(send, self.servers))
 
     def shared(self, secret: str) -> bool:
         """Whether all servers hear of each other: then they show the whole limit."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from inferctl.tenancy.access import channel
 from inferctl.tenancy.fleet import broker
 from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
 from inferctl.tenancy.relay.exchange import ExchangeRelay
+from tests.processes import free_port
 from tests.tenancy.parts import Nats, Part
 
 LINE = b'{"sender": 1}\n'
@@ -127,9 +127,7 @@ async def test_a_name_that_could_not_be_subscribed_is_tried_again(
 
 
 def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     user = f'{{user: a, password: b, permissions: {{publish: ">", subscribe: {{deny: "{broker.KEYS}"}}}}}}'
     (tmp_path / "n.conf").write_text(f"listen: 127.0.0.1:{port}\nauthorization {{ users: [{user}] }}\n")
     server = Part(["nats-server", "-c", str(tmp_path / "n.conf")])

@@ -10,9 +10,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,6 @@ from tests.tenancy.access.test_cli_keys import run as keys_command  # noqa: F401
 from tests.tenancy.parts import Postgres
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of an empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/keys.sqlite"
-    started: Postgres = request.getfixturevalue("postgres")
-    return started.url()
 
 
 @pytest.fixture
@@ -67,6 +58,11 @@ def relay(tmp_path: Path, address: str) -> Iterator[Callable[[], subprocess.Pope
     for process in started:
         process.kill()
         process.wait()
+
+
+def copy_of(address: str, folder: Path) -> Path:
+    """Return the file with the keys that a relay writes for servers."""
+    return Path(Access(keys=address, data=str(folder / "access")).key_file or "")
 
 
 def key(number: int, **fields: Any) -> ApiKey:
@@ -97,11 +93,8 @@ def test_edits_at_the_same_time_do_not_lose_each_other(address: str) -> None:
                 found[f"{number:012}"] = key(number)
         store.close()
 
-    threads = [threading.Thread(target=add, args=(100 * each,)) for each in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(0, 400, 100)))
     store = KeyStore.open(address)
     content, changes = store.read()
     assert len(content.keys) == changes == store.changes() == 40
@@ -122,7 +115,7 @@ def test_the_relay_keeps_the_file_of_the_servers_equal(
     run: Run, relay: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
 ) -> None:
     secret = run("create", "a").stdout.strip()
-    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
+    copy = copy_of(address, tmp_path)
     first = relay()
     until(copy.exists)
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -148,7 +141,7 @@ def test_a_store_that_stops_leaves_the_last_keys(
         pytest.skip("SQLite does not stop")
     run("create", "a")
     relay()
-    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
+    copy = copy_of(address, tmp_path)
     until(copy.exists)
     before = copy.read_bytes()
     assert postgres.process
@@ -166,12 +159,12 @@ def test_a_restored_store_does_not_revive_keys(
 ) -> None:
     if not address.startswith("sqlite"):
         pytest.skip("a backup of SQLite is a copy")
-    file, log = tmp_path / "keys.sqlite", tmp_path / "relay.log"
+    file, log = tmp_path / "data.sqlite", tmp_path / "relay.log"
     revoked, rotated, other = [keys.parse(run("create", name).stdout.strip()) or "" for name in "abc"]
     shutil.copy(file, tmp_path / "backup")
     run("revoke", revoked)
     run("rotate", rotated, "--overlap", "1h")
-    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
+    copy = copy_of(address, tmp_path)
     process = relay()
     until(copy.exists)
     process.kill()  # it learns of the backup from the file alone
@@ -252,6 +245,12 @@ def store_at(path: Path) -> str:
     return address
 
 
+@pytest.fixture
+def settings(tmp_path: Path) -> Access:
+    """The settings of a relay with a store in SQLite."""
+    return Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+
+
 async def _run_until(relay: Relay, condition: Callable[[], bool]) -> None:
     task = asyncio.create_task(relay.run())
     deadline = time.monotonic() + 20
@@ -274,10 +273,8 @@ def test_one_folder_for_events_and_for_two_stores(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: Access, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    address = store_at(tmp_path / "keys.sqlite")
-    settings = Access(keys=address, data=str(tmp_path / "access"))
     metering = Metering(mode="on", data=str(tmp_path / "data"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
     newer = sqlite3.connect(tmp_path / "ledger.sqlite")
     newer.execute("create table usage_version (version_num varchar(32) not null)")
@@ -296,10 +293,9 @@ def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
 
 
 def test_a_relay_that_waits_for_another_one_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: Access, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("inferctl.tenancy.relay.access._ONLY_RELAY_S", 0.01)
-    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
     copied, seconds = Path(settings.key_file or ""), list[float]()
 
     def waited() -> bool:
@@ -322,8 +318,9 @@ def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
         KeyStore.open(address)
 
 
-def test_a_flood_of_changes_asks_the_store_ten_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+def test_a_flood_of_changes_asks_the_store_ten_times_a_second(
+    settings: Access, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = list[float]()
     monkeypatch.setattr("inferctl.tenancy.relay.access._Copy.update", lambda _: asked.append(time.monotonic()))
 
@@ -341,8 +338,7 @@ def test_a_flood_of_changes_asks_the_store_ten_times_a_second(tmp_path: Path, mo
     assert 3 <= len(asked) <= 9, "without messages, it would be one"
 
 
-def test_a_relay_ends_also_at_the_moment_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+def test_a_relay_ends_also_at_the_moment_of_a_change(settings: Access, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inferctl.tenancy.relay.access._Copy.update", lambda _: None)
     monkeypatch.setattr("inferctl.tenancy.relay.access._PAUSE_S", 0)
 
@@ -377,9 +373,8 @@ def test_stores_in_two_schemas_of_a_database_share_no_keys(postgres: Postgres) -
     with sqlalchemy.create_engine(url.replace("postgresql", "postgresql+psycopg")).begin() as connection:
         connection.execute(sqlalchemy.text("create schema a; create schema b"))
     stores = [KeyStore.open(f"{url}&options=-c%20search_path%3D{name}&connect_timeout=9") for name in "ab"]
-    key = ApiKey(id="aaaaaaaaaaaa", name="k", digests=[], created=key_file.now())
     with stores[0].edit() as found:
-        found[key.id] = key
+        found["0" * 12] = key(0)
     assert [len(store.read()[0].keys) for store in stores] == [1, 0]
     for store in stores:
         store.close()

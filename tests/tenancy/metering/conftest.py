@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.processes import ServerProcess
 from tests.required import missing
 from tests.tenancy.parts import Nats, Postgres
 
@@ -39,9 +38,9 @@ def nats(tmp_path: Path) -> Iterator[Nats]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a new ledger."""
+    """The address of a database for a new ledger or store."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/ledger.sqlite"
+        return f"sqlite:///{tmp_path}/data.sqlite"
     started: Postgres = request.getfixturevalue("postgres")
     return started.url()
 
@@ -52,6 +51,3 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
     opened = Ledger.open(ledger_url)
     yield opened
     opened.close()
-
-
-Serve = Callable[..., ServerProcess]

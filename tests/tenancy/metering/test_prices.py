@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -14,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.tenancy.metering import prices, report, usage_event
+from inferctl.tenancy.metering import prices, report
 from inferctl.tenancy.metering.ledger import Ledger
-from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.usage_event import Item
-from tests.tenancy.parts import DAY, ORIGIN, batch, event
+from tests.tenancy.parts import DAY, ORIGIN, batch, batch_of, event
 
 BOOK = """\
 prices:
@@ -113,8 +111,7 @@ def test_each_name_of_a_server_has_its_own_sums_and_price(ledger: Ledger, tmp_pa
     usages = [event(f"k{n % 2}", chosen.randrange(10**6), model=chosen.choice([*prices_of])) for n in range(300)]
     items = [Item(number, DAY, each) for number, each in enumerate(usages, 1)]
     origins = {name: replace(ORIGIN, model=name) for name in prices_of}
-    content = json.dumps(usage_event.requests(ORIGIN, items, origins)).encode()
-    ledger.apply([EventBatch("a", 1, len(items), int(1000 * DAY), content)])
+    ledger.apply([batch_of("a", items, origins=origins)])
     common = "hardware: l4, currency: EUR, from: 2026-01-01"
     (tmp_path / "book.yaml").write_text(f"prices: [{{{common}, input: 1}}, {{{common}, model: legal, input: 5}}]")
     book = prices.read(tmp_path / "book.yaml", None)
@@ -133,11 +130,8 @@ def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> No
         event(f"k{number % 3}", chosen.randrange(10**6), engine_seconds=chosen.randrange(10**7) / 1e6)
         for number in range(3000)
     ]
-    content = json.dumps(
-        usage_event.requests(ORIGIN, [Item(n, DAY, each) for n, each in enumerate(usages, 1)])
-    ).encode()
-    events = usage_event.read(content)
-    ledger.apply([EventBatch("a", 1, len(usages), int(1000 * DAY), content)])
+    stored = batch_of("a", [Item(number, DAY, each) for number, each in enumerate(usages, 1)])
+    ledger.apply([stored])
     (tmp_path / "exact.yaml").write_text(
         "prices: [{hardware: l4, currency: EUR, from: 2026-01-01, input: 0.07, engine_second: 0.0002}]"
     )
@@ -145,7 +139,7 @@ def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> No
     for kind, rows in (("csv", list(csv.DictReader(io.StringIO(made.to_csv())))), ("json", made.to_json()["rows"])):
         assert [row["key"] for row in rows] == ["k0", "k1", "k2"]
         for row in rows:
-            own = [each.data for each in events if each.data["key_id"] == row["key"]]
+            own = [each.data for each in stored.events if each.data["key_id"] == row["key"]]
             tokens, us = sum(each["input_tokens"] for each in own), sum(round(1000 * each["engine_ms"]) for each in own)
             assert Decimal(str(row["engine_seconds"])) * 10**6 == us, kind
             # In units of 10**-10: 0.07 per million tokens are 700, 0.0002 per second is 2 per microsecond.

@@ -14,16 +14,22 @@ import pytest
 
 from inferctl import cli
 from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.outbox import EventBatch
 from tests.tenancy.parts import DAY, batch, end
+
+
+def store(folder: Path, *batches: EventBatch) -> None:
+    """Store events in the ledger of a folder."""
+    ledger = Ledger.open(f"sqlite:///{folder}/metering/ledger.sqlite")
+    ledger.apply(batches)
+    ledger.close()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder whose ledger has 12 requests, 3 lost events and a killed server."""
-    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
-    ledger.apply([batch("a", 1, 6, lost=[2]), end("a", 7, 9, clean=False)])
-    ledger.apply([batch("b", 1, 7, key="[k2]", at=DAY + 86_400), end("b", 8, 8, clean=True)])
-    ledger.close()
+    second = batch("b", 1, 7, key="[k2]", at=DAY + 86_400), end("b", 8, 8, clean=True)
+    store(tmp_path, batch("a", 1, 6, lost=[2]), end("a", 7, 9, clean=False), *second)
     (tmp_path / "prices.yaml").write_text("prices: [{hardware: l4, currency: EUR, from: 2026-09-22, input: 1000}]")
     return tmp_path
 
@@ -52,10 +58,7 @@ def test_the_names_of_keys_are_shown(tmp_path: Path) -> None:
     """Not of a removed key or the subject of a token; with ids where names are not enough."""
     names = {"70zriuf6ni90": "=a\x1b", "3k9x0a7bq2vd": "b", "3k9x0a7bq2ve": "b", "3k9x0a7bq2vf": "alice"}
     ids = [*names, "000000000000", "alice", None]
-    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
-    for number, key_id in enumerate(ids):
-        ledger.apply([batch(f"s{number}", 1, 1 + number, key=key_id)])
-    ledger.close()
+    store(tmp_path, *(batch(f"s{number}", 1, 1 + number, key=key_id) for number, key_id in enumerate(ids)))
     keys = [{"id": one, "name": name, "digests": [], "created": "2026-01-01T00:00:00Z"} for one, name in names.items()]
     (tmp_path / "keys.json").write_text(json.dumps({"version": 1, "keys": keys}))
     (tmp_path / "keys.json").chmod(0o600)
@@ -93,10 +96,7 @@ CALLERS = ["=1+1", "+1", "-1", "@SUM(A1)", "a=1", "\x1b[31mred"]
 
 
 def test_a_spreadsheet_runs_no_caller_and_a_terminal_obeys_none(tmp_path: Path) -> None:
-    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
-    for number, name in enumerate(CALLERS):
-        ledger.apply([batch(f"s{number}", 1, 2, key=name), end(f"s{number}", 3, 3, clean=True)])
-    ledger.close()
+    store(tmp_path, *(batch(f"s{number}", 1, 2, key=name) for number, name in enumerate(CALLERS)))
     rows = list(csv.DictReader(io.StringIO(usage(tmp_path, "--by", "key", "--format", "csv").stdout)))
     assert {row["key"] for row in rows} == {*(f"'{name}" for name in CALLERS[:4]), *CALLERS[4:]}
     assert {row["requests"] for row in rows} == {"2"}
@@ -107,36 +107,31 @@ def test_a_spreadsheet_runs_no_caller_and_a_terminal_obeys_none(tmp_path: Path) 
     assert "\\x1b[31mred" in table
 
 
-def test_a_narrow_terminal_breaks_no_key_or_day(tmp_path: Path) -> None:
-    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
-    ledger.apply([batch("a", 1, 6, key="70zriuf6ni90")])
-    ledger.close()
-    lines = usage(tmp_path, "--by", "key,day,model,hardware").stdout.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert any("70zriuf6ni90" in line and "2026-09-21" in line for line in lines)
-
-
-@pytest.mark.parametrize(("names", "columns"), [("key", 80), ("key,day,model,hardware", 200)])
-def test_a_narrow_terminal_truncates_no_figure(
-    folder: Path, names: str, columns: int, monkeypatch: pytest.MonkeyPatch
+def test_a_narrow_terminal_breaks_no_key_or_day_and_truncates_no_figure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bill of 0.07 EUR was shown as 0."""
     monkeypatch.setenv("COLUMNS", "80")
-    options = ("--by", names, "--since", "2026-09-22", "--prices", "prices.yaml")
-    lines = usage(folder, *options).stdout.splitlines()
-    assert [line.split()[-1] for line in lines if "[k2]" in line or "total" in line] == ["0.070000"] * 2
-    assert "(EUR)" in lines[1].split() and max(map(len, lines)) <= columns
+    store(folder, batch("c", 1, 6, key="70zriuf6ni90"))
+    lines = usage(folder, "--by", "key,day,model,hardware").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("70zriuf6ni90" in line and "2026-09-21" in line for line in lines)
+    for names, columns in (("key", 80), ("key,day,model,hardware", 200)):
+        options = ("--by", names, "--since", "2026-09-22", "--prices", "prices.yaml")
+        lines = usage(folder, *options).stdout.splitlines()
+        assert [line.split()[-1] for line in lines if "[k2]" in line or "total" in line] == ["0.070000"] * 2
+        assert "(EUR)" in lines[1].split() and max(map(len, lines)) <= columns
 
 
-def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
-    done = usage(folder, "--prices", "prices.yaml")
-    assert (done.returncode, "no price in EUR for l4 on 2026-09-21" in done.stderr) == (2, True)
-    done = usage(folder, "--by", "kye")
-    assert (done.returncode, "did you mean key?" in done.stderr) == (2, True)
-    done = usage(folder, "--since", "yesterday")
-    assert (done.returncode, "'yesterday' is not a time" in done.stderr) == (2, True)
+def test_errors_say_what_to_do(folder: Path) -> None:
+    for options, said in {
+        ("--prices", "prices.yaml"): "no price in EUR for l4 on 2026-09-21",
+        ("--by", "kye"): "did you mean key?",
+        ("--since", "yesterday"): "'yesterday' is not a time",
+        ("--ledger", "sqlite:///none.sqlite"): "no ledger at none.sqlite",
+    }.items():
+        done = usage(folder, *options)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     for time in ("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00", "1900-01-01", "999999d"):
         assert usage(folder, "--since", time).returncode == 0, time
         assert usage(folder, "--until", time, "--by", "month").returncode == 0, time
-    done = usage(folder, "--ledger", "sqlite:///none.sqlite")
-    assert (done.returncode, "no ledger at none.sqlite" in done.stderr) == (2, True)
