@@ -189,10 +189,10 @@ def _headers(key: str | None, others: dict[str, str | bytes]) -> dict[bytes, byt
     return {name.replace("_", "-").encode(): value for name, value in pairs}
 
 
-def write_spec(folder: Path, model: Path, **sections: object) -> str:
+def write_spec(folder: Path, source: Path, /, **sections: object) -> str:
     """Write `inferctl.yaml` of a server with the name `echo`, and return its path."""
     file = folder / "inferctl.yaml"
-    file.write_text(json.dumps({"name": "echo", "model": {"source": str(model)}, **sections}))
+    file.write_text(json.dumps({"name": "echo", "model": {"source": str(source)}, **sections}))
     return str(file)
 
 
