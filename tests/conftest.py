@@ -68,13 +68,15 @@ def pytest_itemcollected(item: pytest.Function) -> None:
     """Choose the tests that run in one worker, and skip slow measurements unless `-m` names their marker.
 
     Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds. Those
-    that share a fixture of their module, such as a server, do too, so that it starts once; and those of a room that use
-    torch in the process of the tests.
+    that share a server or a fixture of their module do too, so that it starts once; and those of a room that use torch in
+    the process of the tests.
     """
     if not item.get_closest_marker("xdist_group"):
         fixtures = item._fixtureinfo.name2fixturedefs
         if item.get_closest_marker("docker"):
             item.add_marker(pytest.mark.xdist_group("docker"))
+        elif server := {"minilm_server", "echo"} & fixtures.keys():
+            item.add_marker(pytest.mark.xdist_group(server.pop().removesuffix("_server")))
         elif _uses_torch(item.path):
             item.add_marker(pytest.mark.xdist_group(f"torch in {item.path.parent.name}"))
         elif "postgres" in fixtures or any(found[-1].scope == "module" for found in fixtures.values()):
@@ -320,15 +322,18 @@ def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield from _serving(lambda: tmp_path_factory.mktemp("server"))
 
 
-@pytest.fixture(scope="module")
-def echo(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
-    """A server with the echo engine. Only the model is not real."""
-    return serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
+@pytest.fixture(scope="session")
+def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the echo engine, a small queue and an SLO. Only the model is not real."""
+    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
+    server = start(tmp_path_factory.mktemp("echo"), *arguments, INFERCTL_SLO_P99_MS="70000")
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")
 def minilm_server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with the real model in fp32. Its tests are the group `minilm`, so one worker of xdist starts it."""
+    """A server with the real model in fp32."""
     arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
     server = start(tmp_path_factory.mktemp("minilm"), *arguments)
     yield server

@@ -18,6 +18,8 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.core.errors import UsageError
+
 START_SECONDS = 120
 # `httpx.get` and `httpx.post` load the certificates of all authorities on each call: 7 ms of CPU time. Each request of
 # this client opens a connection, as theirs do.
@@ -122,11 +124,16 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
-    def embed(self, **body: object) -> httpx.Response:
-        return CLIENT.post(f"{self.url}/v1/embeddings", json=body)
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        return CLIENT.get(f"{self.url}{path}", headers=_headers(key, {}))
 
-    def get(self, path: str) -> httpx.Response:
-        return CLIENT.get(f"{self.url}{path}")
+    def post(self, path: str, body: object = None, key: str | None = None, **headers: str | bytes) -> httpx.Response:
+        """Send a body as JSON, or bytes as they are, with an API key. A `_` in the name of a header is a `-`."""
+        content: Any = {"content" if isinstance(body, bytes) else "json": body}
+        return CLIENT.post(f"{self.url}{path}", headers=_headers(key, headers), **content)
+
+    def embed(self, **body: object) -> httpx.Response:
+        return self.post("/v1/embeddings", body)
 
     def readiness(self) -> tuple[int, str]:
         """Return the status and the text of `/readyz`, or 0 and "" if a killed process had accepted the connection."""
@@ -146,6 +153,18 @@ class ServerProcess:
     def wait_ready(self) -> None:
         until(lambda: self.get("/readyz").status_code == 200)
 
+    def usage(self, *dimensions: str) -> list[dict[str, Any]]:
+        """What the ledger has of this server, by `dimensions`; nothing before the relay has made the ledger."""
+        from inferctl.tenancy.metering.ledger import Ledger  # which imports SQLAlchemy
+
+        with contextlib.suppress(UsageError):
+            ledger = Ledger.read(f"sqlite:///{self.log.parent}/metering/ledger.sqlite")
+            try:
+                return ledger.usage(dimensions, 0, 2**62)
+            finally:
+                ledger.close()
+        return []
+
     def children(self, module: str = "") -> list[int]:
         """Return the processes that the server started, the oldest first; with `module`, those that run it."""
         pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
@@ -162,6 +181,19 @@ class ServerProcess:
     def engine_pid(self) -> int:
         api = self.api_pids()
         return next(pid for pid in self.children() if pid not in api)
+
+
+def _headers(key: str | None, others: dict[str, str | bytes]) -> dict[bytes, bytes]:
+    headers = {"authorization": f"Bearer {key}"} | others if key else others
+    pairs = ((name, value if isinstance(value, bytes) else value.encode()) for name, value in headers.items())
+    return {name.replace("_", "-").encode(): value for name, value in pairs}
+
+
+def write_spec(folder: Path, source: Path, /, **sections: object) -> str:
+    """Write `inferctl.yaml` of a server with the name `echo`, and return its path."""
+    file = folder / "inferctl.yaml"
+    file.write_text(json.dumps({"name": "echo", "model": {"source": str(source)}, **sections}))
+    return str(file)
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> ServerProcess:

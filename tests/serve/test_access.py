@@ -24,7 +24,7 @@ from inferctl.serve.edge import access
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, Limiter
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, start, until, write_spec
 from tests.tenancy.key_files import add
 
 
@@ -43,11 +43,10 @@ class Guarded:
         return key, secret
 
     def get(self, path: str, key: str | None = None) -> httpx.Response:
-        return CLIENT.get(f"{self.server.url}{path}", headers={"authorization": f"Bearer {key}"} if key else {})
+        return self.server.get(path, key)
 
-    def embed(self, key: str | None = None, text: str = "hello", **headers: Any) -> httpx.Response:
-        headers |= {"authorization": f"Bearer {key}"} if key else {}
-        return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": text}, headers=headers)
+    def embed(self, key: str | None = None, text: Any = "hello", **headers: Any) -> httpx.Response:
+        return self.server.post("/v1/embeddings", {"input": text}, key, **headers)
 
     def embed_with(self, *headers: tuple[str, str]) -> httpx.Response:
         return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": "hello"}, headers=list(headers))
@@ -69,10 +68,10 @@ def guarded(
 def test_a_key_is_accepted_in_each_header(guarded: Guarded) -> None:
     _, key = guarded.key()
     assert guarded.embed(key).status_code == 200
-    assert guarded.embed(**{"x-api-key": key}).status_code == 200
-    assert guarded.embed(**{"api-key": key}).status_code == 200
+    assert guarded.embed(x_api_key=key).status_code == 200
+    assert guarded.embed(api_key=key).status_code == 200
     assert guarded.embed(authorization=f"bearer {key}").status_code == 200
-    assert guarded.embed(authorization="Basic abc", **{"x-api-key": key}).status_code == 200
+    assert guarded.embed(authorization="Basic abc", x_api_key=key).status_code == 200
     assert guarded.client(key).embeddings.create(model="echo", input="hello").data
     # Without limits, no headers of limits.
     assert not [name for name in guarded.embed(key).headers if "ratelimit" in name]
@@ -100,12 +99,8 @@ def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
     until(lambda: guarded.embed(secret).status_code == 401)
     bad = [None, "x", "ik_live_", secret, expired, secret[:-1], "a" * 5000]
     answers = [guarded.embed(each) for each in bad]
-    answers.append(guarded.embed(**{"x-inferctl-key-id": "a"}))  # a client cannot name itself
-    answers.append(
-        CLIENT.post(
-            f"{guarded.server.url}/v1/embeddings", headers={b"authorization": b"Bearer \xff"}, json={"input": "x"}
-        )
-    )
+    answers.append(guarded.embed(x_inferctl_key_id="a"))  # a client cannot name itself
+    answers.append(guarded.embed(authorization=b"Bearer \xff"))
     assert {answer.status_code for answer in answers} == {401}
     assert len({answer.text for answer in answers}) == 1
     assert answers[0].json()["error"]["code"] == "invalid_api_key"
@@ -142,17 +137,11 @@ def test_a_path_that_is_a_page_and_an_endpoint_needs_a_key_for_the_endpoint(
 ) -> None:
     _, key = guarded.key("plain")
     _, scoped = guarded.key("scoped", endpoints=["rerank"])
-
-    def post(server: ServerProcess, authorization: str) -> int:
-        headers = {"authorization": authorization} if authorization else {}
-        return CLIENT.post(server.url, json={"inputs": "a"}, headers=headers).status_code
-
-    spec = tmp_path / "open.yaml"
-    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\naccess: {{keys: {guarded.keys}, open: [docs]}}\n")
-    for server in (guarded.server, serve("--spec", str(spec), "--engine", "echo")):
-        assert [post(server, f"Bearer {each}") for each in (key, scoped)] == [200, 403]
-        assert post(server, key) == 200  # as clients of text-embeddings-inference send it
-        assert [post(server, ""), post(server, "Bearer ik_no")] == [401, 401]
+    spec = write_spec(tmp_path, minilm, access={"keys": str(guarded.keys), "open": ["docs"]})
+    for server in (guarded.server, serve("--spec", spec, "--engine", "echo")):
+        sent = (f"Bearer {key}", key, f"Bearer {scoped}", "Bearer ik_no")  # without `Bearer` as clients of TEI do
+        found = [server.post("", {"inputs": "a"}, authorization=each).status_code for each in sent]
+        assert [*found, server.post("", {"inputs": "a"}).status_code] == [200, 200, 403, 401, 401]
 
 
 def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> None:
@@ -174,36 +163,29 @@ def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> No
 
 
 @pytest.mark.parametrize(
-    ("limits", "lines"),
+    ("limits", "kind", "limit", "remaining", "reset", "seconds"),
     [
-        ((None, None), []),
-        (
-            (9, None),
-            [
-                "x-ratelimit-limit-requests: 9",
-                "x-ratelimit-reset-requests: 1m1s",
-                "x-ratelimit-remaining-requests: 8",
-                'ratelimit-policy: "requests";q=9;w=60',
-                'ratelimit: "requests";r=8;t=61',
-            ],
-        ),
-        (
-            (None, 90),
-            [
-                "x-ratelimit-limit-tokens: 90",
-                "x-ratelimit-reset-tokens: 0s",
-                "x-ratelimit-remaining-tokens: 90",
-                'ratelimit-policy: "tokens";q=90;w=60',
-                'ratelimit: "tokens";r=90;t=0',
-            ],
-        ),
+        ((9, None), "requests", 9, 8, "1m1s", 61),
+        ((None, 90), "tokens", 90, 90, "0s", 0),
+        ((None, None), None, 0, 0, "", 0),
     ],
 )
-def test_headers_name_only_limits_that_exist(limits: tuple[int | None, int | None], lines: list[str]) -> None:
+def test_headers_name_only_limits_that_exist(
+    limits: tuple[int | None, int | None], kind: str | None, limit: int, remaining: int, reset: str, seconds: int
+) -> None:
     now = 1_000_000_004.0  # 61 s before a cell that began 4 s ago leaves the window
     usage = Limiter().usage("a", limits, now)
     Charge(usage, now)
-    assert [f"{name}: {value}" for name, value in access.limit_headers(usage.quotas(now)).items()] == lines
+    lines = [
+        f"x-ratelimit-limit-{kind}: {limit}",
+        f"x-ratelimit-reset-{kind}: {reset}",
+        f"x-ratelimit-remaining-{kind}: {remaining}",
+        f'ratelimit-policy: "{kind}";q={limit};w=60',
+        f'ratelimit: "{kind}";r={remaining};t={seconds}',
+    ]
+    assert [f"{name}: {value}" for name, value in access.limit_headers(usage.quotas(now)).items()] == (
+        lines if kind else []
+    )
 
 
 def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:
@@ -264,9 +246,7 @@ def test_a_small_limit_of_tokens_bounds_what_is_tokenized(guarded: Guarded, text
         assert response.status_code == 429
         assert "the request needs about" in response.json()["error"]["message"]
         assert 0 < int(response.headers["retry-after"]) <= 65
-    assert CLIENT.post(f"{guarded.server.url}/v1/embeddings", content=b'"x"', headers=headers).status_code == 400, (
-        "a small request is read"
-    )
+    assert guarded.server.post("/v1/embeddings", b'"x"', key).status_code == 400, "a small request is read"
 
 
 @pytest.mark.parametrize(
@@ -283,24 +263,17 @@ def test_a_small_limit_of_tokens_bounds_what_is_tokenized(guarded: Guarded, text
 def test_bodies_that_are_rejected_when_they_are_parsed_count_as_work_in_vain(guarded: Guarded, body: Any) -> None:
     _, key = guarded.key(tokens_per_minute=1000)
     # An unknown field is ignored, but parsed.
-    content = json.dumps({**body, "padding": "a" * 4000} if isinstance(body, dict) else ["a" * 4000])
-    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-    url = f"{guarded.server.url}/v1/embeddings"
-    seen = [CLIENT.post(url, content=content, headers=headers).status_code for _ in range(3)]
+    content = {**body, "padding": "a" * 4000} if isinstance(body, dict) else ["a" * 4000]
+    seen = [guarded.server.post("/v1/embeddings", content, key).status_code for _ in range(3)]
     assert seen[0] in (400, 404)
     assert seen[-1] == 429
-    small = CLIENT.post(url, content=b'{"input": "a"}', headers=headers)
-    assert small.status_code == 200, "a small request surely fits"
+    assert guarded.embed(key, "a").status_code == 200, "a small request surely fits"
 
 
 def test_limits_of_the_spec_and_open_pages(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
     _, key = add(tmp_path / "keys.json")
-    spec = {
-        "name": "echo",
-        "model": {"source": str(minilm)},
-        "access": {"keys": "keys.json", "open": ["metrics", "docs"], "requests_per_minute": 4, "replicas": 2},
-    }
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    limits = {"open": ["metrics", "docs"], "requests_per_minute": 4, "replicas": 2}
+    write_spec(tmp_path, minilm, access={"keys": "keys.json", **limits})
     guarded = Guarded(serve("--engine", "echo"), tmp_path / "keys.json")
     assert [guarded.embed(key).status_code for _ in range(3)] == [200, 200, 429]
     codes = [guarded.get(path).status_code for path in ("/metrics", "/docs", "/openapi.json", "/info", "/v1/models")]
@@ -335,22 +308,18 @@ def test_a_server_without_its_key_file_does_not_start(minilm: Path, tmp_path: Pa
 
 
 def test_a_gateway_names_the_caller(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
-    spec = {
-        "name": "echo",
-        "model": {"source": str(minilm)},
-        "access": {"keys": "keys.json", "trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
-    }
     _, key = add(tmp_path / "keys.json")
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    limits = {"trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2}
+    write_spec(tmp_path, minilm, access={"keys": "keys.json", **limits})
     guarded = Guarded(serve("--engine", "echo", "--log", "json"), tmp_path / "keys.json")
     assert guarded.embed().status_code == 401
-    codes = [guarded.embed(**{"x-inferctl-key-id": name}).status_code for name in ("a", "a", "a", "b")]
+    codes = [guarded.embed(x_inferctl_key_id=name).status_code for name in ("a", "a", "a", "b")]
     assert codes == [200, 200, 429, 200]
     assert '"key_id":"a"' in guarded.server.log.read_text()
     # C1 control characters, an escape in UTF-8, no UTF-8: a terminal would obey what `inferctl usage` prints.
     for name in (b"\x9b31m", "\x9b31m".encode(), b"\xff", b""):
-        assert guarded.embed(**{"x-inferctl-key-id": name}).status_code == 401
-    assert guarded.embed(**{"x-inferctl-key-id": "Größe".encode()}).status_code == 200
+        assert guarded.embed(x_inferctl_key_id=name).status_code == 401
+    assert guarded.embed(x_inferctl_key_id="Größe".encode()).status_code == 200
     # Of two, the gateway may have set only one. Other spellings are other headers.
     for first, second in (("c", "victim"), ("victim", "victim"), ("", "victim")):
         twice = ("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)
@@ -380,15 +349,9 @@ def test_a_limit_that_stops_a_benchmark_is_its_error(
     assert "limit of this key is 20 requests per minute" in error and "--requests-per-minute" in error
 
 
-def test_a_private_server_asks_for_no_key(
-    serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_private_server_asks_for_no_key(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
     """As `inferctl bench` and the verification of an image start it."""
-    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"]}
-    spec = {"name": "echo", "model": {"source": str(minilm)}, "access": limits}
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    for variable, text in settings.OPEN_ACCESS.items():
-        monkeypatch.setenv(variable, text)
-    server = serve("--engine", "echo")
+    write_spec(tmp_path, minilm, access={"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"]})
+    server = serve("--engine", "echo", **settings.OPEN_ACCESS)
     assert server.embed(input="hello").status_code == 200
     assert server.get("/info").status_code == 200

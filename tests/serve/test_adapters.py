@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +18,16 @@ import httpx
 import openai
 import pytest
 
-from inferctl.core.errors import UsageError
 from inferctl.models.adapter import Slots
 from inferctl.models.model import ModelFolder
 from inferctl.serve.generate import generation_server, probe
 from tests.conftest import ROOT
 from tests.models.adapters import HOSTILE, WRONG, write_adapter, write_base
-from tests.processes import ServerProcess, python, until
+from tests.processes import ServerProcess, python, until, write_spec
 from tests.required import missing
-from tests.serve.test_generation import FAKE
+from tests.serve.test_generation import launch
 from tests.serve.test_vllm import SPEC, greedy, serving
 from tests.tenancy.key_files import add
-from tests.tenancy.metering.test_metered_server import ledger_of
 from tests.tiny_models import make_generator
 
 BASE, POET, CODER = ["m", "gpt-4o"], "poet", "org/coder"
@@ -45,10 +43,9 @@ SCOPES: dict[str, tuple[list[str] | None, list[str]]] = {
 @contextmanager
 def adapted(folder: Path, model: dict[str, Any], **serve: Any) -> Iterator[ServerProcess]:
     """Run a server with adapters, with the keys of `folder` and usage events. vLLM is a stand-in."""
-    spec = {"name": "m", "model": model, "serve": {"port": 0, **serve}, "metering": {"mode": "on"}}
-    (folder / "inferctl.yaml").write_text(json.dumps(spec | {"access": {"keys": str(folder / "keys.json")}}))
-    options = ["--spec", "inferctl.yaml", "--log", "json", "--device", "cpu"]
-    started = ServerProcess.launch(folder, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    base, access = Path(model["source"]), {"keys": "keys.json"}
+    spec = write_spec(folder, base, model=model, serve=serve, metering={"mode": "on"}, access=access)
+    started = launch(folder, base, "--spec", spec)
     try:
         yield started.wait_announced()
     finally:
@@ -57,11 +54,9 @@ def adapted(folder: Path, model: dict[str, Any], **serve: Any) -> Iterator[Serve
 
 def counts(server: ServerProcess) -> Counter[tuple[str, str]]:
     """Return the good chats in the ledger by key and model."""
-    with suppress(UsageError):  # the relay has not made the ledger yet
-        rows = ledger_of(server.log.parent).usage(["key", "model", "status", "endpoint"], 0, 2**62)
-        good = (row for row in rows if (row["status"], row["endpoint"]) == (200, "chat"))
-        return Counter({(row["key"], row["model"]): row["requests"] for row in good})
-    return Counter()
+    rows = server.usage("key", "model", "status", "endpoint")
+    good = (row for row in rows if (row["status"], row["endpoint"]) == (200, "chat"))
+    return Counter({(row["key"], row["model"]): row["requests"] for row in good})
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +73,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPro
 
 def ask(server: ServerProcess, key: str, model: Any, path: str = "/v1/chat/completions") -> httpx.Response:
     body = {"messages": [{"role": "user", "content": "1"}], "prompt": "a"} | ({} if model is None else {"model": model})
-    return httpx.post(f"{server.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+    return server.post(path, body, key)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_key_sees_and_uses_its_names_only(server: tuple[ServerProcess, dict[str, str]], scope: str) -> None:
     running, keys = server
-    headers = {"authorization": f"Bearer {keys[scope]}"}
     seen = SCOPES[scope][1]
-    cards = {card["id"]: card for card in httpx.get(f"{running.url}/v1/models", headers=headers).json()["data"]}
+    cards = {card["id"]: card for card in running.get("/v1/models", keys[scope]).json()["data"]}
     assert list(cards) == seen
     assert {name: card["parent"] for name, card in cards.items()} == {
         name: None if name in BASE else "m" for name in seen
@@ -95,7 +89,7 @@ def test_a_key_sees_and_uses_its_names_only(server: tuple[ServerProcess, dict[st
     unknown = ask(running, keys[scope], "absent")
     for name in [*BASE, POET, CODER]:
         answer = ask(running, keys[scope], name)
-        one = httpx.get(f"{running.url}/v1/models/{name}", headers=headers)
+        one = running.get(f"/v1/models/{name}", keys[scope])
         assert (answer.status_code, one.status_code) == ((200, 200) if name in seen else (404, 404))
         if name not in seen:
             assert (
@@ -112,8 +106,7 @@ def test_log_probabilities_of_a_prompt_are_computed_alone(server: tuple[ServerPr
 
     def send(script: str, **options: Any) -> httpx.Response:
         body = {"model": POET, "messages": [{"role": "user", "content": script}], "max_tokens": 1, **options}
-        headers = {"authorization": f"Bearer {keys['all']}"}
-        return httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        return running.post("/v1/chat/completions", body, keys["all"])
 
     for options in ({"n": 2}, {"max_tokens": 2}):
         assert send("1", prompt_logprobs=1, **options).json()["error"]["param"] == "prompt_logprobs"
@@ -135,7 +128,7 @@ def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[Se
         ask(running, secret, name)
     mine = {(key.id, "m"): 2, (key.id, CODER): 2}
     until(lambda: {each: count for each, count in counts(running).items() if each[0] == key.id} == mine, 30)
-    info = httpx.get(f"{running.url}/info", headers={"authorization": f"Bearer {keys['admin']}"}).json()
+    info = running.get("/info", keys["admin"]).json()
     found = {each["name"]: each for each in info["adapters"]}
     assert found[POET]["sha256"] != found[CODER]["sha256"]
     assert {(each["rank"], each["bytes"] > 1000) for each in found.values()} == {(4, True)}
@@ -157,11 +150,9 @@ def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
     tmp_path: Path, write: Callable[[Path], Path], name: str, reason: str
 ) -> None:
     base = write(tmp_path / "base")
-    spec = {"name": "m", "model": {"source": str(base)}, "serve": {"port": 0}}
-    spec["model"]["adapters"] = [{"name": name, "source": str(write_adapter(tmp_path / "adapter", base))}]
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    options = ["--spec", "inferctl.yaml", "--device", "cpu"]
-    server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    adapters = [{"name": name, "source": str(write_adapter(tmp_path / "adapter", base))}]
+    spec = write_spec(tmp_path, base, model={"source": str(base), "adapters": adapters})
+    server = launch(tmp_path, base, "--spec", spec, "--log", "text")
     try:
         assert server.process.wait(280) == 3
     finally:
@@ -206,7 +197,6 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
     spec = {**SPEC, "model": {"source": str(base), "adapters": adapters}}
     spec["serve"] = {**SPEC["serve"], "adapter_folders": [str(tmp_path / "allowed")], "spare_adapters": 1}
     spec["access"] = {"keys": str(tmp_path / "keys.json"), "open": ["info"]}
-    headers = {"authorization": f"Bearer {secret}"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         with serving(tmp_path, spec) as server:
@@ -229,27 +219,19 @@ def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path
                 assert list(pool.map(answer, mixed)) == [alone[name] for name in mixed]
             shown = {"prompt": [1, 2, 3], "max_tokens": 1, "prompt_logprobs": 1}
             with ThreadPoolExecutor(6) as pool:  # together they would end vLLM's engine
-                codes = pool.map(
-                    lambda name: (
-                        httpx.post(
-                            f"{server.url}/v1/completions", json={"model": name, **shown}, headers=headers
-                        ).status_code
-                    ),
-                    [*names, *names],
-                )
-                assert set(codes) == {200, 429}
+                asked = ({"model": name, **shown} for name in [*names, *names])
+                found = pool.map(lambda body: server.post("/v1/completions", body, secret), asked)
+                assert {each.status_code for each in found} == {200, 429}
             assert answer("one") == alone["one"]
             with pytest.raises(openai.NotFoundError, match="'three' not found; use 'smollm2' or 'one' or 'two'"):
                 answer("three")
             for path in ("load_lora_adapter", "unload_lora_adapter"):
                 body = {"lora_name": "one", "lora_path": str(sources["one"])}
-                assert httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers).status_code == 404
-            check_changes(server, headers, alone, answer)
+                assert server.post(f"/v1/{path}", body, secret).status_code == 404
+            check_changes(server, secret, alone, answer)
 
 
-def check_changes(
-    server: ServerProcess, headers: dict[str, str], alone: dict[str, str], answer: Callable[[str], str]
-) -> None:
+def check_changes(server: ServerProcess, secret: str, alone: dict[str, str], answer: Callable[[str], str]) -> None:
     """Add and remove other weights under one name, while clients use the other names."""
     ended, said = threading.Event(), []
 
@@ -258,6 +240,7 @@ def check_changes(
             said.append((name, answer(name)))
 
     def post(path: str, **body: str) -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {secret}"}
         found = httpx.post(f"{server.url}/adapters{path}", json=body, headers=headers, timeout=280)
         assert found.status_code == 200, found.text
         return dict(found.json())

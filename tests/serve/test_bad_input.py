@@ -65,8 +65,12 @@ def client(server: ServerProcess) -> Iterator[httpx.Client]:
 
 
 def in_flight(server: ServerProcess) -> float:
-    families = text_string_to_metric_families(server.get("/metrics").text)
-    return next(s.value for f in families for s in f.samples if s.name == "inferctl_requests_in_flight")
+    return server.metric("inferctl_requests_in_flight")
+
+
+def connected(server: ServerProcess) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def accepted_or_rejected(answer: httpx.Response) -> int:
@@ -108,8 +112,7 @@ def test_any_content_type_and_request_id(client: httpx.Client, value: str) -> No
 @given(st.binary(max_size=60), st.sampled_from([b"", b"POST /v1/embeddings HTTP/1.1\r\n", b"GET /v1/models/"]))
 @settings(max_examples=60)
 def test_any_bytes_on_the_wire(server: ServerProcess, raw: bytes, before: bytes) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with connected(server) as connection:
         connection.sendall(before + raw + b"\r\n\r\n")
         connection.shutdown(socket.SHUT_WR)
         answer = b""
@@ -135,9 +138,8 @@ def test_a_rejection_of_the_connection_is_counted_once(server: ServerProcess, se
         samples = [s for family in families for s in family.samples if s.name == "inferctl_requests_total"]
         return Counter({(s.labels["endpoint"], s.labels["status"]): int(s.value) for s in samples})
 
-    host, port = server.url.removeprefix("http://").split(":")
     before = counts()
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with connected(server) as connection:
         connection.sendall(sent)
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
     until(lambda: counts() != before, 20)
@@ -230,10 +232,9 @@ def test_valid_requests_complete_next_to_invalid_ones(server: ServerProcess) -> 
 
 @pytest.mark.parametrize("read", [0, 100, 20_000])
 def test_clients_that_disconnect_during_the_response(server: ServerProcess, read: int) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps({"input": [[100 + i] for i in range(2000)]}).encode()
     for _ in range(10):
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with connected(server) as connection:
             connection.sendall(
                 b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body
             )

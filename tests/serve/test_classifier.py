@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -213,14 +212,14 @@ def test_the_server_gives_the_scores_of_the_pipeline(
     expected = pipeline_scores(folder, items)
     server = serve("--model", str(folder), "--precision", "fp32", "--name", "moods")
 
-    answer = httpx.post(f"{server.url}/predict", json={"inputs": [[i] if isinstance(i, str) else i for i in items]})
+    answer = server.post("/predict", {"inputs": [[i] if isinstance(i, str) else i for i in items]})
     predicted = [{entry["label"]: entry["score"] for entry in row} for row in answer.json()]
     for row, wanted in zip(predicted, expected, strict=True):
         assert row == pytest.approx(wanted, abs=1e-5)
         assert list(row) == list(wanted)  # in the order of the scores
 
     alone = [item for item in items if isinstance(item, str)]
-    body = httpx.post(f"{server.url}/classify", json={"input": alone, "model": "moods"}).json()
+    body = server.post("/classify", {"input": alone, "model": "moods"}).json()
     names = list(LABELS.values())
     for entry, wanted in zip(
         body["data"], [e for i, e in zip(items, expected, strict=True) if i in alone], strict=True

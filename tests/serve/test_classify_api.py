@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, write_spec
 from tests.serve.test_rerank_api import Serve, post, write_classifier
 from tests.tenancy.key_files import add
 
@@ -151,8 +150,7 @@ def test_errors_name_the_input(server: ServerProcess) -> None:
 
 def test_errors_of_the_edge_have_the_shape_of_the_path(server: ServerProcess) -> None:
     for path, shape in (("/predict", {"error", "error_type"}), ("/classify", {"error"})):
-        broken = httpx.post(f"{server.url}{path}", content=b"{", headers={"content-type": "application/json"})
-        large = httpx.post(f"{server.url}{path}", content=b"0" * (5 * 2**20))
+        broken, large = server.post(path, b"{"), server.post(path, b"0" * (5 * 2**20))
         assert (broken.status_code, large.status_code) == (400, 413)
         assert set(broken.json()) == set(large.json()) == shape
 
@@ -200,15 +198,13 @@ def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
     _, limited = add(key_file, "limited", tokens_per_minute=40)
     _, free = add(key_file, "free")
     _, other = add(key_file, "other", endpoints=["predict"])
-    settings = {"access": {"keys": str(key_file)}, "cache": {"size": "1 MB"}}
-    settings["metering"] = {"mode": "required", "data": str(tmp_path / "usage")}
-    source = str(write_classifier(minilm, tmp_path / "model", LABELS))
-    spec = {"name": "moods", "model": {"source": source}, **settings}
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
+    model = write_classifier(minilm, tmp_path / "model", LABELS)
+    metering = {"mode": "required", "data": "usage"}
+    write_spec(tmp_path, model, access={"keys": "keys.json"}, cache={"size": "1 MB"}, metering=metering)
+    server = serve("--spec", "inferctl.yaml", "--engine", "echo")
 
     def send(path: str, key: str, **body: object) -> httpx.Response:
-        return httpx.post(f"{server.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+        return server.post(path, body, key)
 
     refused = send("/predict", "wrong", inputs="a")
     assert (refused.status_code, refused.json()["error_type"]) == (401, "validation")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -18,8 +17,6 @@ from tokenizers import Tokenizer
 from tests.conftest import TEXTS
 from tests.processes import CLIENT, ServerProcess
 from tests.tenancy.key_files import add
-
-pytestmark = pytest.mark.xdist_group("minilm")
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +152,11 @@ def test_haystack(minilm_server: ServerProcess, reference: Any) -> None:
 def test_the_first_version_of_cohere(minilm_server: ServerProcess, reference: Any) -> None:
     """`CohereEmbeddings` of LangChain uses it."""
     body: dict[str, object] = {"texts": TEXTS, "input_type": "search_document"}
-    plain = CLIENT.post(f"{minilm_server.url}/v1/embed", json=body).raise_for_status().json()
+    plain = minilm_server.post("/v1/embed", body).raise_for_status().json()
     assert (plain["response_type"], plain["texts"]) == ("embeddings_floats", TEXTS)
     same(plain["embeddings"], reference)
     body["embedding_types"] = ["float", "ubinary"]
-    typed = CLIENT.post(f"{minilm_server.url}/v1/embed", json=body).raise_for_status().json()
+    typed = minilm_server.post("/v1/embed", body).raise_for_status().json()
     assert (typed["response_type"], typed["meta"]["api_version"]) == ("embeddings_by_type", {"version": "1"})
     same(typed["embeddings"]["float"], reference)
 
@@ -193,9 +190,7 @@ def test_each_client_sends_its_key_and_shows_the_error_of_a_wrong_one(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     _, key = add(tmp_path / "keys.json", "team")
-    spec = {"name": "echo", "model": {"source": str(minilm)}, "access": {"keys": str(tmp_path / "keys.json")}}
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
+    server = serve("--model", str(minilm), "--engine", "echo", "--name", "echo", "--keys", "keys.json")
     # The one shows the status only, the other ignores it: KeyError(0).
     unclear = {"hugging face": "401", "llama-index": "0"}
     for name, call in client_calls().items():
@@ -234,7 +229,7 @@ LONG_PAIR = {"source_sentence": "a", "sentences": ["b " * 999]}
 def test_errors_of_text_embeddings_inference(
     minilm_server: ServerProcess, path: str, body: object, status: int, field: str
 ) -> None:
-    found = CLIENT.post(f"{minilm_server.url}{path}", json=body)
+    found = minilm_server.post(path, body)
     assert found.status_code == status
     assert set(found.json()) == {"error", "error_type"}
     assert field in found.json()["error"]
@@ -256,11 +251,11 @@ def test_errors_of_text_embeddings_inference(
 def test_fields_of_others_that_would_change_the_response_are_rejected(
     minilm_server: ServerProcess, path: str, body: dict[str, object]
 ) -> None:
-    found = CLIENT.post(f"{minilm_server.url}{path}", json=body)
+    found = minilm_server.post(path, body)
     assert found.status_code == 400
     assert "is not supported" in found.text
     name = next(name for name in body if name not in ("input", "texts"))
-    assert CLIENT.post(f"{minilm_server.url}{path}", json=body | {name: None}).status_code == 200
+    assert minilm_server.post(path, body | {name: None}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -290,13 +285,11 @@ def test_the_names_of_operations_are_unique(minilm_server: ServerProcess) -> Non
 
 
 def test_vectors_of_text_embeddings_inference(minilm_server: ServerProcess, reference: Any) -> None:
-    def post(path: str, body: object) -> httpx.Response:
-        return CLIENT.post(f"{minilm_server.url}{path}", json=body).raise_for_status()
-
     for path in ("/embed", "/"):
-        same(post(path, {"inputs": TEXTS}).json(), reference)
-        same(post(path, {"inputs": TEXTS[0]}).json(), reference[:1])
-    cosines = post("/similarity", {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}}).json()
+        same(minilm_server.post(path, {"inputs": TEXTS}).json(), reference)
+        same(minilm_server.post(path, {"inputs": TEXTS[0]}).json(), reference[:1])
+    body = {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}}
+    cosines = minilm_server.post("/similarity", body).json()
     same(cosines, reference[1:] @ reference[0])
     assert minilm_server.get("/").json()["name"] == "minilm"  # the page remains
 
@@ -321,22 +314,22 @@ def test_fields_of_jina(minilm_server: ServerProcess, reference: Any) -> None:
 
 
 def test_pooling_of_vllm(minilm_server: ServerProcess, reference: Any) -> None:
-    answer = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS, "task": "embed"}).raise_for_status()
+    answer = minilm_server.post("/pooling", {"input": TEXTS, "task": "embed"}).raise_for_status()
     body = answer.json()
     assert (body["id"], body["object"], body["model"]) == (answer.headers["x-request-id"], "list", "minilm")
     assert [(entry["index"], entry["object"]) for entry in body["data"]] == [(i, "pooling") for i in range(len(TEXTS))]
     same([entry["data"] for entry in body["data"]], reference)
-    packed = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS[0], "encoding_format": "base64"}).json()
+    packed = minilm_server.post("/pooling", {"input": TEXTS[0], "encoding_format": "base64"}).json()
     same([np.frombuffer(base64.b64decode(packed["data"][0]["data"]), "<f4")], reference[:1])
     each = {"input": "ok", "task": "token_embed"}
-    (entry,) = CLIENT.post(f"{minilm_server.url}/pooling", json=each).raise_for_status().json()["data"]
-    own = CLIENT.post(f"{minilm_server.url}/v1/embeddings", json={"input": "ok", "outputs": ["tokens"]}).json()["data"]
+    (entry,) = minilm_server.post("/pooling", each).raise_for_status().json()["data"]
+    own = minilm_server.post("/v1/embeddings", {"input": "ok", "outputs": ["tokens"]}).json()["data"]
     assert entry["data"] == own[0]["token_embeddings"]
 
 
 def test_tokens_of_text_embeddings_inference_and_of_vllm(minilm_server: ServerProcess, minilm: Path) -> None:
     def post(**body: object) -> Any:
-        return CLIENT.post(f"{minilm_server.url}/tokenize", json=body).raise_for_status().json()
+        return minilm_server.post("/tokenize", body).raise_for_status().json()
 
     oracle = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     oracle.no_padding()
@@ -368,7 +361,7 @@ def test_long_texts_lose_their_start_if_asked(minilm_server: ServerProcess, path
 
     def vector(text: str) -> Any:
         filled = json.loads(json.dumps(body).replace("{text}", text))
-        found = CLIENT.post(f"{minilm_server.url}{path}", json=filled).raise_for_status().json()
+        found = minilm_server.post(path, filled).raise_for_status().json()
         if path == "/v2/embed":
             return found["embeddings"]["float"][0]
         return found[0] if path == "/embed" else found["data"][0]["embedding"]
@@ -402,7 +395,7 @@ def test_vectors_of_a_model_that_does_not_normalize_are_normalized_if_asked(
 
     def vectors(path: str, **fields: object) -> Any:
         name = "inputs" if path == "/embed" else "input"
-        found = CLIENT.post(f"{server.url}{path}", json={name: TEXTS[:2], **fields}).raise_for_status().json()
+        found = server.post(path, {name: TEXTS[:2], **fields}).raise_for_status().json()
         return np.array(found if path == "/embed" else [each["embedding"] for each in found["data"]], np.float32)
 
     def unit(rows: Any) -> Any:

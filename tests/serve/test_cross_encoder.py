@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -86,7 +85,7 @@ def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
     expected = {entry["corpus_id"]: entry["score"] for entry in ranked}
 
     server = serve("--model", str(folder), "--precision", "fp32", "--name", "ranker")
-    body = httpx.post(f"{server.url}/v1/rerank", json={"query": query, "documents": documents}, timeout=60).json()
+    body = server.post("/v1/rerank", {"query": query, "documents": documents}).json()
     got = {entry["index"]: entry["relevance_score"] for entry in body["results"]}
     assert list(got) == list(expected)
     assert got == pytest.approx(expected, abs=1e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,97 +14,83 @@ from inferctl.config.spec import Slo
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
 from inferctl.tenancy.metering.usage_event import UsageEvent
-from tests.processes import CLIENT, ServerProcess, until
+from tests.processes import ServerProcess, until
 
 Serve = Callable[..., ServerProcess]
 OFFERED = "inferctl_offered_tokens_total"
-
-
-def spec(folder: Path, model: Path, **sections: object) -> Path:
-    file = folder / "inferctl.yaml"
-    file.write_text(json.dumps({"name": "echo", "model": {"source": str(model)}, **sections}))
-    return file
 
 
 def offered(server: ServerProcess) -> tuple[float, float]:
     return server.metric(OFFERED, basis="counted"), server.metric(OFFERED, basis="estimated")
 
 
-@pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
-    """A server with a small queue and an SLO."""
-    folder = tmp_path_factory.mktemp("demand")
-    file = spec(folder, minilm, slo={"p99_ms": 70_000}, serve={"max_queue_tokens": 64})
-    return serve_module("--spec", str(file), "--engine", "echo")
-
-
-def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: ServerProcess) -> None:
-    before = offered(server)
-    assert server.embed(input=[5] * 7).status_code == 200
-    assert offered(server) == (before[0] + 7, before[1])
+def test_the_tokens_of_accepted_and_rejected_requests_are_offered(echo: ServerProcess) -> None:
+    before = offered(echo)
+    assert echo.embed(input=[5] * 7).status_code == 200
+    assert offered(echo) == (before[0] + 7, before[1])
     with ThreadPoolExecutor(12) as pool:
-        codes = list(pool.map(lambda _: server.embed(input=[SLOW_TOKEN] + [5] * 30).status_code, range(12)))
+        codes = list(pool.map(lambda _: echo.embed(input=[SLOW_TOKEN] + [5] * 30).status_code, range(12)))
     assert set(codes) == {200, 429}
-    counted, estimated = (after - start for after, start in zip(offered(server), before, strict=True))
+    counted, estimated = (after - start for after, start in zip(offered(echo), before, strict=True))
     # A rejected request is counted after tokenization, or estimated if it was rejected before.
     assert counted % 31 == 7
     assert counted >= 7 + 31 * codes.count(200)
     assert counted + estimated == pytest.approx(7 + 31 * 12, rel=0.5)
 
 
-def test_requests_that_no_capacity_would_help_are_not_offered(server: ServerProcess) -> None:
-    before = offered(server)
-    assert server.embed(input=[]).status_code == 400
-    assert server.embed(input="a", model="other").status_code == 404
-    assert server.get("/v1/models").status_code == 200
-    assert server.get("/nothing").status_code == 404
-    assert CLIENT.post(f"{server.url}/v1/embeddings", content=b"{}", headers={"content-type": "a/b"}).status_code == 415
-    assert offered(server) == before
+def test_requests_that_no_capacity_would_help_are_not_offered(echo: ServerProcess) -> None:
+    before = offered(echo)
+    assert echo.embed(input=[]).status_code == 400
+    assert echo.embed(input="a", model="other").status_code == 404
+    assert echo.get("/v1/models").status_code == 200
+    assert echo.get("/nothing").status_code == 404
+    assert echo.post("/v1/embeddings", b"{}", content_type="a/b").status_code == 415
+    assert offered(echo) == before
 
 
-def test_cached_tokens_are_not_offered(serve: Serve, minilm: Path, tmp_path: Path) -> None:
-    server = serve("--spec", str(spec(tmp_path, minilm, cache={"size": "16MiB"})), "--engine", "echo")
+def test_cached_tokens_are_not_offered(serve: Serve, minilm: Path) -> None:
+    server = serve("--model", str(minilm), "--engine", "echo", INFERCTL_CACHE_SIZE="16MiB")
     for _ in range(3):
         assert server.embed(input=[[5] * 8, [5] * 8, [6] * 4]).status_code == 200
     assert offered(server) == (12, 0)
 
 
-def test_the_queue_is_reported_in_tokens_and_in_requests(server: ServerProcess) -> None:
+def test_the_queue_is_reported_in_tokens_and_in_requests(echo: ServerProcess) -> None:
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(server.embed, input=[SLOW_TOKEN] * 20) for _ in range(3)]
-        until(lambda: server.metric("inferctl_requests_in_flight") == 3)
-        until(lambda: server.metric("inferctl_requests_waiting") >= 1)
-        assert server.metric("inferctl_queue_tokens", basis="counted") in (20, 40)
+        running = [pool.submit(echo.embed, input=[SLOW_TOKEN] * 20) for _ in range(3)]
+        until(lambda: echo.metric("inferctl_requests_in_flight") == 3)
+        until(lambda: echo.metric("inferctl_requests_waiting") >= 1)
+        assert echo.metric("inferctl_queue_tokens", basis="counted") in (20, 40)
         assert [each.result().status_code for each in running] == [200] * 3
-    assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
+    assert echo.metric("inferctl_requests_waiting") == echo.metric("inferctl_queue_tokens") == 0
 
 
-def test_the_capacity_is_fitted_to_batches(server: ServerProcess) -> None:
+def test_the_capacity_is_fitted_to_batches(echo: ServerProcess) -> None:
     for _ in range(100):
-        assert server.embed(input=[5]).status_code == 200
-    assert server.metric("inferctl_capacity_tokens_per_second", source="fitted") > 0
+        assert echo.embed(input=[5]).status_code == 200
+    assert echo.metric("inferctl_capacity_tokens_per_second", source="fitted") > 0
 
 
-def test_the_slo_is_reported_and_a_bound_of_the_histogram(server: ServerProcess) -> None:
-    assert server.metric("inferctl_slo_seconds", objective="request_p99") == 70
-    before = server.metric("inferctl_request_duration_seconds_count", priority="bulk")
-    CLIENT.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers={"x-priority": "bulk"})
-    server.embed(input=[5])
-    assert server.metric("inferctl_request_duration_seconds_count", priority="bulk") == before + 1
+def test_the_slo_is_reported_and_a_bound_of_the_histogram(echo: ServerProcess) -> None:
+    assert echo.metric("inferctl_slo_seconds", objective="request_p99") == 70
+    before = echo.metric("inferctl_request_duration_seconds_count", priority="bulk")
+    echo.post("/v1/embeddings", {"input": [5]}, x_priority="bulk")
+    echo.embed(input=[5])
+    assert echo.metric("inferctl_request_duration_seconds_count", priority="bulk") == before + 1
     for bound in ("70.0", "140.0"):
-        assert server.metric("inferctl_request_duration_seconds_bucket", priority="bulk", le=bound) == before + 1
+        assert echo.metric("inferctl_request_duration_seconds_bucket", priority="bulk", le=bound) == before + 1
 
 
-def test_the_served_model_is_described(server: ServerProcess) -> None:
-    info = server.get("/info").json()
+def test_the_served_model_is_described(echo: ServerProcess) -> None:
+    info = echo.get("/info").json()
     labels = {"model": "echo", "task": "embed", "sha256": info["model"]["sha256"][:12], "precision": "fp32"}
-    assert server.metric("inferctl_model_info", **labels) == 1
-    assert server.metric("inferctl_engine_up") == 1
+    assert echo.metric("inferctl_model_info", **labels) == 1
+    assert echo.metric("inferctl_engine_up") == 1
 
 
-def test_each_name_is_in_the_exposition_from_the_start(server: ServerProcess) -> None:
+def test_each_name_is_in_the_exposition_from_the_start(echo: ServerProcess) -> None:
     """A scaler must not read "no data" before the first request."""
-    samples = {s.name for family in text_string_to_metric_families(server.get("/metrics").text) for s in family.samples}
+    samples = {s.name for family in text_string_to_metric_families(echo.get("/metrics").text) for s in family.samples}
     assert {OFFERED, "inferctl_queue_tokens", "inferctl_requests_waiting", "inferctl_requests_in_flight"} <= samples
 
 

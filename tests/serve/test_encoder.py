@@ -287,21 +287,31 @@ def test_insufficient_memory_for_the_weights_is_not_reported_as_an_attention_pro
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("cuda:9", "GPU cuda:9 not found"), ("cuda", "a device"), ("cuda:0", "a device")]
+    ("device", "found"),
+    [
+        ("auto", 4),
+        ("cuda", 4),
+        ("cuda:1", 1),
+        ("cuda:9", "GPU cuda:9 not found"),
+        *((device, "unknown device") for device in ("gpu", "cuda:", "cuda:x", "cuda0", "")),  # and not the CPU
+    ],
 )
-def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+def test_auto_and_cuda_use_all_gpus_and_what_is_no_device_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, device: str, found: int | str
+) -> None:
     import torch
 
     from inferctl.serve.engines import device as devices
 
-    def properties(_: Any) -> Any:
-        raise NotReadyError("a device")
-
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    with pytest.raises(NotReadyError, match=message):
-        devices.detect(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    if isinstance(found, int):
+        assert devices.detect(device)[1].count == found
+    else:
+        with pytest.raises((NotReadyError, UsageError), match=found):
+            devices.detect(device)
 
 
 @pytest.mark.parametrize(("architecture", "packs"), [("qwen3", True), ("mistral", False), ("gemma3_text", True)])
@@ -356,27 +366,6 @@ def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest
     with_gpu(monkeypatch)
     encoder_engine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=256)).load()
     assert threads == {threading.get_ident()}
-
-
-@pytest.mark.parametrize(("device", "count"), [("auto", 4), ("cuda", 4), ("cuda:1", 1)])
-def test_auto_and_cuda_use_all_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
-    import torch
-
-    from inferctl.serve.engines import device as devices
-
-    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    assert devices.detect(device)[1].count == count
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda0", ""])
-def test_an_unknown_device_is_an_error_and_not_the_cpu(device: str) -> None:
-    from inferctl.serve.engines import device as devices
-
-    with pytest.raises(UsageError, match="unknown device"):
-        devices.detect(device)
 
 
 @pytest.mark.parametrize(("device", "warned"), [("auto", 1), ("cpu", 0)])

@@ -149,74 +149,47 @@ def test_a_lost_context_is_recognized_by_the_gpu_whatever_the_error_says(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("said", "memory", "broken"),
     [
-        ("AcceleratorError", "CUDA error: out of memory"),
-        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
-        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."),
-        ("RuntimeError", "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
-        ("RuntimeError", "hipErrorOutOfMemory"),
-        ("RuntimeError", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-        (
-            "RuntimeError",
-            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1015',
-        ),
-        ("RuntimeError", "could not create a primitive"),
-        ("RuntimeError", "could not create a memory"),
-        ("OSError", "[Errno 12] Cannot allocate memory"),
-        ("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        # Insufficient memory, as different libraries say it.
+        ("CUDA error: out of memory", True, False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True, False),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", True, False),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", True, False),
+        ("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY", True, False),
+        ("hipErrorOutOfMemory", True, False),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True, False),
+        ('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1015', True, False),
+        ("could not create a primitive", True, False),
+        ("could not create a memory", True, False),
+        ("[Errno 12] Cannot allocate memory", True, False),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True, False),
+        # The CUDA context is broken.
+        ("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous", False, True),
+        ("CUDA error: an illegal memory access was encountered", False, True),
+        ("CUDA error: unspecified launch failure", False, True),
+        ("CUDA error: uncorrectable ECC error encountered", False, True),
+        ("CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS", False, True),
+        ("CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK", False, True),
+        ("CUDA driver error: unknown error", False, True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb)`", False, True),
+        ("cuDNN error: CUDNN_STATUS_MAPPING_ERROR", False, True),
+        ("Triton Error [CUDA]: unknown error", False, True),
+        ("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation", False, True),
+        # Only the batch failed.
+        ("CUDA error: invalid configuration argument", False, False),
+        ("cuDNN error: CUDNN_STATUS_BAD_PARAM", False, False),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`", False, False),
+        ("could not create a primitive descriptor for the matmul primitive.", False, False),
+        ("could not create a memory descriptor from blob", False, False),
+        ("unknown error", False, False),
+        ("an unknown error was encountered in the tokenizer", False, False),
+        ("nvrtc: error: unknown error code", False, False),
     ],
 )
-def test_every_message_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
-    assert failures.out_of_memory(type(error, (RuntimeError,), {})(said))
+def test_errors_of_the_libraries_are_told_apart(said: str, memory: bool, broken: bool) -> None:
+    assert (failures.out_of_memory(RuntimeError(said)), failures.breaks_context(RuntimeError(said))) == (memory, broken)
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "CUDA error: device-side assert triggered",
-        "CUDA error: an illegal memory access was encountered",
-        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
-        "could not create a primitive descriptor for the matmul primitive.",
-        "could not create a memory descriptor from blob",
-    ],
-)
-def test_other_errors_are_not_insufficient_memory(said: str) -> None:
-    assert not failures.out_of_memory(type("AcceleratorError", (RuntimeError,), {})(said))
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported",
-        "CUDA error: an illegal memory access was encountered",
-        "CUDA error: unspecified launch failure",
-        "CUDA error: uncorrectable ECC error encountered",
-        "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
-        "CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK",
-        "CUDA driver error: unknown error",
-        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k, &alpha, a)`",
-        "cuDNN error: CUDNN_STATUS_MAPPING_ERROR",
-        "Triton Error [CUDA]: unknown error",
-        "CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation",
-    ],
-)
-def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
-    assert failures.breaks_context(RuntimeError(said))
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "CUDA error: out of memory",
-        "CUDA error: invalid configuration argument",
-        "cuDNN error: CUDNN_STATUS_BAD_PARAM",
-        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`",
-        "unknown error",
-        "an unknown error was encountered in the tokenizer",
-        "nvrtc: error: unknown error code",
-    ],
-)
-def test_an_error_that_leaves_the_cuda_context_usable_is_a_failure_of_the_batch(said: str) -> None:
-    assert not failures.breaks_context(RuntimeError(said))
+def test_an_out_of_memory_error_needs_no_message() -> None:
+    assert failures.out_of_memory(type("OutOfMemoryError", (RuntimeError,), {})("any"))

@@ -33,7 +33,7 @@ from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
 from tests.models.model_folders import LLAMA, stand_in
-from tests.processes import ServerProcess, python, until
+from tests.processes import ServerProcess, python, several, until, write_spec
 
 FAKE = Path(__file__).with_name("fake_vllm")
 CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
@@ -65,6 +65,14 @@ class Generation(ServerProcess):
 
 
 Start = Callable[..., Generation]
+
+
+@pytest.fixture(scope="module")
+def shared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generation]:
+    """A server of tests that need no settings."""
+    server = launch(tmp_path_factory.mktemp("shared"), llama).wait_announced()
+    yield server
+    server.kill()
 
 
 @pytest.fixture
@@ -102,8 +110,9 @@ def failing(call: Callable[[], Any]) -> str:
     return "complete"
 
 
-def test_answers_and_usage_are_exact_with_and_without_a_stream(start: Start) -> None:
-    server = start()
+def test_answers_and_usage_are_exact_with_and_without_a_stream(shared: Generation) -> None:
+    server, before = shared, shared.metric("inferctl_output_tokens_total")
+    earlier = len(server.events())
     plain = server.chat("5")
     assert (plain.usage.prompt_tokens, plain.usage.completion_tokens) == (7, 5)
     silent = list(server.chat("5", stream=True))
@@ -120,18 +129,19 @@ def test_answers_and_usage_are_exact_with_and_without_a_stream(start: Start) -> 
         received = [next(stream) for _ in range(4)]
         stream.close()
         assert received[-1].choices[0].delta.content == "word2 "
-    until(lambda: len(server.events()) == 6)
-    counted = Counter((event["status"], event["code"]) for event in server.events())
+    until(lambda: len(server.events()) == earlier + 6)
+    events = server.events()[earlier:]
+    counted = Counter((event["status"], event["code"]) for event in events)
     assert counted == {(200, None): 4, (499, "client_disconnected"): 2}
-    tokens = [event["output_tokens"] for event in server.events()]
+    tokens = [event["output_tokens"] for event in events]
     assert tokens[:4] == [5] * 4
     assert all(3 <= each <= 6 for each in tokens[4:])
-    assert {event["tokens"] for event in server.events()} == {7}
-    assert server.metric("inferctl_output_tokens_total") == sum(tokens)
+    assert {event["tokens"] for event in events} == {7}
+    assert server.metric("inferctl_output_tokens_total") - before == sum(tokens)
 
 
-def test_the_edge_answers_for_vllm(start: Start) -> None:
-    server = start()
+def test_the_edge_answers_for_vllm(shared: Generation) -> None:
+    server = shared
     info = server.get("/info").json()
     assert (info["task"], info["name"], info["limits"]["max_context_tokens"]) == ("generate", "m", 128)
     assert info["versions"]["vllm"] == "0.32.0+cpu"
@@ -142,15 +152,15 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
     assert "vllm:generation_tokens" in metrics
     assert re.search(r"^process_cpu_seconds_total \d", metrics, re.M)  # tells whether the core of the process is full
     # Tokens of other endpoints would not be counted.
-    other = httpx.post(f"{server.url}/v1/responses", json={"messages": [{"content": "1"}]})
+    other = server.post("/v1/responses", {"messages": [{"content": "1"}]})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "not_found")
     assert failing(lambda: server.chat("invalid")) == "400 400"
     assert failing(lambda: server.chat("busy")) == "429 queue_full"
     assert failing(lambda: server.chat("early end", stream=True)) == "APIError"
     # Chats would wait for it.
-    long = httpx.post(f"{server.url}/tokenize", json={"prompt": "a" * 80_000})
+    long = server.post("/tokenize", {"prompt": "a" * 80_000})
     assert (long.status_code, long.json()["error"]["code"]) == (413, "body_too_large")
-    raw = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "2"}], "stream": True})
+    raw = server.post("/v1/chat/completions", {"messages": [{"content": "2"}], "stream": True})
     assert raw.headers["x-accel-buffering"] == "no"
     assert raw.headers["x-request-id"]
     assert raw.text.endswith("data: [DONE]\n\n")
@@ -158,9 +168,7 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
 
 
 def test_the_demand_of_generation_is_estimated_at_arrival(start: Start, tmp_path: Path) -> None:
-    spec = tmp_path / "inferctl.yaml"
-    spec.write_text(json.dumps({"model": {"source": "x"}, "slo": {"ttft_ms": 40_000}}))
-    server = start("--spec", str(spec))
+    server = start("--spec", write_spec(tmp_path, Path("x"), slo={"ttft_ms": 40_000}))
     name = "inferctl_offered_tokens_total"
     assert server.metric("inferctl_slo_seconds", objective="first_token") == 40
     assert server.metric("inferctl_queue_tokens", basis="estimated") == 0
@@ -187,30 +195,31 @@ def test_the_demand_of_generation_is_estimated_at_arrival(start: Start, tmp_path
     assert server.metric("inferctl_model_info", task="generate", precision=precision) == 1
 
 
-@pytest.mark.parametrize("fault", ["engine dies", "die", "hang", "block"])
-def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: str) -> None:
+def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start) -> None:
     server = start("--hang-seconds", "2")
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        streams = [pool.submit(failing, lambda: server.chat("400", stream=True)) for _ in range(3)]
-        plain = [pool.submit(failing, lambda: server.chat("400")) for _ in range(3)]
-        until(lambda: server.get("/readyz").status_code == 200)
-        time.sleep(0.5)
-        trigger = pool.submit(failing, lambda: server.chat(fault, stream=True))
-        seen = Counter(each.result() for each in [*streams, *plain, trigger])
-    killed = fault in ("die", "block")  # the process with the connections is gone
-    if killed:
-        assert set(seen) <= {"APIError", "APIConnectionError"}, seen
-    else:
-        assert seen["APIError"] >= 3, seen
-        assert set(seen) == {"APIError", "503 engine_lost"}
-    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
-    assert refused.status_code in (200, 503)
-    until(lambda: failing(lambda: server.chat("3", stream=True)) == "complete")
-    assert server.get("/info").json()["restarts"] == 1
-    assert server.metric("inferctl_engine_restarts") == server.metric("inferctl_engine_up") == 1
-    if not killed:
-        counted = Counter((event["status"], event["code"]) for event in server.events())
-        assert counted[(200, "engine_lost")] + counted[(503, "engine_lost")] == 7
+    for restarts, fault in enumerate(("engine dies", "die", "hang", "block"), 1):
+        earlier = len(server.events())
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            streams = [pool.submit(failing, lambda: server.chat("400", stream=True)) for _ in range(3)]
+            plain = [pool.submit(failing, lambda: server.chat("400")) for _ in range(3)]
+            until(lambda: server.get("/readyz").status_code == 200)
+            time.sleep(0.5)
+            trigger = pool.submit(failing, lambda fault=fault: server.chat(fault, stream=True))  # type: ignore[misc]
+            seen = Counter(each.result() for each in [*streams, *plain, trigger])
+        killed = fault in ("die", "block")  # the process with the connections is gone
+        if killed:
+            assert set(seen) <= {"APIError", "APIConnectionError"}, seen
+        else:
+            assert seen["APIError"] >= 3, seen
+            assert set(seen) == {"APIError", "503 engine_lost"}
+        refused = server.post("/v1/chat/completions", {"messages": [{"content": "1"}]})
+        assert refused.status_code in (200, 503)
+        until(lambda: failing(lambda: server.chat("3", stream=True)) == "complete")
+        assert server.get("/info").json()["restarts"] == server.metric("inferctl_engine_restarts") == restarts
+        assert server.metric("inferctl_engine_up") == 1
+        if not killed:
+            counted = Counter((event["status"], event["code"]) for event in server.events()[earlier:])
+            assert counted[(200, "engine_lost")] + counted[(503, "engine_lost")] == 7
 
 
 def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_error(start: Start) -> None:
@@ -260,15 +269,14 @@ def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(sta
     assert (server.events()[0]["status"], server.events()[0]["code"]) == (499, "client_disconnected")
     assert "Traceback" not in server.log.read_text()
     with concurrent.futures.ThreadPoolExecutor() as pool:  # vLLM tokenizes in one thread
-        other = pool.submit(httpx.post, f"{server.url}/tokenize", json={"prompt": "a"}, timeout=60)
+        other = pool.submit(server.post, "/tokenize", {"prompt": "a"})
         assert failing(lambda: server.chat("tokenize")) == "complete"
         assert other.result().json() == {"count": 1}
     assert failing(lambda: server.chat("prefill")) == "complete"
     assert server.get("/info").json()["restarts"] == 0
     server.process.kill()
-    spec = tmp_path / "inferctl.yaml"
-    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--disable-log-stats"]}}))
-    server = start("--hang-seconds", "1", "--spec", str(spec))
+    spec = write_spec(tmp_path, Path("x"), serve={"vllm_options": ["--disable-log-stats"]})
+    server = start("--hang-seconds", "1", "--spec", spec)
     assert failing(lambda: server.chat("60")) == "complete"
 
 
@@ -324,7 +332,7 @@ def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> Non
 
 def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
     server = start("--log", "text")
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}")
+    response = server.post("/v1/chat/completions", {})
     assert response.json()["error"]["message"] == "internal error; see the server log"
     until(lambda: "KeyError" in server.log.read_text(), 10)
     assert f"inferctl.edge: request {response.headers['x-request-id']}\nTraceback" in server.log.read_text()
@@ -382,7 +390,7 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
     server = start("--hang-seconds", "2", FAKE_VLLM_SECONDS="2")
     os.kill(server.vllm_pid(), signal.SIGKILL)
     until(lambda: server.readiness() == (503, "restarting\n"), 10)
-    response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
+    response = server.post("/v1/chat/completions", {"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"
     assert server.get("/livez").status_code == 200
@@ -424,18 +432,22 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
         ("RuntimeError: something else", "ended with exit code 1 before it was ready: something else", "DEBUG"),
     ],
 )
-def test_a_start_that_fails_is_an_error_with_a_hint(
-    tmp_path: Path, llama: Path, said: str, message: str, hint: str
-) -> None:
-    text = tmp_path / "start"
-    text.write_text(said)
-    server = launch(tmp_path, llama, FAKE_VLLM_START=str(text))
+def test_what_vllm_prints_when_it_cannot_start_is_an_error_with_a_hint(said: str, message: str, hint: str) -> None:
+    process = VllmProcess(pytest.fail)
+    process._tail.append(said)
+    error = process.failure("ended with exit code 1", 1)
+    assert message in error.message
+    assert hint in (error.hint or "")
+
+
+def test_a_start_that_fails_ends_the_server(tmp_path: Path, llama: Path) -> None:
+    (said := tmp_path / "start").write_text("ValueError: No available memory for the cache blocks.")
+    server = launch(tmp_path, llama, FAKE_VLLM_START=str(said))
     assert server.process.wait(60) == 3
     told = server.log.read_text()
     assert "Traceback" not in told
-    error, _, hinted = told[told.index("error: ") :].partition("\n\nhint: ")
-    assert message in error
-    assert hint in hinted
+    error, _, hint = told[told.index("error: ") :].partition("\n\nhint: ")
+    assert "No available memory" in error and "serve.gpu_memory_share" in hint
 
 
 @pytest.mark.parametrize(
@@ -464,40 +476,49 @@ def test_without_a_compiler_the_model_is_not_compiled(start: Start, tmp_path: Pa
     assert "--enforce-eager   (no C++ compiler)" in server.log.read_text()
 
 
-def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> None:
-    def refused(*arguments: str, **environment: str) -> str:
-        server = launch(tmp_path, llama, *arguments, **environment)
-        assert server.process.wait(60) in (2, 3)
-        return server.log.read_text()
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [({}, "requires vLLM, not installed"), ({"vllm": "0.32.0"}, "built for GPUs, but the device is a CPU")],
+)
+def test_without_a_vllm_for_the_device_nothing_starts(versions: dict[str, str], message: str) -> None:
+    with pytest.raises(NotReadyError, match=message):
+        generation_server._check_version(DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", **versions}), print)
 
-    assert "serve.max_context_tokens is 4096, but the model was trained for 128" in refused(
-        "--max-context-tokens", "4096"
-    )
-    mpt = tmp_path / "mpt"
-    shutil.copytree(llama, mpt)
-    (mpt / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["MPTForCausalLM"]}))
-    assert "vLLM does not run MPTForCausalLM: vLLM removed it" in refused("--model", str(mpt))
-    without = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
-    with pytest.raises(NotReadyError, match="requires vLLM, not installed"):
-        generation_server._check_version(without, print)
-    for_gpus = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
-    with pytest.raises(NotReadyError, match="built for GPUs, but the device is a CPU"):
-        generation_server._check_version(for_gpus, print)
-    assert "no usable CUDA GPU" in refused("--device", "cuda")
-    assert "VLLM_API_KEY is set" in refused(VLLM_API_KEY="a")
-    deep = tmp_path / ("d" * 100)
-    deep.mkdir()
-    assert "set TMPDIR to a shorter path" in refused(TMPDIR=str(deep))
+
+def test_a_long_path_of_the_temporary_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (deep := tmp_path / ("d" * 100)).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(NotReadyError, match="is too long") as error:
+        generation_server._temporary_folder()
+    assert "set TMPDIR to a shorter path" in str(error.value.hint)
     assert not list(deep.iterdir())
-    spec = tmp_path / "inferctl.yaml"
-    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--api-key=secret"]}}))
-    told = refused("--spec", str(spec))
-    assert "access.keys" in told
-    assert "secret" not in told
-    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--uds", "/tmp/open"]}}))
-    assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))
-    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-tp=2"]}}))
-    assert "serve.vllm_options has -tp: set serve.gpus instead" in refused("--spec", str(spec))
-    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-asc", "2"]}}))
-    assert "serve.vllm_options has -asc, which inferctl sets" in refused("--spec", str(spec))
-    assert "--stream-interval" in refused("--model", str(llama), "--api-processes", "2")
+
+
+def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> None:
+    shutil.copytree(llama, mpt := tmp_path / "mpt")
+    (mpt / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["MPTForCausalLM"]}))
+    cases = [
+        (["--max-context-tokens", "4096"], "serve.max_context_tokens is 4096, but the model was trained for 128"),
+        (["--model", str(mpt)], "vLLM does not run MPTForCausalLM: vLLM removed it"),
+        (["--device", "cuda"], "no usable CUDA GPU"),
+        (["--api-processes", "2"], "--stream-interval"),
+    ]
+    for number, (options, message) in enumerate(
+        (
+            (["--api-key=secret"], "access.keys"),
+            (["--uds", "/tmp/open"], "serve.vllm_options has --uds, which inferctl sets"),
+            (["-tp=2"], "serve.vllm_options has -tp: set serve.gpus instead"),
+            (["-asc", "2"], "serve.vllm_options has -asc, which inferctl sets"),
+        )
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        cases.append((["--spec", write_spec(folder, llama, serve={"vllm_options": options})], message))
+    common = ["serve", "--model", str(llama), "--name", "m", "--port", "0", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(FAKE)}
+    found = several([[*common, *options] for options, _ in cases], env=environment, cwd=tmp_path)
+    for done, (_, message) in zip(found, cases, strict=True):
+        assert done.returncode in (2, 3)
+        assert message in done.stderr
+        assert "secret" not in done.stderr
+    key = environment | {"VLLM_API_KEY": "secret"}
+    assert "VLLM_API_KEY is set" in several([common], env=key, cwd=tmp_path)[0].stderr

@@ -106,11 +106,7 @@ def test_what_is_refused_and_what_a_new_vllm_has(
     assert change(running, keys["admin"], "add", "new", "new")[0] == 0
     assert post(running, keys["admin"], "poet", path="/remove").status_code == 200
     with suppress(httpx.HTTPError):
-        httpx.post(
-            f"{running.url}/v1/chat/completions",
-            json={"model": "m", "messages": [{"role": "user", "content": "die"}]},
-            headers={"x-api-key": keys["all"]},
-        )
+        running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "die"}]}, keys["base"])
 
     def restarted() -> bool:
         with suppress(httpx.TransportError):  # the killed process had accepted the connection
@@ -119,5 +115,5 @@ def test_what_is_refused_and_what_a_new_vllm_has(
 
     until(restarted)
     assert ask(running, keys["all"], "poet").status_code == 404
-    info = httpx.get(f"{running.url}/info", headers={"x-api-key": keys["admin"]}).json()
+    info = running.get("/info", keys["admin"]).json()
     assert [each["name"] for each in info["adapters"]] == ["new"]

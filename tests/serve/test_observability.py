@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN
@@ -18,24 +17,24 @@ from tests.processes import ServerProcess, python, until
 Serve = Callable[..., ServerProcess]
 
 
-def echo(serve: Serve, minilm: Path, *more: str) -> ServerProcess:
-    return serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
+@pytest.fixture
+def start(serve: Serve, minilm: Path) -> Serve:
+    return lambda *more: serve("--model", str(minilm), "--engine", "echo", *more)
 
 
-def test_promtool_accepts_the_metrics(serve: Serve, minilm: Path) -> None:
+def test_promtool_accepts_the_metrics(echo: ServerProcess) -> None:
     if not shutil.which("promtool"):
         pytest.skip("promtool not found; `apt-get install prometheus` installs it")
-    server = echo(serve, minilm)
-    server.embed(input=[5])
-    server.embed(input=[FAILING_TOKEN])
-    text = server.get("/metrics").content
+    echo.embed(input=[5])
+    echo.embed(input=[FAILING_TOKEN])
+    text = echo.get("/metrics").content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_json_logs_have_one_object_per_line_with_the_request_id(serve: Serve, minilm: Path) -> None:
-    server = echo(serve, minilm, "--log", "json")
-    httpx.post(f"{server.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-7"})
+def test_json_logs_have_one_object_per_line_with_the_request_id(start: Serve) -> None:
+    server = start("--log", "json")
+    server.post("/v1/embeddings", {"input": [5, 6]}, x_request_id="mine-7")
     server.embed(input=[FAILING_TOKEN])
     assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
@@ -64,16 +63,14 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         yield got
 
 
-def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(
-    serve: Serve, minilm: Path, collector: list[bytes]
-) -> None:
+def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(start: Serve, collector: list[bytes]) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the otel extra is not installed")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    server = echo(serve, minilm)
+    server = start()
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine-8"}
-    assert httpx.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers=headers).status_code == 200
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "x_request_id": "mine-8"}
+    assert server.post("/v1/embeddings", {"input": [5]}, **headers).status_code == 200
     assert server.stop() == 0
     until(lambda: bool(collector), 30)
     sent = [ExportTraceServiceRequest.FromString(body) for body in collector]

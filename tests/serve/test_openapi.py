@@ -13,28 +13,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.browser import in_browser
 from tests.processes import ServerProcess, execute, until
 from tests.reading.test_outputs import bge, converted_bge
-from tests.serve.test_classify_api import LABELS
-from tests.serve.test_rerank_api import Serve, write_classifier
+from tests.serve.test_classify_api import server as classifier
+from tests.serve.test_rerank_api import Serve
+from tests.serve.test_rerank_api import server as reranker
 
-__all__ = ["bge", "converted_bge"]  # fixtures
+__all__ = ["bge", "classifier", "converted_bge", "reranker"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def dense(tiny: Callable[..., Path], serve_module: Serve) -> ServerProcess:
     """A small model: schemathesis sends the longest lists of texts that the document allows."""
     return serve_module("--model", str(tiny("bert", "mean_tokens")), "--precision", "fp32")
-
-
-@pytest.fixture(scope="module")
-def reranker(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
-    model = write_classifier(minilm, tmp_path_factory.mktemp("reranker") / "model", ["LABEL_0"])
-    return serve_module("--model", str(model), "--engine", "echo")
-
-
-@pytest.fixture(scope="module")
-def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
-    model = write_classifier(minilm, tmp_path_factory.mktemp("classifier") / "model", LABELS)
-    return serve_module("--model", str(model), "--engine", "echo")
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.processes import CLIENT, ServerProcess, python
-
-pytestmark = pytest.mark.xdist_group("minilm")
+from inferctl.core.errors import UsageError
+from inferctl.serve import reference
+from tests.processes import ServerProcess, python
 
 
 def test_info_describes_the_engine(minilm_server: ServerProcess, minilm_reference: dict[str, Any]) -> None:
@@ -38,8 +40,9 @@ def test_a_large_request_runs_in_several_batches(minilm_server: ServerProcess) -
 
 
 def test_bulk_requests_run_on_threads_that_use_idle_time_with_equal_results(minilm_server: ServerProcess) -> None:
-    url, body = f"{minilm_server.url}/v1/embeddings", {"input": [f"text number {i} about rivers" for i in range(200)]}
-    rows = [CLIENT.post(url, json=body, headers={"x-priority": p}).json()["data"] for p in ("bulk", "interactive")]
+    body = {"input": [f"text number {i} about rivers" for i in range(200)]}
+    found = [minilm_server.post("/v1/embeddings", body, x_priority=each) for each in ("bulk", "interactive")]
+    rows = [answer.json()["data"] for answer in found]
     np.testing.assert_allclose(*([row["embedding"] for row in each] for each in rows), atol=2e-6)
     threads = Path(f"/proc/{minilm_server.engine_pid()}/task").iterdir()
     policies = [os.sched_getscheduler(int(thread.name)) for thread in threads]
@@ -47,10 +50,12 @@ def test_bulk_requests_run_on_threads_that_use_idle_time_with_equal_results(mini
 
 
 @pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]", '[["a"]]', '["a", ["b", "c"]]', '[["a", "b"]]'])
-def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) -> None:
-    done = python("-m", "inferctl.serve.reference", minilm, input=stdin, code=2)
-    assert "hint:" in done.stderr
-    assert done.stdout == ""
+def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, monkeypatch: pytest.MonkeyPatch, stdin: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["reference", str(minilm)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(UsageError) as error:
+        reference.main()
+    assert error.value.hint
 
 
 def test_the_engine_process_does_not_load_unused_libraries(minilm_server: ServerProcess) -> None:

@@ -32,7 +32,7 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module:
 
 
 def post(server: ServerProcess, path: str, **body: object) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    return server.post(path, body)
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/jina/v1/rerank", "/rerank"])

@@ -18,26 +18,9 @@ import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from tests.config.test_settings import SERVICE_LINKS
-from tests.processes import CLIENT, ServerProcess, inferctl, until
+from tests.processes import CLIENT, ServerProcess, inferctl, several, until
 
 Serve = Callable[..., ServerProcess]
-
-
-def echo_arguments(minilm: Path) -> tuple[str, ...]:
-    return ("--model", str(minilm), "--engine", "echo", "--name", "echo")
-
-
-@pytest.fixture(scope="module")
-def shared(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
-    """A server with a large queue, whose engine tests may end."""
-    return serve_module(*echo_arguments(minilm))
-
-
-@pytest.fixture
-def server(shared: ServerProcess) -> ServerProcess:
-    """The shared server, ready."""
-    shared.wait_ready()
-    return shared
 
 
 def vector(tokens: list[int]) -> list[float]:
@@ -48,7 +31,7 @@ def vector(tokens: list[int]) -> list[float]:
 
 def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
     rows = [[100 + i] * (1 + i % 7) for i in range(200)]
-    answer = echo.embed(input=rows).json()
+    answer = echo.embed(input=rows, dimensions=8).json()  # those of the model
     assert [entry["index"] for entry in answer["data"]] == list(range(200))
     for row, entry in zip(rows, answer["data"], strict=True):
         assert entry["embedding"] == pytest.approx(vector(row), abs=1e-6)
@@ -57,7 +40,7 @@ def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
 
 
 def test_responses_have_the_times_and_the_request_id(echo: ServerProcess) -> None:
-    answer = httpx.post(f"{echo.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-1"})
+    answer = echo.post("/v1/embeddings", {"input": [5, 6]}, x_request_id="mine-1")
     assert answer.headers["x-request-id"] == "mine-1"
     assert answer.headers["x-inferctl-tokens"] == "2"
     for phase in ("queue", "tokenize", "inference"):
@@ -90,10 +73,6 @@ def test_long_inputs_are_truncated_and_only_processed_tokens_count(echo: ServerP
     echo.embed(input=["word " * 400, "short", "word " * 400])
     echo.embed(input=[[5] * 257, [5] * 256])
     assert echo.metric("inferctl_inputs_truncated_total") == before + 3
-
-
-def test_dimensions_equal_to_those_of_the_model_are_accepted(echo: ServerProcess) -> None:
-    assert len(echo.embed(input="a", dimensions=8).json()["data"][0]["embedding"]) == 8
 
 
 def test_a_full_queue_responds_with_429_and_retry_after(echo: ServerProcess) -> None:
@@ -145,41 +124,42 @@ def test_every_route_of_the_openapi_document_exists(echo: ServerProcess) -> None
     assert references <= set(schemas)
 
 
-def test_without_an_engine_the_server_is_live_but_not_ready(server: ServerProcess) -> None:
+def test_without_an_engine_the_server_is_live_but_not_ready(echo: ServerProcess) -> None:
     seen: set[int] = set()
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            seen.add(server.get("/readyz").status_code)
+            seen.add(echo.get("/readyz").status_code)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    os.kill(server.engine_pid(), signal.SIGKILL)
+    os.kill(echo.engine_pid(), signal.SIGKILL)
     until(lambda: 503 in seen)
-    assert server.get("/livez").status_code == 200
-    until(lambda: server.metric("inferctl_engine_up") == 1)
+    assert echo.get("/livez").status_code == 200
+    until(lambda: echo.metric("inferctl_engine_up") == 1)
     done.set()
     watcher.join()
-    server.wait_ready()
+    echo.wait_ready()
 
 
-def test_a_drain_that_exceeds_its_timeout_exits_1(serve: Serve, minilm: Path, tmp_path: Path) -> None:
-    spec = tmp_path / "short.yaml"
-    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\nserve: {{grace_seconds: 0, drain_seconds: 1}}\n")
-    server = serve("--spec", str(spec), "--engine", "echo")
-    with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 20)
-        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_drain_that_exceeds_its_timeout_exits_1(serve: Serve, minilm: Path, processes: str) -> None:
+    settings = {"INFERCTL_SERVE_GRACE_SECONDS": "0", "INFERCTL_SERVE_DRAIN_SECONDS": "1"}
+    server = serve("--model", str(minilm), "--engine", "echo", "--api-processes", processes, **settings)
+    with ThreadPoolExecutor(3) as pool:
+        lost = [pool.submit(server.embed, input=[[SLOW_TOKEN, number]] * 20) for number in range(1, 4)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 3)
         server.process.send_signal(signal.SIGTERM)
         # The engine does not complete its batch.
         assert server.process.wait(timeout=10 * SLOW_SECONDS) == 1
-        assert (lost.result().status_code, lost.result().json()["error"]["code"]) == (503, "stopped")
-    assert "stopped after 1 s; requests without a response: 1" in server.log.read_text()
+        errors = [(each.result().status_code, each.result().json()["error"]["code"]) for each in lost]
+    assert errors == [(503, "stopped")] * 3
+    assert "stopped after 1 s; requests without a response: 3" in server.log.read_text()
 
 
 def test_a_second_sigterm_exits_at_once_and_kills_the_engine(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+    server = serve("--model", str(minilm), "--engine", "echo")
     engine = server.engine_pid()
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 100)
@@ -191,38 +171,29 @@ def test_a_second_sigterm_exits_at_once_and_kills_the_engine(serve: Serve, minil
     until(lambda: not Path(f"/proc/{engine}").exists())
 
 
-def test_a_port_in_use_is_an_error(minilm: Path, tmp_path: Path) -> None:
+def test_what_the_machine_does_not_have_is_an_error(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        options = ("--port", port, "--announce", "ready.json")
-        done = inferctl("serve", *echo_arguments(minilm), *options, cwd=tmp_path, code=3)
-    assert f"error: cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
-    assert "hint: `--port 0`" in done.stderr
-    assert done.stdout == ""
+        cases: list[tuple[list[str], int, str]] = [
+            (["--announce", "nowhere/ready.json"], 2, "error: nowhere/ready.json cannot be written"),
+            (["--announce", "folder"], 2, "error: folder cannot be written"),
+            (["--host", "no.such.host.invalid"], 3, "cannot listen on no.such.host.invalid:0"),
+            (["--host", "192.0.2.1"], 3, "cannot assign requested address"),
+            (["--model", "./nothing"], 2, "error: model folder ./nothing not found"),
+            (["--engine", "encoder", "--device", "cuda"], 3, "error: no usable CUDA GPU found"),
+            (["--port", port, "--announce", "ready.json"], 3, f"listen on 127.0.0.1:{port}: address already in use"),
+        ]
+        common = ["serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        found = several([[*common, *options] for options, *_ in cases], cwd=tmp_path, env=environment)
+    for done, (options, code, said) in zip(found, cases, strict=True):
+        assert (done.returncode, done.stdout) == (code, "")
+        assert said in done.stderr
+        for option in ("--host", "--port"):
+            assert (f"hint: `{option} " in done.stderr) == (option in options)
+        assert "Traceback" not in done.stderr
     assert not (tmp_path / "ready.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
-        (["--announce", "nowhere/ready.json"], 2, "error: nowhere/ready.json cannot be written"),
-        (["--announce", "folder"], 2, "error: folder cannot be written"),
-        (["--host", "no.such.host.invalid"], 3, "cannot listen on no.such.host.invalid:0"),
-        (["--host", "192.0.2.1"], 3, "cannot assign requested address"),
-        (["--model", "./nothing"], 2, "error: model folder ./nothing not found"),
-        (["--engine", "encoder", "--device", "cuda"], 3, "error: no usable CUDA GPU found"),
-    ],
-)
-def test_what_the_machine_does_not_have_is_an_error(
-    minilm: Path, tmp_path: Path, options: list[str], code: int, said: str
-) -> None:
-    (tmp_path / "folder").mkdir()
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    arguments = ("serve", *echo_arguments(minilm), "--port", "0", *options)
-    done = inferctl(*arguments, cwd=tmp_path, env=environment, code=code)
-    assert said in done.stderr
-    assert ("hint: `--host " in done.stderr) == ("--host" in options)
-    assert "Traceback" not in done.stderr
 
 
 def test_the_api_process_imports_no_package_of_engines_or_of_the_ledger() -> None:

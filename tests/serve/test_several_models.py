@@ -6,7 +6,6 @@ Two servers with the echo engine, of one and of three API processes, have all ca
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -25,7 +24,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from inferctl.config.spec import Spec
-from inferctl.core.errors import UsageError
 from inferctl.reading import task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
@@ -35,10 +33,9 @@ from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from inferctl.serve.work import Work
 from inferctl.tenancy.access.key_file import ApiKey
-from inferctl.tenancy.metering.ledger import Ledger
 from tests import tiny_models
 from tests.conftest import TEXTS
-from tests.processes import CLIENT, ServerProcess, several, until
+from tests.processes import ServerProcess, several, until
 from tests.tenancy.key_files import add
 
 ALIAS = "text-embedding-3-small"
@@ -75,7 +72,6 @@ KEYS: dict[str, dict[str, Any]] = {
 @dataclass
 class Mix:
     server: ServerProcess
-    folder: Path
     keys: dict[str, tuple[ApiKey, str]]
 
     def client(self, key: str) -> httpx.Client:
@@ -83,11 +79,7 @@ class Mix:
 
     def recorded(self, key: str, count: str = "requests") -> Counter[tuple[str, str, int]]:
         """What the ledger has of a key: requests or tokens by model, endpoint and status."""
-        rows: list[dict[str, Any]] = []
-        with contextlib.suppress(UsageError):  # the relay has not made it yet
-            ledger = Ledger.read(f"sqlite:///{self.folder}/metering/ledger.sqlite")
-            rows = ledger.usage(["key", "model", "endpoint", "status"], 0, 2**62)
-            ledger.close()
+        rows = self.server.usage("key", "model", "endpoint", "status")
         mine = (row for row in rows if row["key"] == self.keys[key][0].id)
         return Counter({(row["model"], row["endpoint"], int(row["status"])): row[count] for row in mine})
 
@@ -121,7 +113,7 @@ def mix(
     serve = {"api_processes": request.param, "max_input_tokens": 64}
     more = {"access": access, "metering": {"mode": "on"}, "cache": {"size": "16MiB"}, "serve": serve}
     write_spec(folder, sources, request.param, **more)
-    return Mix(serve_module("--spec", "inferctl.yaml", "--engine", "echo", place=folder), folder, keys)
+    return Mix(serve_module("--spec", "inferctl.yaml", "--engine", "echo", place=folder), keys)
 
 
 def body(path: str, model: str | None) -> dict[str, Any]:
@@ -303,7 +295,6 @@ def test_the_document_names_the_models(mix: Mix) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("minilm")
 def test_outputs_are_those_of_servers_of_one_model(
     minilm_server: ServerProcess, sources: dict[str, Path], tmp_path: Path, serve: Callable[..., ServerProcess]
 ) -> None:
@@ -315,7 +306,7 @@ def test_outputs_are_those_of_servers_of_one_model(
         (minilm_server, "/v1/embeddings", {"input": TEXTS, "encoding_format": "base64"}, "data"),
         (alone, "/v1/rerank", {"query": TEXTS[0], "documents": TEXTS[1:]}, "results"),
     ):
-        found = [CLIENT.post(f"{server.url}{path}", json=sent).json()[key] for server in (mixed, one)]
+        found = [server.post(path, sent).json()[key] for server in (mixed, one)]
         assert found[0] == found[1]
 
 

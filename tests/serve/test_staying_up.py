@@ -29,7 +29,7 @@ Serve = Callable[..., ServerProcess]
 
 @pytest.fixture
 def start(serve: Serve, minilm: Path) -> Serve:
-    return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
+    return lambda *more, **settings: serve("--model", str(minilm), "--engine", "echo", *more, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,9 @@ def test_an_input_with_nan_gets_500_and_others_in_its_batch_their_vectors(server
     assert server.metric("inferctl_non_finite_total") == 1
 
 
-def test_requests_complete_after_a_signal_to_the_process_group(start: Serve) -> None:
-    server = start()
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_requests_complete_after_a_signal_to_the_process_group(start: Serve, processes: str) -> None:
+    server = start("--api-processes", processes)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, i]) for i in range(1, 5)]
         until(lambda: server.metric("inferctl_requests_in_flight") == 4)
@@ -123,10 +124,8 @@ def test_requests_complete_after_a_signal_to_the_process_group(start: Serve) -> 
     assert "Traceback" not in server.log.read_text()
 
 
-def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve, tmp_path: Path, minilm: Path) -> None:
-    spec = tmp_path / "grace.yaml"
-    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\nserve: {{grace_seconds: 4}}\n")
-    server = start("--spec", str(spec))
+def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve) -> None:
+    server = start(INFERCTL_SERVE_GRACE_SECONDS="4")
     with httpx.Client(base_url=server.url) as client:
         server.process.send_signal(signal.SIGTERM)
         until(lambda: client.get("/readyz").status_code == 503)
@@ -196,16 +195,12 @@ def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("reason", "slo_ms", "max_wait"), [("slo", 2000, None), ("max_wait", None, 2)], ids=["slo", "max_wait"]
+    ("reason", "setting", "slo_ms"), [("slo", "SLO_P99_MS", 2000), ("max_wait", "SERVE_MAX_WAIT_SECONDS", None)]
 )
 def test_requests_with_a_long_predicted_wait_are_rejected_with_a_retry_time(
-    start: Serve, tmp_path: Path, reason: str, slo_ms: int | None, max_wait: int | None
+    start: Serve, reason: str, setting: str, slo_ms: int | None
 ) -> None:
-    spec = tmp_path / "wait.yaml"
-    wait = f"max_wait_seconds: {max_wait}, " if max_wait else ""
-    slo = f"slo: {{p99_ms: {slo_ms}}}\n" if slo_ms else ""
-    spec.write_text(f"name: echo\nmodel: {{source: unused}}\nserve: {{{wait}max_batch_tokens: 64}}\n{slo}")
-    server = start("--spec", str(spec))
+    server = start("--max-batch-tokens", "64", **{f"INFERCTL_{setting}": str(slo_ms or 2)})
     assert server.get("/info").json()["limits"]["slo_p99_ms"] == slo_ms
     # The server learns that such a batch takes half a second.
     assert server.embed(input=[SLOW_TOKEN] + [5] * 60).status_code == 200
@@ -220,15 +215,13 @@ def test_requests_with_a_long_predicted_wait_are_rejected_with_a_retry_time(
 
 
 def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(server: ServerProcess) -> None:
-    url = f"{server.url}/v1/embeddings"
     with ThreadPoolExecutor(2) as pool:
-        bulk = pool.submit(
-            httpx.post, url, json={"input": [[SLOW_TOKEN] * 64] * 12}, headers={"x-priority": "bulk"}, timeout=60
-        )
+        body = {"input": [[SLOW_TOKEN] * 64] * 12}
+        bulk = pool.submit(server.post, "/v1/embeddings", body, x_priority="bulk")
         until(lambda: server.metric("inferctl_queue_tokens") > 0)
         assert server.get("/readyz").status_code == 200
         assert server.embed(input=[5]).status_code == 200
         assert not bulk.done()
         assert bulk.result().status_code == 200
-    odd = httpx.post(url, json={"input": [5]}, headers={"x-priority": "urgent"})
+    odd = server.post("/v1/embeddings", {"input": [5]}, x_priority="urgent")
     assert (odd.status_code, odd.json()["error"]["code"]) == (400, "invalid_priority")

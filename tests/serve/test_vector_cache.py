@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -15,27 +14,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from inferctl.config.spec import Cache
+from inferctl.serve.cache import vector_cache
 from inferctl.serve.cache.keys import KeySpace
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.processes import CLIENT, ServerProcess, python
+from inferctl.serve.observe.metrics import Metrics
+from tests.processes import ServerProcess, python, write_spec
 from tests.tenancy.key_files import add
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = "x-inferctl-cached-tokens"
 
 
-def spec(folder: Path, model: Path, **sections: Any) -> Path:
-    file = folder / "inferctl.yaml"
-    sections = {"cache": {"size": "16MiB"}} | sections
-    file.write_text(json.dumps({"name": "cached", "model": {"source": str(model)}, **sections}))
-    return file
-
-
 @pytest.fixture(scope="module")
-def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Any) -> ServerProcess:
+def cached(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
     """A server with a cache and the echo engine."""
-    started: ServerProcess = serve_module("--spec", spec(tmp_path_factory.mktemp("cached"), minilm), "--engine", "echo")
-    return started
+    return serve_module("--model", str(minilm), "--engine", "echo", INFERCTL_CACHE_SIZE="16MiB")
 
 
 def computed(server: ServerProcess) -> float:
@@ -72,11 +66,11 @@ def test_texts_and_their_token_ids_share_an_entry(cached: ServerProcess) -> None
 
 def test_a_client_can_skip_the_cache(cached: ServerProcess) -> None:
     def embed(**headers: str) -> httpx.Response:
-        return CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": "skipped"}, headers=headers)
+        return cached.post("/v1/embeddings", {"input": "skipped"}, **headers)
 
     before = computed(cached)
-    first = embed(**{"cache-control": "no-store"})
-    assert embed(**{"cache-control": "max-age=0, No-Cache"}).headers.get(CACHED) is None
+    first = embed(cache_control="no-store")
+    assert embed(cache_control="max-age=0, No-Cache").headers.get(CACHED) is None
     assert computed(cached) - before == 2
     assert vectors(embed()) == vectors(first)
     assert computed(cached) - before == 2
@@ -107,8 +101,7 @@ def background(call: Callable[[], httpx.Response]) -> Callable[[], httpx.Respons
 
 def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: ServerProcess) -> None:
     items = [[SLOW_TOKEN, 60 + n] for n in range(4)] + [[77, 77]]
-    headers = {"x-priority": "bulk"}
-    bulk = background(lambda: CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": items}, headers=headers))
+    bulk = background(lambda: cached.post("/v1/embeddings", {"input": items}, x_priority="bulk"))
     time.sleep(SLOW_SECONDS / 5)
     assert CACHED not in cached.embed(input=[77, 77]).headers
     assert len(vectors(bulk())) == 5
@@ -144,13 +137,11 @@ def test_a_tenant_does_not_see_the_entries_of_others(
 ) -> None:
     _, first = add(tmp_path / "keys.json", "first")
     _, second = add(tmp_path / "keys.json", "second")
-    access = {"keys": str(tmp_path / "keys.json"), "open": ["metrics"]}
-    file = spec(tmp_path, minilm, access=access, cache={"size": "16MiB"})
-    server = serve("--spec", str(file), "--engine", "echo")
+    access = {"keys": "keys.json", "open": ["metrics"]}
+    server = serve("--spec", write_spec(tmp_path, minilm, access=access, cache={"size": "16MiB"}), "--engine", "echo")
 
-    def embed(key: str, body: object = "what one tenant sent") -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"}
-        return CLIENT.post(f"{server.url}/v1/embeddings", json={"input": body}, headers=headers)
+    def embed(key: str, text: object = "what one tenant sent") -> httpx.Response:
+        return server.post("/v1/embeddings", {"input": text}, key)
 
     assert CACHED not in embed(first).headers
     assert CACHED in embed(first).headers
@@ -163,11 +154,13 @@ def test_a_tenant_does_not_see_the_entries_of_others(
     assert computed(server) - before == 2
 
 
-def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
-    server = serve("--spec", str(spec(tmp_path, minilm, cache={"size": "64KiB"})), "--engine", "echo")
-    for start_ in range(0, 4_000, 1_000):
-        assert len(vectors(server.embed(input=[[1_000 + n, 1_000] for n in range(start_, start_ + 1_000)]))) == 1_000
-        assert server.metric("inferctl_cache_bytes") <= 1.1 * 64 * 1024
+def test_the_memory_is_bounded() -> None:
+    cache = vector_cache.create(Cache(size="128KiB"), "embed", Metrics(), share=2)
+    assert cache
+    for number in range(4_000):
+        cache._store.put(b"%d" % number, bytes(32))
+        assert number % 100 or cache._store.bytes <= 1.1 * 64 * 1024
+    assert cache._store.bytes > 32 * 1024
 
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.generate import command
 from inferctl.serve.generate.command import VllmModel
-from tests.processes import python
 
 A100 = DeviceInfo("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000)
 BF16 = PrecisionInfo("auto", "bf16", "native", "it has bf16 tensor cores", "vLLM")
@@ -99,32 +96,3 @@ def test_a_slice_that_vllm_takes_for_a_gpu_is_refused(device: DeviceInfo, visibl
     with pytest.raises(NotReadyError, match="MIG slice") as caught:
         command.check_visible(device, {"CUDA_VISIBLE_DEVICES": visible})
     assert f"NVIDIA_VISIBLE_DEVICES={visible.strip()}" in (caught.value.hint or "")
-
-
-# NVML of a machine with two GPUs. The first slice of the first GPU has the index 1 among the slices.
-_NVML = """
-import sys, types
-sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels")  # the build for CPUs has no kernels of GPUs
-from vllm.platforms import cuda
-
-class Nvml:
-    nvmlInit = nvmlShutdown = staticmethod(lambda: None)
-    nvmlDeviceGetHandleByUUID = staticmethod(lambda name: ("slice of GPU 0" if name.startswith("MIG-") else "GPU 1", 1))
-    nvmlDeviceGetIndex = staticmethod(lambda handle: handle[1])
-    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: (f"GPU {index}", index))
-    nvmlDeviceGetName = staticmethod(lambda handle: handle[0])
-
-cuda.pynvml = Nvml
-print(cuda.NvmlCudaPlatform.get_device_name(0))
-"""
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.parametrize(("visible", "asked"), [("MIG-1", "GPU 1"), ("GPU-1", "GPU 1"), ("0", "GPU 0")])
-def test_vllm_asks_nvml_for_another_gpu_than_that_of_the_slice(visible: str, asked: str) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
-    ran = python("-c", _NVML, env=environment)
-    assert ran.stdout.split("\n")[-2:-1] == [asked], ran.stderr
