@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from inferctl.cli import console, deploy_explain, deploy_files, deploy_lint, deploy_preview, options
+from inferctl.cli.lazy import Command
+from inferctl.config.deploy_spec import DNS_NAME
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
@@ -131,6 +134,11 @@ def _embed_run(claim: str | None, parts: int | None, arguments: list[str]) -> Em
             "--embed needs the name of a claim, and arguments of `inferctl embed` after `--`",
             "as in `inferctl deploy --embed texts --output job -- 'in/*.parquet' --output out`",
         )
+    if not re.fullmatch(DNS_NAME, claim):
+        raise UsageError(f"--embed {claim!r} is not a name of a claim", "name a PersistentVolumeClaim of the namespace")
+    command = Command("inferctl.cli.embed", "embed", "").build("embed")
+    if not command.make_context("inferctl embed", [*arguments]).params["output"]:
+        raise UsageError("the arguments after `--` have no --output", "name a folder of the claim: `--output out`")
     return EmbedRun(claim, tuple(arguments), parts)
 
 

@@ -152,6 +152,8 @@ def embed(
         inputs = [spooled if name == "-" else name for name in inputs]
     asked: dict[str, Any] = {"role": input_type, "prompt": prompt, "truncate": truncate}
     if url is None:
+        if api_key_env or served_model:
+            raise UsageError("--api-key-env and --served-model are for servers", "pass `--url URL`, or remove them")
         source = _local(spec, returned, asked, device=device, engine=engine, engines=engines)
     elif dry_run:
         raise UsageError("`--dry-run` measures this machine", "remove `--url`, and name the model with `--model`")

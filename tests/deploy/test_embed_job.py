@@ -65,7 +65,16 @@ def test_an_image_that_cannot_run_the_command_is_an_error(specs: tuple[Spec, ...
         layout.embed_files(plans.plan(*specs), EmbedRun("texts", ARGUMENTS))
 
 
-@pytest.mark.parametrize("arguments", [["--parts", "3"], ["--embed", "texts"]], ids=" ".join)
-def test_a_job_needs_a_claim_and_an_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "3"], "--embed needs"),
+        (["--embed", "texts"], "--embed needs"),
+        (["--embed", "Te_xts", "--", *ARGUMENTS], "'Te_xts'"),
+        (["--embed", "texts", "--", "in.csv", "--outpt", "out"], "--outpt"),
+        (["--embed", "texts", "--", "in.csv"], "no --output"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["deploy", "--output", "x", *arguments]) == 2
-    assert "--embed needs" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
