@@ -12,6 +12,7 @@ processes of a contender. Vectors are compared on the first texts of each kind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -45,7 +46,8 @@ def measure(contender: engine.Contender) -> tuple[float, float, float]:
 
     def watch() -> None:
         while not done.wait(0.5):
-            memory.append(peers.pss_mb(pid))
+            with contextlib.suppress(OSError):  # a process ended while it was read
+                memory.append(peers.pss_mb(pid))
 
     watching = threading.Thread(target=watch)
     watching.start()
