@@ -84,13 +84,11 @@ def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of measured processes: no network, and no busy waiting by idle threads."""
+    """Return the environment of measured processes: no network, and else each library's own defaults."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "INFINITY_ANONYMOUS_USAGE_STATS": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
