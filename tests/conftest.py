@@ -68,8 +68,8 @@ def pytest_itemcollected(item: pytest.Function) -> None:
     """Choose the tests that run in one worker, and skip slow measurements unless `-m` names their marker.
 
     Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds. Those
-    that share a server or a fixture of their module do too, so that it starts once; and those of a room that use torch in
-    the process of the tests.
+    that share a server or a fixture of their module do too, so that it starts once; and those of a folder that use
+    torch in the process of the tests.
     """
     if not item.get_closest_marker("xdist_group"):
         fixtures = item._fixtureinfo.name2fixturedefs

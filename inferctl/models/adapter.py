@@ -179,7 +179,7 @@ def _read(name: str, folder: Path, base: ModelFolder) -> Adapter:
 
 
 def _checked(found: Any) -> _Config:
-    """Return a configuration. Raises `UsageError` for a kind of adapter that vLLM does not compute, or a wrong field."""
+    """Return a configuration. Raises `UsageError` for an adapter that vLLM does not compute, or a wrong field."""
     try:
         config = _Config.model_validate(found)
     except ValidationError as error:

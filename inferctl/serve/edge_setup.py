@@ -26,7 +26,7 @@ from inferctl.tenancy.metering.usage_event import UsageEvent
 class EdgeSetup:
     """For one process that responds to clients.
 
-    `name`: of the server. `models`: the names that keys may have. `task`, `tasks`: as of `ServerMetering`. `ready()` and
+    `name`: of the server. `models`: the names that keys may have. `task`, `tasks`: as of `ServerMetering`. `ready()`,
     `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. `batch_secret`: as of `EdgeAccess`. Raises
     `UsageError` if a key file is missing or not valid.
     """

@@ -12,7 +12,7 @@ from tests.http_servers import answering
 from tests.processes import inferctl
 
 REFERENCE = "localhost:5000/team/model:main"
-# Messages of Engine 26.1 with the classic and the containerd image store, and whether they say that an image is missing.
+# Messages of Engine 26.1 with both image stores, and whether they say that an image is missing.
 MESSAGES = [
     (f"manifest for {REFERENCE} not found: manifest unknown: manifest unknown", True),
     ("name unknown: The repository with name 'model' does not exist in the registry", True),

@@ -37,7 +37,7 @@ HINT = "compare it with PEFT on the base; if it is right there, `inferctl merge`
 async def write_expected(
     base: ModelFolder, adapters: Sequence[Adapter], context: int, folder: Path, on_wait: Callable[[float], None]
 ) -> None:
-    """Run the reference for `base` with `adapters`, and leave its output beside that of others, or why there is none."""
+    """Run the reference for `base` with `adapters`, and leave its output beside that of others, or the reason."""
     needed, memory = 4 * base.parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = (cgroup.memory_limit() or memory) - cgroup.memory_in_use()
     options = ["--task", "generate", "--max-input-tokens", str(context - 1)]

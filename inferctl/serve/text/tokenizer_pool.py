@@ -233,8 +233,8 @@ class TokenizerPool:
     ) -> list[Pair]:
         """Return what `encode_pairs_now` returns with `options`: of large requests, from the threads.
 
-        `tenant`: as in `encode`. `enough`: with more tokens than these, the rest of a large request is left out, because
-        it gets no response: with a template, a long query is in the text of each document. Raises what
+        `tenant`: as in `encode`. `enough`: with more tokens than these, the rest of a large request is left out,
+        because it gets no response: with a template, a long query is in the text of each document. Raises what
         `encode_pairs_now` raises, `TokenizerBusyError` and `TokenizerShareError`.
         """
         queries, prompt = listed(query), self._prompt if prompt is None else prompt
