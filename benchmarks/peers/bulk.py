@@ -1,11 +1,12 @@
 """Measure what a batch costs those who wait: latency of interactive requests with and without bulk requests.
 
-    python benchmarks/peers/bulk.py [--through url|batches] [--loads 0.2,0.5] [--seconds 15] [--rounds 6] [--json FILE]
+    python benchmarks/peers/bulk.py [--through url|batches|products] [--loads 0.2,0.5] [--seconds 15] [--rounds 6]
 
 An open loop sends interactive requests, Poisson arrivals of single texts of about 50 tokens, at parts of what the
 server can carry. In every second phase (A B B A), a batch runs in addition: `inferctl embed --url`, or with `--through
 batches`, one of `/v1/batches` with a text per line. The sender of `--url` runs in idle time, because in production it
-is elsewhere; what it uses counts for the batch.
+is elsewhere; what it uses counts for the batch. With `--through products`, nothing is sent: one process per core
+multiplies matrices in idle time, which shows what any work in idle time costs those who wait on this machine.
 
 - "p99 x": of all interactive requests with the batch, relative to without it, in one round; the median of rounds, and
   their range. The arrivals of a round are the same with and without it.
@@ -56,6 +57,17 @@ def send_ranges(url: str) -> None:
     asyncio.run(run())
 
 
+def multiply() -> None:
+    """Compute products of MiniLM's shape until the process ends."""
+    import torch
+
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    torch.set_num_threads(1)
+    rows, matrix = torch.randn(512, 384).bfloat16(), torch.randn(384, 1536).bfloat16()
+    while True:
+        rows @ matrix
+
+
 def start_batch(url: str) -> Callable[[], object]:
     """Start a batch of 40,000 texts, and return what ends it."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -74,16 +86,22 @@ def start_batch(url: str) -> Callable[[], object]:
 @contextlib.contextmanager
 def bulk(server: peers.Server, through: str) -> Iterator[None]:
     """Run a batch."""
-    if through == "url":
-        process = multiprocessing.Process(target=send_ranges, args=(server.url,), daemon=True)
-        process.start()
-        end: Callable[[], object] = process.terminate
-    else:
-        end = start_batch(server.url)
     before = tokens(server)
-    peers.wait_until(lambda: tokens(server) > before + 20_000)
+    if through == "batches":
+        ends: list[Callable[[], object]] = [start_batch(server.url)]
+    else:
+        count, target, of = (1, send_ranges, (server.url,)) if through == "url" else (os.cpu_count() or 1, multiply, ())
+        running = [multiprocessing.Process(target=target, args=of, daemon=True) for _ in range(count)]
+        for process in running:
+            process.start()
+        ends = [process.terminate for process in running]
+    if through == "products":
+        time.sleep(5)  # both import torch
+    else:
+        peers.wait_until(lambda: tokens(server) > before + 20_000)
     yield
-    end()
+    for end in ends:
+        end()
     time.sleep(2)  # what is in flight ends before the next phase, in which it would raise the p99 without a batch
 
 
@@ -101,7 +119,8 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=15, rounds=6)
     parser.add_argument("--loads", default="0.2,0.5", help="interactive load as parts of the peak, with commas")
-    parser.add_argument("--through", default="url", choices=("url", "batches"), help="how the batch is sent")
+    ways = ("url", "batches", "products")
+    parser.add_argument("--through", default="url", choices=ways, help="what runs in addition")
     parser.add_argument("--checkout", type=Path, default=peers.ROOT, help="folder of the project that serves")
     options = parser.parse_args()
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -140,7 +159,7 @@ def main() -> None:
             spread = f"{min(by_round[-1]):.2f} to {max(by_round[-1]):.2f}"
             idle = [1 - a["cores"] / c["cores"] for a, _, c in pairs]
             length = sum(a["tokens"] for a, _, _ in pairs) / sum(a["rate"] for a, _, _ in pairs)
-            batch = [(b["tokens"] - length * b["rate"]) / c["tokens"] for _, b, c in pairs]
+            batch = [(b["tokens"] - length * b["rate"]) / c["tokens"] if c["tokens"] else 0.0 for _, b, c in pairs]
             p99, speed = (peers.median([b[name] for b in found[kind]]) for kind, name in SHOWN)
             of_idle = peers.median([got / left for got, left in zip(batch, idle, strict=True)])
             name = f"{load:g} of {peak:.0f}/s"

@@ -127,6 +127,7 @@ def measure(names: Sequence[str], file: Path, model: Callable[[str], Path], roun
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--only", nargs="*", default=CONTENDERS, help="contenders; the first one is the baseline")
     parser.set_defaults(rounds=6)
     options = parser.parse_args()
     texts = peers.texts(options.texts)
@@ -139,7 +140,7 @@ def main() -> None:
             exported = " onnx " in name or name.startswith("fastembed")
             return peers.onnx(name.split()[-1]) if exported else peers.MODEL
 
-        running = measure(CONTENDERS, file, model, options.rounds)
+        running = measure(options.only, file, model, options.rounds)
     baseline, rows, figures = running[0], [], {}
     for contender in running:
         found = peers.quality(contender.vectors, reference)
