@@ -58,7 +58,10 @@ def run(
         try:
             _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
             if bench.profile and run.repeat == 0 and not outcome.target.url:
-                outcome.profile = profile.measure(bench, outcome, notify_phase)
+                try:
+                    outcome.profile = profile.measure(bench, outcome, notify_phase)
+                except InferctlError as error:  # the measurement is whole without it
+                    notify_phase("profiling the engine", done=f"no profile: {error.message}")
         except InferctlError as error:
             outcome.failure = error.message
         finally:
