@@ -9,33 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table, text_of
+from bench_samples import SECOND, WARMUP, document, row, shown, table, text_of
 
 from inferctl.bench.judge import stages, summary
-from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, shape
-from inferctl.bench.report import charts, findings, html, result
-from inferctl.bench.report.result import Result
+from inferctl.bench.plan import shape
+from inferctl.bench.report import charts, findings, html
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.receipts import receipt
 from tests.browser import in_browser
-
-Found = tuple[Result, list[receipt.Receipt]]
-
-
-def shown(
-    folder: Path,
-    *documents: dict[str, Any],
-    failed: tuple[str, ...] = (),
-    rate: float | None = None,
-) -> Found:
-    receipts = sealed(folder, *(open_loop(one, rate) if rate else one for one in documents))
-    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
-    wanted = plan.read_plan("quick").with_overrides(rate=rate)
-    work = Bench(wanted, [], None, None, folder, 20.0, environment=MACHINE)
-    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def burst() -> dict[str, Any]:
