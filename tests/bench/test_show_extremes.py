@@ -35,18 +35,18 @@ def burst() -> dict[str, Any]:
     return made
 
 
-def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str, Any]:
+def probe(rate: float, p99: float, holds: bool) -> dict[str, Any]:
     return {
         "stage": "sweep", "rate": rate, "achieved_rps": rate, "p50_ms": p99 / 3, "p99_ms": p99, "n": 500, "errors": {},
         "p99_interval_ms": [0.9 * p99, 1.2 * p99],
-        "holds": holds, "broke": None if holds else "p99", "reason": "a reason", "ended_early": early, "runs": 1,
+        "holds": holds, "broke": None if holds else "p99", "reason": "a reason", "runs": 1,
     }  # fmt: skip
 
 
 SEARCH = {
     "slo_p99_ms": 100, "resolution": 0.05, "verdict": "found", "max_goodput_rps": 82.0, "first_failing_rps": 86.0,
     "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms",
-    "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
+    "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False)],
 }  # fmt: skip
 COSTS = {
     "watts": 61.0, "watts_from": ["GPU (counter)"],
@@ -121,7 +121,7 @@ def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
     figure = charts.all_charts(receipts)["goodput"]
     (trace,) = figure.data
     assert trace["x"] == [40, 82, 86, 100]
-    assert trace["marker"]["symbol"] == ["circle", "circle", "x", "triangle-up-open"]
+    assert trace["marker"]["symbol"] == ["circle", "circle", "x", "x"]
     assert figure.layout["shapes"][-1]["y0"] == 100
     assert "<b>82</b>" in html.render(found, receipts)
 

@@ -95,7 +95,6 @@ def _run(bench: Bench, run: Measurement, validity: Validity) -> dict[str, Any]:
         "telemetry": run.telemetry.as_dict(),
         "validity": privacy.without_folders(validity.as_dict()),
         "warmup": {"settled": run.state.get("steady"), "windows": run.state.get("windows")},
-        "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
         "timeline": summary.timeline(run.records),
         "latency_over_time": summary.over_time(run.records),
         "records": [
