@@ -486,8 +486,10 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
 
 
 def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> None:
-    def loop(rate: float, runs: int, over: str) -> rows.ClosedLoopFigures:
-        return rows.ClosedLoopFigures(8, 100, rate, {"low": 0.8 * rate, "high": 1.2 * rate, "over": over}, runs)
+    def loop(rate: float, runs: int, over: str) -> dict[str, Any]:
+        interval = {"low": 0.8 * rate, "high": 1.2 * rate, "over": over}
+        figures = {"requests_per_s": rate, "requests_per_s_interval": interval, "runs": runs}
+        return {"users": 8, "reference_rps": 100, **figures}
 
     def stage(name: str, rate: float, p99: float) -> dict[str, Any]:
         figures = {"p99": {"value": p99, "low": 0.7 * p99, "high": 1.6 * p99}, "p50": {"value": None}}
