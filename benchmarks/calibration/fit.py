@@ -131,11 +131,7 @@ class Fitter:
         return FittedParameters(fraction, launch, len(group))
 
     def _loss(self, group: Sequence[Row], cost: Cost) -> float:
-        return sum((row.error(self.predict(row, cost)) / WITHIN[row.scenario]) ** 2 for row in group)
-
-    def predict(self, row: Row, cost: Cost) -> float:
-        """Return the estimate of a row from the table."""
-        return self.table.estimate(row, cost)
+        return sum((row.error(self.table.estimate(row, cost)) / WITHIN[row.scenario]) ** 2 for row in group)
 
 
 def folds(rows: Sequence[Row]) -> list[list[Row]]:
@@ -170,9 +166,8 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
         for row in omitted:
             calibrated = calibration.of(row.part, row.precision)
             if calibrated.basis == wanted:
-                found[wanted].append(
-                    (group or f"{row.part} {row.precision}", row, fitter.predict(row, calibrated.cost(BERT_LARGE)))
-                )
+                estimated = fitter.table.estimate(row, calibrated.cost(BERT_LARGE))
+                found[wanted].append((group or f"{row.part} {row.precision}", row, estimated))
 
     parts = sorted({row.part for row in rows})
     for part in parts:

@@ -13,10 +13,8 @@ With two cores, the server uses one and the load generator the other, so more wo
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import known_server
@@ -70,15 +68,8 @@ def measure_open(rate: float, seconds: float, workers: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6)
-    parser.add_argument("--users", type=int, default=32)
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
-    parser.add_argument(
-        "--rates", type=float, nargs="*", default=[2000, 5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 60_000]
-    )
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    rates = [2000.0, 5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 60_000]
+    options = loads.options(__doc__, seconds=6.0, users=32, workers=[1, 2], rates=rates)
     document: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "closed": [], "open": []}
     for workers in options.workers:
         run = measure_closed(options.seconds, options.users, workers)

@@ -1,7 +1,8 @@
-"""Functions that the scripts in this folder share: measure one load on one server, and write figures."""
+"""Functions that the scripts in this folder share: options, measure one load on one server, and write figures."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -13,6 +14,16 @@ from inferctl.bench.plan import plan, workload
 from inferctl.core import cgroup
 
 SERIAL = 100_000
+
+
+def options(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """Return the options of a script: one for each default, of its type or with a list of its type, and `--json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        one, count = (default[0], "*") if isinstance(default, list) else (default, None)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(one), nargs=count, default=default)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
 
 
 def measure(

@@ -12,13 +12,12 @@ The exit code is 1 if one of equal configurations is said to be faster in more t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import loads
 import numpy as np
 import numpy.typing as npt
 
@@ -92,11 +91,7 @@ def table(trials: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1400)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = loads.options(__doc__, trials=1400, seed=1)
     rows = []
     for row in table(options.trials, options.seed):
         rows.append(row)
@@ -106,8 +101,6 @@ def main() -> int:
             flush=True,
         )
     passed = all(row["equal_said_to_be_faster"] <= MOST for row in rows)
-    import loads
-
     loads.write(options.json, {"trials": options.trials, "seed": options.seed, "passed": passed, "rows": rows})
     return 0 if passed else 1
 

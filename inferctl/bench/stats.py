@@ -252,17 +252,6 @@ def _autoregressive_inflation(residuals: Sequence[npt.NDArray[np.float64]], squa
     return (1 + lag1) / (1 - lag1)
 
 
-def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the least-squares slope of `values` over `times` and the half-width of its 95% interval.
-
-    None with fewer than four points, or if all times are equal.
-    """
-    if len(times) < 4 or len(set(times)) == 1:
-        return None
-    (rise, _), covariance = np.polyfit(times, values, 1, cov=True)
-    return float(rise), _t(len(times) - 2) * math.sqrt(covariance[0, 0])
-
-
 def _t(degrees: int) -> float:
     """Return the 97.5% point of Student's t."""
     return student_t.quantile((1 + CONFIDENCE) / 2, degrees)

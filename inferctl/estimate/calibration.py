@@ -7,9 +7,10 @@ the fit and the errors of its cross-validation to `benchmarks/calibration/fitted
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from statistics import geometric_mean
 from typing import Any, Literal
 
 from inferctl.core import assets, document
@@ -143,7 +144,7 @@ class Calibration:
         for other, fit in own.items():
             both = [fits for fits in self.fits.values() if precision in fits and other in fits]
             if both:
-                ratio = _geometric(fits[precision].fraction / fits[other].fraction for fits in both)
+                ratio = geometric_mean(fits[precision].fraction / fits[other].fraction for fits in both)
                 return FittedParameters(fit.fraction * ratio, fit.launch), other
         return None
 
@@ -180,8 +181,9 @@ class Calibration:
                 names.append(key)
         if not chips:
             return None
-        each = [(_geometric(f.fraction for f in fits), _geometric(f.launch for f in fits)) for fits in chips.values()]
-        return FittedParameters(_geometric(a for a, _ in each), _geometric(b for _, b in each)), names
+        fractions = [geometric_mean(fit.fraction for fit in fits) for fits in chips.values()]
+        launches = [geometric_mean(fit.launch for fit in fits) for fits in chips.values()]
+        return FittedParameters(geometric_mean(fractions), geometric_mean(launches)), names
 
 
 def batch_cost(part: Hardware, precision: str, fit: FittedParameters, model: Transformer) -> Cost:
@@ -220,9 +222,3 @@ def load() -> Calibration:
 def _chip(part: Hardware) -> tuple[str | None, int | None]:
     """Return a key of the chip: compute capability and multiprocessors of the whole GPU."""
     return part.compute_capability, part.mig.parent_sms if part.mig else part.sm_count
-
-
-def _geometric(values: Iterable[float]) -> float:
-    """Return the geometric mean."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))

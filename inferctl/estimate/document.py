@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from inferctl.core.errors import UsageError
@@ -15,11 +15,13 @@ from inferctl.estimate import calibration, front_end, verdict
 from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import Transformer
 from inferctl.estimate.forecast import (
-    Range,
     Scenario,
+    at_least,
     at_least_ms,
+    at_most,
     capacity,
     differences,
+    exactly,
     memory_problem,
     notes_for,
     prices,
@@ -105,23 +107,23 @@ def row(
         "limited_by": "front end" if most == scenario.front_rate else "engine",
         "fixed_ms": calibrated.cost(model).fixed * 1000,
         "sustained_fraction": calibrated.fit.fraction,
-        "offline_texts_per_s": asdict(Range.at_most(most * scenario.inputs)),
-        "single_ms": {f"p{q * 100:g}": asdict(at_least_ms(single, q)) for q in (0.5, 0.9, 0.99)},
+        "offline_texts_per_s": at_most(most * scenario.inputs),
+        "single_ms": {f"p{q * 100:g}": at_least_ms(single, q) for q in (0.5, 0.9, 0.99)},
         "notes": notes_for(calibrated, config, scenario.batch_tokens),
     }
     if question.slo_p99_ms is not None:
-        result["highest_rate"] = asdict(Range.at_most(one))
+        result["highest_rate"] = at_most(one)
     fits = one > 0 and not memory_problem(calibrated, config, scenario.batch_tokens)
     replicas = max(1, math.ceil(question.rate / one)) if question.rate and one else 1
     if question.rate:
         # Each replica receives its part of the rate.
         result["load"] = under_load(calibrated, model, scenario, question.rate / replicas)
-    result["replicas"] = asdict(Range.at_least(replicas)) if fits else None
+    result["replicas"] = at_least(replicas) if fits else None
     texts_per_hour = 3600 * (question.rate or one) * scenario.inputs
     if fits and question.texts:
         # A given rate is exact, so the time is too.
-        bound = Range.exactly if question.rate else Range.at_least
-        result["hours"] = asdict(bound(question.texts / texts_per_hour))
+        bound = exactly if question.rate else at_least
+        result["hours"] = bound(question.texts / texts_per_hour)
     result["costs"] = [
         price | _cost(price["usd_per_hour"] * replicas, texts_per_hour, question.texts)
         for price in prices(calibrated.part)
@@ -136,4 +138,4 @@ def _cost(usd_per_hour: float, texts_per_hour: float, texts: int | None) -> dict
     found = {"usd_per_hour_of_all": usd_per_hour, "usd_per_million_texts": per_text * 1e6}
     if texts:
         found["usd"] = per_text * texts
-    return {key: asdict(Range.at_least(value)) for key, value in found.items()}
+    return {key: at_least(value) for key, value in found.items()}

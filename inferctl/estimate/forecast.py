@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from inferctl.batching.batcher import QueueLimits
 from inferctl.core.errors import UsageError
@@ -42,35 +42,21 @@ _OTHERS = {
         "process suffices; an embedding model has a modules.json in its folder",
     ),
 }
-Bound = Literal["at most", "at least"]
 
 
-@dataclass(frozen=True)
-class Range:
-    """An estimated figure. "at most": only `high` is known. "at least": only `low` is known.
+def exactly(value: float) -> dict[str, Any]:
+    """Return a figure that is no bound: a rate that was asked for, or the time that it takes."""
+    return {"value": value, "low": value, "high": value, "bound": None}
 
-    Without a bound, `low` and `high` equal `value`: a rate that was asked for, or a figure of measured batch times.
-    """
 
-    value: float | None
-    low: float | None
-    high: float | None
-    bound: Bound | None = None
+def at_most(high: float) -> dict[str, Any]:
+    """Return an estimated figure of which the upper bound is known."""
+    return {"value": None, "low": None, "high": high, "bound": "at most"}
 
-    @classmethod
-    def exactly(cls, value: float) -> Range:
-        """Return a figure that is no bound."""
-        return cls(value, value, value)
 
-    @classmethod
-    def at_most(cls, high: float) -> Range:
-        """Return an upper bound."""
-        return cls(None, None, high, "at most")
-
-    @classmethod
-    def at_least(cls, low: float) -> Range:
-        """Return a lower bound."""
-        return cls(None, low, None, "at least")
+def at_least(low: float) -> dict[str, Any]:
+    """Return an estimated figure of which the lower bound is known."""
+    return {"value": None, "low": low, "high": None, "bound": "at least"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +101,8 @@ def under_load(calibrated: CalibratedPart, model: Transformer, scenario: Scenari
     saturated = rate >= min(capacity(calibrated, model, scenario), server.offline().per_second)
     latencies = None if saturated else server.open(rate).latencies
     return {
-        "requests_per_s": asdict(Range.exactly(rate)),
-        **{f"p{q * 100:g}_ms": latencies and asdict(at_least_ms(latencies, q)) for q in (0.5, 0.9, 0.99)},
+        "requests_per_s": exactly(rate),
+        **{f"p{q * 100:g}_ms": latencies and at_least_ms(latencies, q) for q in (0.5, 0.9, 0.99)},
         "saturated": saturated,
     }
 
@@ -150,9 +136,9 @@ def served(calibrated: CalibratedPart, model: Transformer, scenario: Scenario, s
     return scenario.server(calibrated.fastest(model)).highest_rate(slo_p99_ms / 1000, most)
 
 
-def at_least_ms(latencies: Sequence[float], q: float) -> Range:
+def at_least_ms(latencies: Sequence[float], q: float) -> dict[str, Any]:
     """Return a percentile in ms of latencies in seconds, as a lower bound."""
-    return Range.at_least(percentile(latencies, q) * 1000)
+    return at_least(percentile(latencies, q) * 1000)
 
 
 def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:

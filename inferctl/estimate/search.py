@@ -65,7 +65,7 @@ class SimulatedServer:
     def meets_slo(self, rate: float, slo: float) -> bool:
         """Return whether the p99 is at most `slo` seconds at a rate."""
         times = min(_MAX_REPEATS, max(1, math.ceil(_RUN_SLOS * slo * rate / len(self.requests))))
-        return self.open(rate, times=times).percentile(_PERCENTILE) <= slo
+        return percentile(self.open(rate, times=times).latencies, _PERCENTILE) <= slo
 
     def highest_rate(self, slo: float, most: float | None = None) -> float:
         """Return the highest requests per second with a p99 of at most `slo` seconds.

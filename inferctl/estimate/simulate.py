@@ -28,10 +28,6 @@ class SimulationResult:
     latencies: list[float]
     seconds: float
 
-    def percentile(self, q: float) -> float:
-        """Return the latency in seconds at the quantile `q` (0 to 1), as an order statistic."""
-        return percentile(self.latencies, q)
-
     @property
     def per_second(self) -> float:
         """Completed requests per second."""

@@ -283,7 +283,7 @@ def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
         return Support("emulated", "the CPU has no fp16 arithmetic: fp16 is many times slower than fp32")
     found = sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
     if found:
-        memory_only = _cpu_support("bf16", flags).level == "native"  # benchmarks/engine/int8.py
+        memory_only = _cpu_support("bf16", flags).level == "native"  # docs/results.md#int8
         worth = "half the weight memory of bf16, and slower" if memory_only else "faster than fp32"
         return Support("native", f"the CPU has {', '.join(found)}: {worth}; less accurate")
     return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 has 7-bit weights and is less accurate")

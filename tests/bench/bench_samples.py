@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
@@ -16,30 +15,19 @@ from rich.console import Console
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import MEASURED, OK, WARMUP
-from inferctl.bench.measure.bench import Bench
+from inferctl.bench.loadgen import recorder
+from inferctl.bench.measure import runner
+from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
+from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
-from inferctl.bench.report import terminal
+from inferctl.bench.report import result, terminal
+from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
 
-FIELDS = [
-    ("intended_ns", "<u8"),
-    ("sent_ns", "<u8"),
-    ("first_ns", "<u8"),
-    ("end_ns", "<u8"),
-    ("index", "<u4"),
-    ("bytes", "<u4"),
-    ("tokens", "<u4"),
-    ("queue_ms", "<f4"),
-    ("tokenize_ms", "<f4"),
-    ("inference_ms", "<f4"),
-    ("status", "<u2"),
-    ("phase", "<u1"),
-    ("error", "<u1"),
-    ("name", "<u2"),
-]
+FIELDS = [(name, kind) for name, kind, _ in recorder.FIELDS]
 SECOND = 1_000_000_000
 MACHINE = Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
@@ -78,14 +66,18 @@ def bench(
     return Bench(Plan.model_validate(plan), [BenchTarget(name, name) for name in names], command, model, folder)
 
 
-def harness(name: str) -> Any:
-    """Return the script `name` of benchmarks/harness as a module."""
-    spec = importlib.util.spec_from_file_location(f"harness_{name}", HARNESS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def ran(
+    work: Bench,
+    notify: Callable[[Progress], None] = lambda progress: None,
+    on_measured: Callable[[Outcome], object] = lambda outcome: None,
+) -> list[Outcome]:
+    outcomes = runner.outcomes(work)
+    runner.run(work, outcomes, notify, on_measured)
+    return outcomes
+
+
+def collected(work: Bench, outcomes: list[Outcome]) -> Result:
+    return result.collect(work, outcomes, write_all(work, outcomes), work.output / "report.html")
 
 
 def row(
@@ -165,6 +157,23 @@ def records_file(path: Path, rows: records.Rows) -> Path:
     header = {"fields": FIELDS, "worker": 0}
     path.write_bytes(records.MAGIC + json.dumps(header).encode() + b"\n" + rows.tobytes())
     return path
+
+
+def shown(
+    folder: Path,
+    *documents: dict[str, Any],
+    failed: Sequence[str] = (),
+    rate: float | None = None,
+    machine: Environment = MACHINE,
+    hardware: Sequence[str] = (),
+) -> tuple[Result, list[receipt.Receipt]]:
+    """Return the result of a benchmark with these receipts, and the receipts. `failed`: other targets."""
+    receipts = sealed(folder, *(open_loop(one, rate) if rate else one for one in documents))
+    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
+    outcomes += [Outcome(BenchTarget(name, name), failure="bitsandbytes is not installed") for name in failed]
+    wanted = plans.read_plan("quick").with_overrides(rate=rate)
+    work = Bench(wanted, [], None, None, folder, 20.0, environment=machine, hardware_wanted=hardware)
+    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def text_of(found: Result, width: int = 80) -> str:

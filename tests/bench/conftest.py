@@ -18,7 +18,6 @@ from inferctl.bench.measure import quality
 from inferctl.models import model as models
 
 sys.path.insert(0, str(Path(__file__).parent))
-# At the end: `coverage` is also the name of a package.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "harness"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_samples import ANSWERING, bench, ran
 
 from inferctl import cli
-from inferctl.bench.measure import runner
-from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.report import receipts
@@ -23,7 +23,6 @@ from inferctl.receipts import receipt
 from tests.models.decoder_configs import SMOLLM2_135M
 
 ROOT = Path(__file__).resolve().parents[2]
-ANSWERING = Path(__file__).resolve().parent / "answering.py"
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +104,9 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
         seen.append(checkpoint)
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--sha256", "a" * 64]
 
-    keys = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0}
-    plan = plans.Plan.model_validate({"name": "p", "load": keys, "corpus": "short", "quality": None})
     target = BenchTarget("int8", "int8", checkpoint="/srv/somebody/models/int8")
-    work = Bench(plan, [target], command, None, tmp_path)
-    outcomes = runner.outcomes(work)
-    runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
-    receipts.write_all(work, outcomes)
+    work = dataclasses.replace(bench(tmp_path, "int8"), targets=[target], command=command)
+    receipts.write_all(work, ran(work))
     found = receipt.load(tmp_path / "receipts" / "int8.json")
     assert seen == ["/srv/somebody/models/int8"]
     assert (found.data["configuration"]["checkpoint"], found.data["model"]["sha256"]) == ("int8", "a" * 64)

@@ -17,14 +17,13 @@ import pytest
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import ServerConnection
-from inferctl.bench.measure import auto_users, closed_loop, concurrency, runner
+from inferctl.bench.measure import auto_users, closed_loop, concurrency
 from inferctl.bench.measure.bench import Bench, started_server
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, shape
-from inferctl.bench.report import findings, result
-from inferctl.bench.report.receipts import write_all
+from inferctl.bench.report import findings
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, UsageError
@@ -197,10 +196,8 @@ def test_a_server_whose_capacity_is_measured_rejects_no_request(
     spec = tmp_path / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: org/m}\nslo: {p99_ms: 1}\nserve: {max_wait_seconds: 2}\n")
     show = "import json, os; json.dump(dict(os.environ), open('variables.json', 'w'))"
-    made = bench(tmp_path, "fp32")
-    wanted = made.plan.model_copy(update={"load": shape.Load.model_validate(load)})
-    if search:
-        wanted = wanted.with_overrides(search=search)
+    made = bench_samples.bench(tmp_path, "fp32", load=load)
+    wanted = made.plan.with_overrides(search=search) if search else made.plan
     work = dataclasses.replace(made, plan=wanted, command=lambda *_: [sys.executable, "-c", show])
     with pytest.raises(InferctlError), started_server(work, work.targets[0], tmp_path, lambda *_: None):
         pass
@@ -249,10 +246,9 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     monkeypatch.setattr(concurrency, "STEP_S", 1.0)
     monkeypatch.setattr(concurrency, "MAX_STEP_S", 2.0)
     work = bench(tmp_path, "fp32", "int8", "bf16", slots=6)
-    outcomes = runner.outcomes(work)
     told: list[str] = []
-    runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
-    found = result.collect(work, outcomes, write_all(work, outcomes), tmp_path / "report.html").as_dict()
+    outcomes = bench_samples.ran(work, lambda progress: told.append(progress.phase))
+    found = bench_samples.collected(work, outcomes).as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}

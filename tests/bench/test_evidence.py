@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import SHORT_PLAN, bench, document, open_loop, sealed, text_of
+from bench_samples import SHORT_PLAN, bench, document, open_loop, ran, sealed, shown, text_of
 from compare_samples import receipts_of, run_values
-from test_runner import ran
-from test_show_extremes import SEARCH, probe, shown
+from test_show_extremes import SEARCH, probe
 from test_verdicts import CALM, repeated, rows_of
 
 from inferctl.bench.judge import comparable, compare

@@ -25,7 +25,7 @@ def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: Path) -> None:
+def test_percentiles_match_the_server(tmp_path: Path) -> None:
     run = figures(tmp_path, "accuracy.py", "--seconds", "5", "--rate", "80")["runs"][0]
     assert run["requests"] > 300
     assert (run["failed"], run["not_logged"]) == (0, 0)
@@ -33,9 +33,5 @@ def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: 
     # the least and the most that they added to any request.
     least, most = run["added_ms"]["least"] - 0.001, run["added_ms"]["most"] + 0.001
     assert least > 0
-    rows = {row["percentile"]: row for row in run["percentiles"]}
-    for row in rows.values():
+    for row in run["percentiles"]:
         assert least <= row["inferctl_ms"] - row["truth_ms"] <= most
-    assert rows["p50"]["locust_ms"] == round(rows["p50"]["locust_ms"])
-    assert rows["p99"]["locust_ms"] % 10 == 0
-    assert rows["p99"]["inferctl_ms"] % 10 != 0

@@ -121,7 +121,7 @@ from types import SimpleNamespace
 from inferctl.bench.loadgen.coordinator import Coordinator
 runner = SimpleNamespace(register_message=lambda *_: None, quit=lambda: print("quit"))
 load = {"output": sys.argv[1], "workers": 1, "mode": "open"}
-coordinator = Coordinator(SimpleNamespace(runner=runner, stats=None), load)
+coordinator = Coordinator(SimpleNamespace(runner=runner), load)
 coordinator._ready = {"node": {}}
 coordinator.run()
 """

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_samples import SHORT_PLAN
+from bench_samples import SHORT_PLAN, bench, collected, ran
 from test_foreign_servers import MODEL, Answer, Body, Serve, serve, tei, vllm
-from test_runner import CHECKED, bench, collected, command, ran
+from test_runner import CHECKED, command
 
 from inferctl.bench.load import target
 from inferctl.bench.measure import quality

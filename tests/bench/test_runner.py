@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import signal
 import subprocess
@@ -16,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench
+from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench, collected, ran
 
 from inferctl import cli
 from inferctl.bench.judge import comparable
 from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import quality, runner
 from inferctl.bench.measure.bench import Bench, Progress
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import sections, shape, workload
-from inferctl.bench.report import html, result, terminal
+from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.plan import sections, workload
+from inferctl.bench.report import html, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.cli import bench_setup
@@ -34,16 +33,6 @@ from inferctl.receipts import receipt
 from tests.processes import inferctl
 
 CHECKED = {"corpus": "short", "texts": 40}
-
-
-def ran(
-    work: Bench,
-    notify: Callable[[Progress], None] = lambda progress: None,
-    on_measured: Callable[[Outcome], object] = lambda outcome: None,
-) -> list[Outcome]:
-    outcomes = runner.outcomes(work)
-    runner.run(work, outcomes, notify, on_measured)
-    return outcomes
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -56,10 +45,6 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:
-    return result.collect(work, outcomes, write_all(work, outcomes), work.output / "report.html")
-
-
 def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_share(tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -67,9 +52,8 @@ def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_s
         if progress.number and (not seen or seen[-1] != f"{progress.name} {progress.number}"):
             seen.append(f"{progress.name} {progress.number}")
 
-    work = bench(tmp_path, "fp32", "bf16", repeats=2)
     load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
-    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(load)}))
+    work = bench(tmp_path, "fp32", "bf16", repeats=2, load=load)
     outcomes = ran(work, notify)
     write_all(work, outcomes)
     assert seen == ["fp32 1", "bf16 2", "bf16 3", "fp32 4"]
@@ -104,10 +88,7 @@ def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_s
 
 
 def test_requests_that_a_server_rejects_are_counted_and_invalidate_a_closed_loop(tmp_path: Path) -> None:
-    work = bench(tmp_path, "fp32", options=("--slots", "1", "--queue", "1"))
-    work = dataclasses.replace(
-        work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"users": 24})})
-    )
+    work = bench(tmp_path, "fp32", options=("--slots", "1", "--queue", "1"), load=SHORT | {"users": 24})
     result_ = collected(work, ran(work))
     found = result_.as_dict()
     (row,) = found["rows"]
@@ -241,10 +222,9 @@ def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
 def test_a_server_on_this_machine_is_not_counted_as_another_process(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    work = bench(tmp_path, "fp32")
     # Processes are sampled every 0.5 s, and late on a busy machine: two samples must lie in the measurement.
-    longer = work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"duration_s": 4})})
-    work = Bench(longer, [BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
+    work = bench(tmp_path, "fp32", load=SHORT | {"duration_s": 4})
+    work = Bench(work.plan, [BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
     found = collected(work, ran(work))
     path = Path(found.rows[0].receipt or "")
     data = receipt.load(path).data

@@ -70,7 +70,7 @@ def test_sample_receipts_match_the_schema(file: Path) -> None:
 
 def test_the_result_of_a_search_matches_the_schema(tmp_path: Path) -> None:
     settings = sections.Search.model_validate({"budget_s": 600})
-    found = goodput.find(settings, 80, 100.0, Simulated(80, refuses_from=80)).as_dict()
+    found = goodput.find(settings, 80, 100.0, Simulated(80, refuses_from=80))
     (receipt,) = sealed(tmp_path, document("bf16", 100, 10, search=json.loads(json.dumps(found))))
     assert found["probes"]
     check("receipt", receipt.data)

@@ -9,12 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_samples import MACHINE, document, open_loop, sealed, text_of
+from bench_samples import MACHINE, document, sealed, shown, text_of
 
-from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan
-from inferctl.bench.report import charts, html, result, terminal
+from inferctl.bench.report import charts, html, terminal
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
 from tests.browser import in_browser
@@ -27,18 +24,15 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
         "reasons": ["the load generator used 97 % of its core (limit 90 %): it was the bottleneck"],
         "cautions": [],
     }
-    receipts = sealed(
+    found, receipts = shown(
         folder,
         document("fp32", 812.25, 12.34),
         document("fp16", 8.5, 987.6, level="emulated"),
         document("bf16", 2345.6, 4.321),
         document("remote-t4", 4000, 2.5, validity=invalid),
+        failed=["int8"],
+        hardware=["cpu", "t4", "a100-40gb-mig-3g.20gb"],
     )
-    outcomes = [Outcome(BenchTarget(one.name, one.name), measurements=[]) for one in receipts]
-    outcomes.append(Outcome(BenchTarget("int8", "int8"), failure="bitsandbytes is not installed"))
-    hardware = ["cpu", "t4", "a100-40gb-mig-3g.20gb"]
-    work = Bench(plan.read_plan("quick"), [], None, None, folder, 20.0, environment=MACHINE, hardware_wanted=hardware)
-    found = result.collect(work, outcomes, receipts, folder / "report.html")
     return dataclasses.replace(found, report="report.html", output="."), receipts
 
 
@@ -110,12 +104,8 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     t4 = document("t4", 100, 10, hardware={"key": "t4", "name": "Tesla T4", "kind": "cuda", "detected_by": "server"})
     t4["configuration"] = {"name": "t4", "precision": None, "url": "http://10.0.0.7:8080", "this_machine": False}
     t4["summary"] = {**t4["summary"], "late": 31, "dropped": 7}
-    receipts = sealed(folder, *(open_loop(one, 100) for one in (t4, document("fp32", 50, 20))))
-    opened = plan.read_plan("quick").with_overrides(rate=100)
     machine = dataclasses.replace(MACHINE, name="Laptop CPU", cpu_model="Laptop CPU")
-    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    work = Bench(opened, [], None, None, folder, environment=machine)
-    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
+    return shown(folder, t4, document("fp32", 50, 20), rate=100, machine=machine)
 
 
 def test_rows_say_what_they_ran_on_when_it_is_not_the_same(tmp_path: Path) -> None:

@@ -9,33 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table, text_of
+from bench_samples import SECOND, WARMUP, document, row, shown, table, text_of
 
 from inferctl.bench.judge import stages, summary
-from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, shape
-from inferctl.bench.report import charts, findings, html, result
-from inferctl.bench.report.result import Result
+from inferctl.bench.plan import shape
+from inferctl.bench.report import charts, findings, html
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.receipts import receipt
 from tests.browser import in_browser
-
-Found = tuple[Result, list[receipt.Receipt]]
-
-
-def shown(
-    folder: Path,
-    *documents: dict[str, Any],
-    failed: tuple[str, ...] = (),
-    rate: float | None = None,
-) -> Found:
-    receipts = sealed(folder, *(open_loop(one, rate) if rate else one for one in documents))
-    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
-    wanted = plan.read_plan("quick").with_overrides(rate=rate)
-    work = Bench(wanted, [], None, None, folder, 20.0, environment=MACHINE)
-    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def burst() -> dict[str, Any]:
@@ -55,18 +35,18 @@ def burst() -> dict[str, Any]:
     return made
 
 
-def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str, Any]:
+def probe(rate: float, p99: float, holds: bool) -> dict[str, Any]:
     return {
         "stage": "sweep", "rate": rate, "achieved_rps": rate, "p50_ms": p99 / 3, "p99_ms": p99, "n": 500, "errors": {},
         "p99_interval_ms": [0.9 * p99, 1.2 * p99],
-        "holds": holds, "broke": None if holds else "p99", "reason": "a reason", "ended_early": early, "runs": 1,
+        "holds": holds, "broke": None if holds else "p99", "reason": "a reason", "runs": 1,
     }  # fmt: skip
 
 
 SEARCH = {
     "slo_p99_ms": 100, "resolution": 0.05, "verdict": "found", "max_goodput_rps": 82.0, "first_failing_rps": 86.0,
     "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms",
-    "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
+    "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False)],
 }  # fmt: skip
 COSTS = {
     "watts": 61.0, "watts_from": ["GPU (counter)"],
@@ -141,7 +121,7 @@ def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
     figure = charts.all_charts(receipts)["goodput"]
     (trace,) = figure.data
     assert trace["x"] == [40, 82, 86, 100]
-    assert trace["marker"]["symbol"] == ["circle", "circle", "x", "triangle-up-open"]
+    assert trace["marker"]["symbol"] == ["circle", "circle", "x", "x"]
     assert figure.layout["shapes"][-1]["y0"] == 100
     assert "<b>82</b>" in html.render(found, receipts)
 

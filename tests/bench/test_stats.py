@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import intervals
 import numpy as np
 import pytest
-from bench_samples import harness
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,40 +60,34 @@ def test_a_quantile_is_a_measured_value_within_its_interval(values: list[float],
     assert sum(v < found.value for v in values) < q * len(values) + 1e-9
 
 
-@pytest.fixture(scope="module")
-def simulated() -> Any:
-    """The module benchmarks/harness/coverage.py, which does the same with more trials."""
-    module = harness("coverage")
-    module.LONG = 1_500_000
-    return module
+# The script has more requests and more trials.
+intervals.LONG = 1_500_000
 
 
-def test_intervals_of_pooled_repeats_contain_the_truth_only_if_each_repeat_has_its_own_schedule(simulated: Any) -> None:
+def test_intervals_of_pooled_repeats_contain_the_truth_only_if_each_repeat_has_its_own_schedule() -> None:
     shares = [
         share
         for load, trials in ((0.5, 200), (0.7, 100), (0.85, 40))
         for repeats in (1, 5)
-        for share in simulated.coverage(load, repeats, "fresh", trials, seed=2).values()
+        for share in intervals.coverage(load, repeats, "fresh", trials, seed=2).values()
     ]
     assert min(shares) >= 0.88
     assert 0.93 <= np.mean(shares) <= 0.97
-    assert max(simulated.coverage(0.5, 5, "same", 100, seed=2).values()) < 0.75
+    assert max(intervals.coverage(0.5, 5, "same", 100, seed=2).values()) < 0.75
 
 
-def test_intervals_of_pooled_repeats_contain_what_differs_from_run_to_run(simulated: Any) -> None:
-    shares = list(simulated.coverage(0.5, 5, "drift", 200, seed=2).values())
+def test_intervals_of_pooled_repeats_contain_what_differs_from_run_to_run() -> None:
+    shares = list(intervals.coverage(0.5, 5, "drift", 200, seed=2).values())
     assert min(shares) >= 0.88  # without the differences between runs 65 % of those of the p50
 
 
 @pytest.mark.parametrize("load", [0.5, 0.7, 0.85])
 @pytest.mark.parametrize("repeats", [1, 5])
-def test_an_slo_that_is_missed_by_ten_per_cent_is_hardly_ever_said_to_be_met(
-    simulated: Any, load: float, repeats: int
-) -> None:
+def test_an_slo_that_is_missed_by_ten_per_cent_is_hardly_ever_said_to_be_met(load: float, repeats: int) -> None:
     for count in (1000, 8000):
-        found = simulated.false_verdicts(load, count, repeats, 1.1, 100, seed=3)
+        found = intervals.false_verdicts(load, count, repeats, 1.1, 100, seed=3)
         assert found["met"] < 0.05
-    long = simulated.false_verdicts(load, simulated.LOADS[load], repeats, 0.8, 20, seed=3)
+    long = intervals.false_verdicts(load, intervals.LOADS[load], repeats, 0.8, 20, seed=3)
     assert long["met"] > 0.5  # it says so where the sample supports it
 
 
@@ -137,15 +130,6 @@ def test_mean_interval_of_known_values() -> None:
     assert stats.mean_interval([1.0, 2.0]) is None
     half = pytest.approx(2.7764451 * math.sqrt(2.5 / 5))
     assert stats.mean_interval([10.0, 12.0, 11.0, 9.0, 13.0]) == (11.0, half)
-
-
-def test_slopes_have_an_interval() -> None:
-    times = [0.0, 1, 2, 3, 4, 5]
-    assert stats.slope(times, [3 + 2 * t for t in times]) == (pytest.approx(2), pytest.approx(0, abs=1e-6))
-    # By hand: residuals -1, 1, 0, 0, 1, -1 around a level line; the squares of the times sum to 17.5.
-    half = pytest.approx(2.7764451 * math.sqrt(4 / 4 / 17.5))
-    assert stats.slope(times, [-1.0, 1, 0, 0, 1, -1]) == (pytest.approx(0), half)
-    assert stats.slope(times[:3], times[:3]) is None
 
 
 def test_the_curve_reaches_as_far_as_the_sample_does() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import time
 from pathlib import Path
@@ -11,17 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bench_samples import steady
-from rich.console import Console
+from bench_samples import steady, text_of
 
-from inferctl.bench.judge import efficiency
+from inferctl.bench.judge.efficiency import efficiency
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import plan
-from inferctl.bench.report import html, result, terminal
+from inferctl.bench.report import html, result
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.facts import catalog
@@ -227,17 +225,12 @@ def document(joules: float | None = 500.0, *, sliced: bool = False) -> dict[str,
     return Telemetry(gpus=(gpu,)).as_dict()
 
 
-def spent(*arguments: Any) -> dict[str, Any]:
-    """The costs as in a receipt."""
-    return dataclasses.asdict(efficiency.efficiency(*arguments))
-
-
 RATES = {"requests_per_s": 100.0, "texts_per_s": 400.0}
 
 
 def test_energy_and_money_per_request_and_per_text() -> None:
     runs = [({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.5})]
-    found = spent(RATES, [document(500), document(700)], runs, "t4")
+    found = efficiency(RATES, [document(500), document(700)], runs, "t4")
     assert found["watts"] == 60  # 50 W and 70 W
     assert found["joules_per_1000_requests"] == 600
     assert found["joules_per_million_texts"] == 150_000
@@ -264,7 +257,7 @@ def test_energy_and_money_per_request_and_per_text() -> None:
 def test_what_is_not_known_is_not_made_up(
     runs: list[dict[str, Any]], hardware: str | None, why: dict[str, str]
 ) -> None:
-    found = spent(RATES, runs, [], hardware)
+    found = efficiency(RATES, runs, [], hardware)
     assert why.items() <= found["unknown"].items()
     assert (found["joules_per_million_texts"] is None) == ("joules" in why)
     assert (found["cost"] == []) == ("cost" in found["unknown"])
@@ -276,10 +269,10 @@ def test_the_power_of_several_gpus_is_known_only_if_the_server_was_seen_on_them(
     assert unseen
     assert seen
     one, two = Telemetry(gpus=(unseen,)).as_dict(), Telemetry(gpus=(unseen, unseen)).as_dict()
-    assert spent(RATES, [one], [], "t4")["watts"] == 60
-    found = spent(RATES, [two], [], "t4")
+    assert efficiency(RATES, [one], [], "t4")["watts"] == 60
+    found = efficiency(RATES, [two], [], "t4")
     assert (found["watts"], found["unknown"]["joules"]) == (None, "it is unknown which GPU the server used")
-    assert spent(RATES, [Telemetry(gpus=(seen, seen)).as_dict()], [], "t4")["watts"] == 120
+    assert efficiency(RATES, [Telemetry(gpus=(seen, seen)).as_dict()], [], "t4")["watts"] == 120
 
 
 def test_the_lowest_price_comes_first_in_whatever_order_the_catalog_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +280,7 @@ def test_the_lowest_price_comes_first_in_whatever_order_the_catalog_has_them(mon
     (price,) = profiles["t4"].prices
     prices = [dataclasses.replace(price, usd_per_hour=dollars) for dollars in (0.9, 0.4, 1.2)]
     monkeypatch.setitem(profiles, "t4", dataclasses.replace(profiles["t4"], prices=tuple(prices)))
-    assert [one["usd_per_hour"] for one in spent(RATES, [document()], [], "t4")["cost"]] == [0.4, 0.9, 1.2]
+    assert [one["usd_per_hour"] for one in efficiency(RATES, [document()], [], "t4")["cost"]] == [0.4, 0.9, 1.2]
 
 
 def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:
@@ -295,10 +288,10 @@ def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:
     runs = [
         ({"seconds": 10, "requests_per_s": 100.0 * n}, {"server_cores": float(n)} if n < 3 else {}) for n in (2, 1, 9)
     ]
-    found = spent({"requests_per_s": 400.0, "texts_per_s": 400.0}, [document()] * 3, runs, "t4")
+    found = efficiency({"requests_per_s": 400.0, "texts_per_s": 400.0}, [document()] * 3, runs, "t4")
     assert found["cpu_seconds_per_1000_requests"] == 10
     nothing = {"requests_per_s": 0.0, "texts_per_s": 0.0, "seconds": 10}
-    found = spent(nothing, [document()], [(nothing, {"server_cores": 1})], "t4")
+    found = efficiency(nothing, [document()], [(nothing, {"server_cores": 1})], "t4")
     assert (found["joules_per_million_texts"], found["cost"]) == (None, [])
 
 
@@ -317,9 +310,7 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     problem = result.problem(found)
     assert problem is not None
     assert problem.exit_code == 5
-    stream = io.StringIO()
-    Console(file=stream, width=200, highlight=False).print(terminal.render(found))
-    text = stream.getvalue()
+    text = text_of(found, 200)
     assert text.index("INVALID fp16: another process was on Tesla T4") < text.index("config")
     (row,) = found.rows
     assert isinstance(row, MeasuredRow)

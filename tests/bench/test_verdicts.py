@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from bench_samples import FIELDS, MACHINE, SECOND, document, harness, row, sealed, steady, table
+import winners
+from bench_samples import FIELDS, MACHINE, SECOND, document, row, sealed, steady, table
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import slo, summary, validity
@@ -397,7 +398,6 @@ def test_what_repeats_leave_open_is_given_with_its_interval_and_the_repeats_it_n
 @pytest.mark.parametrize(("configurations", "least"), [(2, 0.93), (3, 0.9), (5, 0.8)])
 def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: int, loop: str, least: float) -> None:
     """Before, one of two equals won in 4.9% (closed loop) and 5.2% (open), and the faster of five in 68% and 19%."""
-    winners = harness("winners")
     _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=700, seed=1)
     assert equal <= 0.045
     wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=200, seed=1)
@@ -486,8 +486,10 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
 
 
 def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> None:
-    def loop(rate: float, runs: int, over: str) -> rows.ClosedLoopFigures:
-        return rows.ClosedLoopFigures(8, 100, rate, {"low": 0.8 * rate, "high": 1.2 * rate, "over": over}, runs)
+    def loop(rate: float, runs: int, over: str) -> dict[str, Any]:
+        interval = {"low": 0.8 * rate, "high": 1.2 * rate, "over": over}
+        figures = {"requests_per_s": rate, "requests_per_s_interval": interval, "runs": runs}
+        return {"users": 8, "reference_rps": 100, **figures}
 
     def stage(name: str, rate: float, p99: float) -> dict[str, Any]:
         figures = {"p99": {"value": p99, "low": 0.7 * p99, "high": 1.6 * p99}, "p50": {"value": None}}

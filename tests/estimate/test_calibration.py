@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import random
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -21,24 +19,11 @@ from inferctl.estimate.cost import BERT_LARGE, Cost
 from inferctl.estimate.simulate import percentile
 from inferctl.facts import catalog
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "calibration"
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "calibration"))
 
+import fit
+import rows
 
-# fit.py imports rows.py from the same folder.
-sys.path.append(str(FOLDER))
-
-
-def script(name: str) -> ModuleType:
-    located = importlib.util.spec_from_file_location(f"calibration_{name}", FOLDER / f"{name}.py")
-    assert located and located.loader
-    module = importlib.util.module_from_spec(located)
-    sys.modules[located.name] = module
-    located.loader.exec_module(module)
-    return module
-
-
-rows = script("rows")
-fit = script("fit")
 ROWS = rows.read()
 GROUPS: dict[tuple[str, str], list] = defaultdict(list)
 for one in ROWS:
@@ -47,7 +32,7 @@ for one in ROWS:
 
 @pytest.fixture(scope="module")
 def data() -> dict:
-    return yaml.safe_load((FOLDER / "fitted.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((rows.HERE / "fitted.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +47,7 @@ def cost_of(data: dict, part: str, precision: str) -> Cost:
 
 
 def test_all_rows_of_the_table_are_used() -> None:
-    lines = (FOLDER / "mlperf-bert-large.csv").read_text(encoding="utf-8").splitlines()
+    lines = (rows.HERE / "mlperf-bert-large.csv").read_text(encoding="utf-8").splitlines()
     assert len(ROWS) == len(lines) - 1 > 50
 
 

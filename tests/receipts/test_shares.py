@@ -137,13 +137,13 @@ def test_failed_requests_are_no_sign_that_a_server_fell_behind() -> None:
     found = summary.summarize([part])
     assert found["answered"] < validity.ACHIEVED_LIMIT * (found["offered"] or 0)
     assert validity.judge(found, {}, {"steady": True}, cores=2).valid
-    assert probes.judge(found, 80, 20.0, None, budget=0.05).limited_by != "fell behind"
+    assert probes.judge(found, 80, 20.0, budget=0.05).limited_by != "fell behind"
 
 
 @pytest.mark.parametrize(("total", "lost"), [(500, 1), (2000, 3)])
 def test_a_probe_with_few_failures_is_undecided(total: int, lost: int) -> None:
     found = summary.summarize([run_of(np.full(total, 5.0), np.arange(total) < lost)])
-    judged = probes.judge(found, 80, 20.0, None, budget=BUDGET)
+    judged = probes.judge(found, 80, 20.0, budget=BUDGET)
     probe = probes.make("sweep", 100, 1, found, judged)
     assert not probe.meets_slo and not probe.above_limit
     assert probe.insufficient or probe.interval_contains_slo
@@ -156,6 +156,6 @@ def test_a_probe_with_few_failures_is_undecided(total: int, lost: int) -> None:
 
 def test_a_probe_with_many_failures_is_above_the_limit() -> None:
     found = summary.summarize([run_of(np.full(500, 5.0), np.arange(500) < 5)])
-    judged = probes.judge(found, 80, 20.0, None, budget=BUDGET)
+    judged = probes.judge(found, 80, 20.0, budget=BUDGET)
     assert (judged.meets_slo, judged.limited_by) == (False, "errors")
     assert probes.make("sweep", 100, 1, found, judged).above_limit

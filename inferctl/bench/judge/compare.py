@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import geometric_mean
 
 from inferctl.bench.judge import comparable, quality_drop, run_metrics, verdict
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import (
     CompareResult,
-    DifferenceResult,
     MetricResult,
     PairOutcome,
     PairResult,
+    PointsResult,
     SampleResult,
     facts,
 )
-from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
+from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues
 from inferctl.core.errors import UsageError
 from inferctl.receipts.noise import of_receipt
 
@@ -119,8 +120,7 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
         return _judge_single(metric, max(values.old), max(values.new), tolerance)
     if not run_metrics.is_sample(pair, metric):
         return _too_few(metric, values, tolerance, required=metric.name in options.metrics or metric.required)
-    decide = verdict.paired if pair.interleaved else verdict.unpaired
-    effect = decide(values.old, values.new)
+    effect = verdict.effect_on_logs(values.old, values.new, pair.interleaved)
     old = geometric_mean(values.old)
     found = verdict.decide(effect, old, metric.higher_is_worse, tolerance, verdict.ERROR_RATE / family)
     return MetricResult(
@@ -139,7 +139,7 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
             new_runs=[round(value, 4) for value in values.new],
             change=round(found.change, 5),
             interval=(round(found.low, 5), round(found.high, 5)),
-            worst_case=round(found.worst_case, 5),
+            worse_at_most=round(found.worst_case, 5),
             spread=round(effect.spread, 5),
         ),
     )
@@ -215,12 +215,10 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
             )
         ]
     found = verdict.decide_difference(values.old, values.new, pair.interleaved, floor, verdict.ERROR_RATE / family)
-    difference = DifferenceResult(
+    points = PointsResult(
         round(found.change, 4), (round(found.low, 4), round(found.high, 4)), round(found.worst_case, 4)
     )
-    return [
-        MetricResult(REJECTED, "%", found.outcome, found.reason, old, new, found.repeats_needed, sample, difference)
-    ]
+    return [MetricResult(REJECTED, "%", found.outcome, found.reason, old, new, found.repeats_needed, sample, points)]
 
 
 def _judges_rejected(pair: ReceiptPair, options: CompareOptions) -> bool:

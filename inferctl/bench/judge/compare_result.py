@@ -12,7 +12,7 @@ from typing import Any, Literal
 from inferctl.bench.judge import verdict
 from inferctl.bench.judge.verdict import Outcome
 from inferctl.core.errors import InferctlError, InvalidRunError, NotEnoughEvidenceError
-from inferctl.receipts.receipt import Receipt
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 SCHEMA = "inferctl.compare/1"
 PairOutcome = Outcome | Literal["invalid"]
@@ -29,7 +29,10 @@ _SEVERITY: tuple[tuple[PairOutcome, int], ...] = (
 
 @dataclass(frozen=True)
 class SampleResult:
-    """A metric that is judged over runs. Shares and intervals are None where there are too few runs to judge."""
+    """A metric that is judged over runs. Shares and intervals are None where there are too few runs to judge.
+
+    The fields of this class and of the next two are keys of the JSON document.
+    """
 
     higher_is_worse: bool
     threshold: float
@@ -38,17 +41,17 @@ class SampleResult:
     new_runs: Sequence[float]
     change: float | None = None
     interval: tuple[float, float] | None = None
-    worst_case: float | None = None
+    worse_at_most: float | None = None
     spread: float | None = None
 
 
 @dataclass(frozen=True)
-class DifferenceResult:
+class PointsResult:
     """The difference of a metric that is judged in percentage points, with its interval and upper bound."""
 
-    change: float
-    interval: tuple[float, float]
-    worst_case: float
+    difference: float
+    difference_interval: tuple[float, float]
+    difference_at_most: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class MetricResult:
     new: float | None = None
     repeats_needed: int | None = None
     sample: SampleResult | None = None
-    difference: DifferenceResult | None = None
+    points: PointsResult | None = None
     limits: QualityTolerance | None = None
     # The length of a run that has enough responses for the metric.
     seconds_needed: int | None = None
@@ -88,59 +91,24 @@ class MetricResult:
         return self.sample.interval if self.sample else None
 
     def as_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"name": self.name, "unit": self.unit}
-        if sample := self.sample:
-            found |= {
-                "higher_is_worse": sample.higher_is_worse,
-                "threshold": sample.threshold,
-                "floor": sample.floor,
-                "old": self.old,
-                "new": self.new,
-                "old_runs": list(sample.old_runs),
-                "new_runs": list(sample.new_runs),
-                "change": sample.change,
-                "interval": sample.interval and list(sample.interval),
-                "worse_at_most": sample.worst_case,
-                "spread": sample.spread,
-            }
-        elif self.limits:
-            found |= {"old": self.old, "new": self.new, **asdict(self.limits)}
-        else:
-            found |= {"repeats_needed": None, "old": None, "new": None}
-        if difference := self.difference:
-            found |= {
-                "difference": difference.change,
-                "difference_interval": list(difference.interval),
-                "difference_at_most": difference.worst_case,
-            }
-        return found | {"outcome": self.outcome, "reason": self.reason, "repeats_needed": self.repeats_needed}
-
-
-@dataclass(frozen=True)
-class ReceiptFacts:
-    """What the result says about a receipt. The names are keys of the JSON document."""
-
-    path: str
-    seal: str
-    created: str
-    configuration: str
-    precision: str | None
-    hardware: str | None
-    image: str | None
-    model_sha256: str | None
-    repeats: int
+        keys = ("name", "unit", "old", "new", "outcome", "reason", "repeats_needed")
+        found = {key: getattr(self, key) for key in keys}
+        for part in (self.sample, self.limits, self.points):
+            found |= asdict(part) if part else {}
+        return found
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics.
+    """The result of one pair of receipts, of which `old` and `new` have the `facts`.
 
-    `allow`: the values of `--allow` with which it can be compared.
+    `reasons` say why they cannot be compared; then there are no metrics. `allow`: the values of `--allow` with which
+    they can be compared.
     """
 
     name: str
-    old: ReceiptFacts
-    new: ReceiptFacts | None
+    old: JsonObject
+    new: JsonObject | None
     outcome: PairOutcome
     reasons: Sequence[str] = ()
     interleaved: bool | None = None
@@ -149,16 +117,8 @@ class PairResult:
     allow: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "old": asdict(self.old),
-            "new": asdict(self.new) if self.new else None,
-            "outcome": self.outcome,
-            "reasons": list(self.reasons),
-            "interleaved": self.interleaved,
-            "notes": list(self.notes),
-            "metrics": [metric.as_dict() for metric in self.metrics],
-        }
+        found = {key: value for key, value in vars(self).items() if key != "allow"}
+        return found | {"metrics": [metric.as_dict() for metric in self.metrics]}
 
 
 @dataclass(frozen=True)
@@ -207,19 +167,19 @@ class CompareResult:
         }
 
 
-def facts(sealed: Receipt) -> ReceiptFacts:
+def facts(sealed: Receipt) -> JsonObject:
     """Return what the result says about a receipt."""
-    return ReceiptFacts(
-        path=str(sealed.path),
-        seal=sealed.seal,
-        created=sealed.data["created"],
-        configuration=sealed.name,
-        precision=sealed.precision,
-        hardware=sealed.data["hardware"].get("name"),
-        image=(sealed.data.get("image") or {}).get("digest"),
-        model_sha256=sealed.weights_sha256,
-        repeats=len(sealed.runs),
-    )
+    return {
+        "path": str(sealed.path),
+        "seal": sealed.seal,
+        "created": sealed.data["created"],
+        "configuration": sealed.name,
+        "precision": sealed.precision,
+        "hardware": sealed.data["hardware"].get("name"),
+        "image": (sealed.data.get("image") or {}).get("digest"),
+        "model_sha256": sealed.weights_sha256,
+        "repeats": len(sealed.runs),
+    }
 
 
 def problem(result: CompareResult) -> InferctlError | None:

@@ -7,35 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from inferctl.facts import catalog
 from inferctl.receipts.receipt import JsonObject
-
-
-@dataclass(frozen=True)
-class InstanceCost:
-    """The on-demand price of an instance with this hardware, with its source and date."""
-
-    provider: str
-    instance: str
-    usd_per_hour: float
-    source: str
-    date: str
-    usd_per_million_texts: float
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """The costs of one configuration under its load. The names are keys of the receipt."""
-
-    watts: float | None = None
-    watts_from: Sequence[str] = field(default_factory=list)
-    joules_per_1000_requests: float | None = None
-    joules_per_million_texts: float | None = None
-    cpu_seconds_per_1000_requests: float | None = None
-    cost: Sequence[InstanceCost] = field(default_factory=list)
-    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +28,8 @@ def efficiency(
     telemetry: Sequence[JsonObject],
     runs: Sequence[tuple[JsonObject, Mapping[str, float]]],
     hardware: str | None,
-) -> Efficiency:
-    """Return the costs of one configuration under its load.
+) -> dict[str, Any]:
+    """Return the costs of one configuration under its load: the key `efficiency` of a receipt.
 
     `summary` pools its runs, `telemetry` has one document per run, `runs` the summary and the resources of each run.
     `hardware` is a catalog key.
@@ -61,20 +37,21 @@ def efficiency(
     Energy is the average power over the runs divided by the throughput, so it contains idle power.
     """
     requests, texts = summary["requests_per_s"], summary["texts_per_s"]
-    if not requests:
-        reason = "no request was completed"
-        return Efficiency(unknown={"joules": reason, "cost": reason})
-    used, (cost, no_price) = power(telemetry), _prices(hardware, texts)
+    if requests:
+        used, (cost, no_price) = power(telemetry), _prices(hardware, texts)
+    else:
+        no_price = "no request was completed"
+        used, cost = Power(None, unknown=no_price), []
     reasons = {"joules": used.unknown, "cost": no_price}
-    return Efficiency(
-        watts=used.watts,
-        watts_from=list(used.sources),
-        joules_per_1000_requests=None if used.watts is None else _rounded(1000 * used.watts / requests),
-        joules_per_million_texts=None if used.watts is None else _rounded(1e6 * used.watts / texts),
-        cpu_seconds_per_1000_requests=_cpu_seconds(runs),
-        cost=cost,
-        unknown={name: reason for name, reason in reasons.items() if reason},
-    )
+    return {
+        "watts": used.watts,
+        "watts_from": list(used.sources),
+        "joules_per_1000_requests": None if used.watts is None else _rounded(1000 * used.watts / requests),
+        "joules_per_million_texts": None if used.watts is None else _rounded(1e6 * used.watts / texts),
+        "cpu_seconds_per_1000_requests": _cpu_seconds(runs) if requests else None,
+        "cost": cost,
+        "unknown": {name: reason for name, reason in reasons.items() if reason},
+    }
 
 
 def _cpu_seconds(runs: Sequence[tuple[JsonObject, Mapping[str, float]]]) -> float | None:
@@ -116,22 +93,22 @@ def _power_of_run(telemetry: JsonObject) -> Power:
     return Power(None, unknown=absent.get("gpu") or "no energy counter was read")
 
 
-def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[InstanceCost], str | None]:
-    """Return the prices of the catalog for one device, the lowest first, or the reason why there are none."""
+def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[JsonObject], str | None]:
+    """Return the on-demand prices of the catalog for one device, the lowest first, or the reason why there are none."""
     profile = catalog.hardware_profiles().get(hardware or "")
     if profile is None:
         return [], "this hardware is not in the catalog"
     if not profile.prices:
         return [], f"the catalog has no price for {profile.key}"
     return [
-        InstanceCost(
-            price.provider,
-            price.instance,
-            price.usd_per_hour,
-            price.source,
-            price.date.isoformat(),
-            _rounded(1e6 * price.usd_per_hour / 3600 / texts_per_s),
-        )
+        {
+            "provider": price.provider,
+            "instance": price.instance,
+            "usd_per_hour": price.usd_per_hour,
+            "source": price.source,
+            "date": price.date.isoformat(),
+            "usd_per_million_texts": _rounded(1e6 * price.usd_per_hour / 3600 / texts_per_s),
+        }
         for price in sorted(profile.prices, key=lambda price: price.usd_per_hour)
     ], None
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from inferctl.bench import stats
 from inferctl.bench.judge import search_outcome
 from inferctl.bench.judge.probe import SATURATED, Probe
-from inferctl.bench.judge.search_outcome import SearchOutcome
 from inferctl.bench.plan.sections import Search
 
 SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
@@ -51,11 +51,11 @@ class Budget:
 
 def find(
     settings: Search, slo_p99_ms: float, ceiling_rps: float | None, measure: Measure, budget: Budget | None = None
-) -> SearchOutcome:
-    """Probe rates with `measure(rate, stage, earlier probes of the rate to pool)` and return the outcome.
+) -> dict[str, Any]:
+    """Probe rates with `measure(rate, stage, earlier probes of the rate to pool)`; return `search` of a receipt.
 
     `ceiling_rps` is the throughput of a closed loop that saturates the server; None starts at `settings.start_rate`. If
-    the `budget` is used up, the outcome is what is known by then.
+    the `budget` is used up, the result is what is known by then.
     """
     search = _RateSearch(settings, slo_p99_ms, measure, budget)
     search.sweep(ceiling_rps)

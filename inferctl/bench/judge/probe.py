@@ -35,8 +35,7 @@ class Probe:
     """The figures of one rate, pooled over `runs` measurements. Rates are in requests/s, times in ms.
 
     Percentiles are None if there are not enough samples. `variance_inflation` is that of the p99 interval. `meets_slo`,
-    `limited_by`, `reason` and `interval_contains_slo` are the `RateVerdict`. `ended_early`: the backlog grew with
-    certainty, so the rest was not measured, and the latencies are lower bounds.
+    `limited_by`, `reason` and `interval_contains_slo` are the `RateVerdict`.
     """
 
     stage: str
@@ -57,7 +56,6 @@ class Probe:
     meets_slo: bool | None
     limited_by: str | None
     reason: str
-    ended_early: bool = False
     runs: int = 1
     variance_inflation: float | None = None
     records: Sequence[str] = field(default_factory=list)
@@ -81,18 +79,12 @@ class Probe:
         return {_JSON_KEYS.get(name, name): value for name, value in fields.items() if name != _NOT_IN_JSON}
 
 
-def judge(
-    summary: JsonObject,
-    slo_p99_ms: float,
-    client_cpu_percent: float | None,
-    growing_backlog: str | None,
-    budget: float,
-) -> RateVerdict:
+def judge(summary: JsonObject, slo_p99_ms: float, client_cpu_percent: float | None, budget: float) -> RateVerdict:
     """Return whether the server meets the SLO at the rate that `summary` describes: the bounds of generation, if there
     are any, else the limit of the p99.
 
-    `growing_backlog` says how the backlog grew, if this ended the probe. `budget` is the share of requests that may
-    fail. If more fail, but not enough to show that the true share is over the budget, there are not enough samples.
+    `budget` is the share of requests that may fail. If more fail, but not enough to show that the true share is over
+    the budget, there are not enough samples.
     """
     errors = {name: count for name, count in summary["errors"].items() if name != "dropped"}
     offered, answered = summary["offered"] or 0, summary["answered"] or 0
@@ -102,8 +94,6 @@ def judge(
     if shares.exceeds(failed, summary["requests"], budget):
         kinds = ", ".join(f"{name}: {count}" for name, count in errors.items())
         return RateVerdict(False, "errors", f"{failed} of {summary['requests']} requests failed ({kinds})")
-    if growing_backlog:
-        return RateVerdict(False, "fell behind", growing_backlog)
     # Failed requests are judged above, by the error budget.
     expected = offered - failed
     if answered < ACHIEVED_LIMIT * expected:
@@ -129,7 +119,6 @@ def make(
     verdict: RateVerdict,
     *,
     client_cpu_percent: float | None = None,
-    ended_early: bool = False,
     runs: int = 1,
     records: Sequence[str] = (),
 ) -> Probe:
@@ -155,12 +144,8 @@ def make(
         errors=summary["errors"],
         late=summary["late"],
         client_cpu_percent=client_cpu_percent,
-        meets_slo=verdict.meets_slo,
-        limited_by=verdict.limited_by,
-        reason=verdict.reason,
-        ended_early=ended_early,
         runs=runs,
         variance_inflation=p99["dependence"],
         records=list(records),
-        interval_contains_slo=verdict.interval_contains_slo,
+        **asdict(verdict),
     )

@@ -145,10 +145,6 @@ def is_single_value(pair: ReceiptPair, metric: Metric) -> bool:
     return metric.one_per_server and any(side.url for side in (pair.old, pair.new) if side)
 
 
-def geometric_mean(numbers: Sequence[float]) -> float:
-    return math.exp(math.fsum(math.log(number) for number in numbers) / len(numbers))
-
-
 def _runs(pair: ReceiptPair) -> tuple[list[JsonObject], list[JsonObject]]:
     """Return the runs of both receipts in the order of their repeats."""
     old, new = _by_repeat(pair.old), _by_repeat(pair.new)

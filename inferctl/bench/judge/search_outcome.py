@@ -3,71 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from inferctl.bench.judge.probe import Probe
 
-SearchVerdict = Literal["found", "at least", "none holds", "not confirmed", "n too small"]
 Band = tuple[float, float | None]
-
-
-@dataclass(frozen=True)
-class BudgetUse:
-    """The time that a search was allowed to take, and the time that it took."""
-
-    seconds: float
-    spent_s: float
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """The result of a search. `best` is the probe that confirmed the highest rate within the SLO, if one did.
-
-    `first_failing` is the lowest failing probe above it, which failed `first_failing_times` times. `band` has the rates
-    between which the highest rate within the SLO lies. `expired` is whether the budget ended the search.
-    """
-
-    slo_p99_ms: float
-    resolution: float
-    ceiling_rps: float | None
-    verdict: SearchVerdict
-    best: Probe | None
-    first_failing: Probe | None
-    first_failing_times: int | None
-    band: Band | None
-    expired: bool
-    failed_below: Sequence[float]
-    probes: Sequence[Probe]
-    budget: BudgetUse | None = None
-
-    @property
-    def max_goodput_rps(self) -> float | None:
-        """Return the highest rate that was confirmed to meet the SLO."""
-        return self.best.rate if self.best else None
-
-    @property
-    def reason(self) -> str:
-        """Return why the first failing rate failed."""
-        return self.first_failing.reason if self.first_failing else ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the `search` key of a receipt."""
-        return {
-            "slo_p99_ms": self.slo_p99_ms,
-            "resolution": self.resolution,
-            "ceiling_rps": self.ceiling_rps,
-            "verdict": self.verdict,
-            "max_goodput_rps": self.max_goodput_rps,
-            "first_failing_rps": self.first_failing.rate if self.first_failing else None,
-            "first_failing_times": self.first_failing_times,
-            "limited_by": self.first_failing.limited_by if self.first_failing else None,
-            "reason": self.reason,
-            "band_rps": self.band and list(self.band),
-            "expired": self.expired,
-            "failed_below": list(self.failed_below),
-            "probes": [probe.as_dict() for probe in self.probes],
-        } | ({"budget": asdict(self.budget)} if self.budget else {})
 
 
 def summarize(
@@ -79,35 +19,38 @@ def summarize(
     ceiling_rps: float | None,
     expired: bool,
     low: float | None,
-) -> SearchOutcome:
-    """Return the outcome of a search from its `probes` in the order in which they ran.
+) -> dict[str, Any]:
+    """Return the `search` key of a receipt from the `probes` in the order in which they ran.
 
-    `best` is the confirmed probe, `low` the highest rate that met the SLO at least once.
+    `best` is the probe that confirmed the highest rate within the SLO, if one did; `low` is the highest rate that met
+    the SLO at least once. `expired` is whether the budget ended the search. The first failing probe is the lowest one
+    above `best`; `band_rps` has the rates between which the highest rate within the SLO lies.
     """
     latest = {probe.rate: probe for probe in probes}
     ascending = [latest[rate] for rate in sorted(latest)]
     failing = [probe for probe in ascending if probe.meets_slo is False and (not best or probe.rate > best.rate)]
     first = failing[0] if failing else None
-    return SearchOutcome(
-        slo_p99_ms=slo_p99_ms,
-        resolution=resolution,
-        ceiling_rps=ceiling_rps and round(ceiling_rps, 3),
-        verdict=_verdict(probes, ascending, failing, best, expired),
-        best=best,
-        first_failing=first,
-        first_failing_times=sum(p.rate == first.rate and p.meets_slo is False for p in probes) if first else None,
-        band=band(probes, best) if best or not expired else _band_without_confirmation(probes, low),
-        expired=expired,
-        failed_below=[
-            probe.rate for probe in ascending if best and probe.meets_slo is False and probe.rate < best.rate
-        ],
-        probes=probes,
-    )
+    ends = band(probes, best) if best or not expired else _band_without_confirmation(probes, low)
+    return {
+        "slo_p99_ms": slo_p99_ms,
+        "resolution": resolution,
+        "ceiling_rps": ceiling_rps and round(ceiling_rps, 3),
+        "verdict": _verdict(probes, ascending, failing, best, expired),
+        "max_goodput_rps": best.rate if best else None,
+        "first_failing_rps": first.rate if first else None,
+        "first_failing_times": sum(p.rate == first.rate and p.meets_slo is False for p in probes) if first else None,
+        "limited_by": first.limited_by if first else None,
+        "reason": first.reason if first else "",
+        "band_rps": ends and list(ends),
+        "expired": expired,
+        "failed_below": [p.rate for p in ascending if best and p.meets_slo is False and p.rate < best.rate],
+        "probes": [probe.as_dict() for probe in probes],
+    }
 
 
 def _verdict(
     probes: Sequence[Probe], ascending: Sequence[Probe], failing: Sequence[Probe], best: Probe | None, expired: bool
-) -> SearchVerdict:
+) -> str:
     if best:
         return "found" if failing and failing[0].limited_by != "generator" else "at least"
     # With more time, lower rates would have been probed, unless the lowest one is shown to be too high.

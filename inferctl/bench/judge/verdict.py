@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from inferctl.bench import student_t
 
@@ -41,7 +41,7 @@ class Effect:
     """The change from old to new on the log scale: `estimate` of log(new/old) with its standard `error`.
 
     `degrees` are the degrees of freedom. `spread` is the standard deviation of one repeat, so that
-    error = spread / sqrt(repeats). `paired` is whether each repeat of old was compared with the same repeat of new.
+    error = spread / sqrt(repeats).
     """
 
     estimate: float
@@ -49,7 +49,6 @@ class Effect:
     degrees: int
     spread: float
     repeats: int
-    paired: bool
 
 
 @dataclass(frozen=True)
@@ -71,37 +70,24 @@ class Verdict:
     reason: str
 
 
-class _Decision(NamedTuple):
-    """An outcome, with the half-width of the joint interval and the bound of the regression on the effect's scale."""
+def effect_on_logs(old: Sequence[float], new: Sequence[float], interleaved: bool) -> Effect:
+    """Return the effect on the logarithms of values above 0.
 
-    outcome: Outcome
-    half_width: float
-    bound: float
-    repeats_needed: int | None = None
-    reason: str = ""
-
-
-def paired(old: Sequence[float], new: Sequence[float]) -> Effect:
-    """Return the effect over interleaved repeats: Student's t of the log ratio of each repeat.
-
-    Needs at least two pairs, and values above 0.
+    Over interleaved repeats it is Student's t of the log ratio of each repeat; it needs at least two pairs. Over runs
+    that were measured at different times it is Welch's t; the degrees of freedom follow Satterthwaite, rounded down.
     """
-    return _paired_differences([math.log(value) for value in old], [math.log(value) for value in new])
+    return _effect([math.log(value) for value in old], [math.log(value) for value in new], interleaved)
 
 
-def unpaired(old: Sequence[float], new: Sequence[float]) -> Effect:
-    """Return the effect over runs that were measured at different times: Welch's t of the logarithms.
-
-    The degrees of freedom follow Satterthwaite, rounded down.
-    """
-    return _welch([math.log(value) for value in old], [math.log(value) for value in new])
+def _effect(old: Sequence[float], new: Sequence[float], interleaved: bool) -> Effect:
+    return _paired_differences(old, new) if interleaved else _welch(old, new)
 
 
 def _paired_differences(old: Sequence[float], new: Sequence[float]) -> Effect:
     differences = [after - before for before, after in zip(old, new, strict=True)]
     n = len(differences)
     spread = math.sqrt(_variance(differences))
-    return Effect(math.fsum(differences) / n, spread / math.sqrt(n), n - 1, spread, n, True)
+    return Effect(math.fsum(differences) / n, spread / math.sqrt(n), n - 1, spread, n)
 
 
 def _welch(old: Sequence[float], new: Sequence[float]) -> Effect:
@@ -113,7 +99,7 @@ def _welch(old: Sequence[float], new: Sequence[float]) -> Effect:
         squares = (variance**2 / (len(side) - 1) for variance, side in zip(variances, (old, new), strict=True))
         degrees = math.floor(total**2 / math.fsum(squares) + 1e-9)
     estimate = math.fsum(new) / len(new) - math.fsum(old) / len(old)
-    return Effect(estimate, math.sqrt(total), max(1, degrees), math.sqrt(total * fewest), fewest, False)
+    return Effect(estimate, math.sqrt(total), max(1, degrees), math.sqrt(total * fewest), fewest)
 
 
 def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: Tolerance, error_rate: float) -> Verdict:
@@ -126,15 +112,13 @@ def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: To
     """
     sign = 1.0 if higher_is_worse else -1.0
     margin = _margin(baseline, higher_is_worse, tolerance)
-    decision = _decide(effect, sign * effect.estimate, margin, error_rate)
-    return Verdict(
-        decision.outcome,
-        change=math.expm1(effect.estimate),
-        low=math.expm1(effect.estimate - decision.half_width),
-        high=math.expm1(effect.estimate + decision.half_width),
-        worst_case=math.expm1(decision.bound) if higher_is_worse else -math.expm1(-decision.bound),
-        repeats_needed=decision.repeats_needed,
-        reason=decision.reason,
+    found = _decide(effect, sign * effect.estimate, margin, error_rate)
+    return replace(
+        found,
+        change=math.expm1(found.change),
+        low=math.expm1(found.low),
+        high=math.expm1(found.high),
+        worst_case=sign * math.expm1(sign * found.worst_case),
     )
 
 
@@ -146,24 +130,27 @@ def decide_difference(
     `change`, `low`, `high` and `worst_case` are differences in the unit of the figure, as is `margin`. Otherwise the
     rules are those of `decide`.
     """
-    effect = _paired_differences(old, new) if interleaved else _welch(old, new)
-    change = effect.estimate
-    outcome, half_width, bound, needed, reason = _decide(effect, change, margin, error_rate)
-    return Verdict(outcome, change, change - half_width, change + half_width, bound, needed, reason)
+    effect = _effect(old, new, interleaved)
+    return _decide(effect, effect.estimate, margin, error_rate)
 
 
-def _decide(effect: Effect, worse: float, margin: float, error_rate: float) -> _Decision:
-    """Return the decision on a change for the worse by `worse`, of which `margin` is tolerated."""
+def _decide(effect: Effect, worse: float, margin: float, error_rate: float) -> Verdict:
+    """Return the verdict on a change for the worse by `worse`, of which `margin` is tolerated; all on one scale."""
     half_width = effect.error * student_t.quantile(1 - error_rate / 2, effect.degrees)
     bound = worse + effect.error * student_t.quantile(CONFIDENCE, effect.degrees)
+    outcome: Outcome = "not enough evidence"
+    needed, reason = None, ""
     if worse - half_width > 0 and worse > margin:
-        return _Decision("regression", half_width, bound)
-    if worse + half_width < 0 and -worse > margin:
-        return _Decision("improvement", half_width, bound)
-    if bound <= margin:
-        return _Decision("no regression", half_width, bound)
-    needed = repeats_needed(worse, margin, effect.spread, error_rate, effect.repeats)
-    return _Decision("not enough evidence", half_width, bound, needed, _why_inconclusive(worse, half_width, margin))
+        outcome = "regression"
+    elif worse + half_width < 0 and -worse > margin:
+        outcome = "improvement"
+    elif bound <= margin:
+        outcome = "no regression"
+    else:
+        needed = repeats_needed(worse, margin, effect.spread, error_rate, effect.repeats)
+        reason = _why_inconclusive(worse, half_width, margin)
+    low, high = effect.estimate - half_width, effect.estimate + half_width
+    return Verdict(outcome, effect.estimate, low, high, bound, needed, reason)
 
 
 def repeats_needed(worse: float, margin: float, spread: float, error_rate: float, done: int) -> int | None:

@@ -30,7 +30,7 @@ class Coordinator:
     """
 
     def __init__(self, environment: Any, load: Mapping[str, Any]) -> None:
-        self._environment, self.runner, self.stats = environment, environment.runner, environment.stats
+        self._environment, self.runner = environment, environment.runner
         self.load = load
         self.folder = Path(load["output"])
         self.workers = int(load["workers"])
@@ -72,7 +72,6 @@ class Coordinator:
             self._send(node, "begin", start_ns=started, first_user=user, users=users)
             user += users
         self._warm_up(started)
-        self.stats.reset_all()
         cpu, start = time.process_time_ns(), time.monotonic_ns() + (LEAD_NS if self.workers > 1 else 1_000_000)
         end = start + int(self.load["duration_s"] * 1e9)
         for node in self._ready:
@@ -87,10 +86,7 @@ class Coordinator:
             timeout_s,
             lambda: f"load workers {self._missing()} did not report the end of their run",
         )
-        total = self.stats.total
-        rounded = {f"p{q * 100:g}": total.get_response_time_percentile(q) for q in (0.5, 0.9, 0.95, 0.99)}
-        self.publish(**self._summary(own), locust_percentiles_ms=rounded if self.workers == 1 else None)
-        self.publish(phase="done", done_ns=time.monotonic_ns())
+        self.publish(**self._summary(own), phase="done")
 
     def _watch(self, end_ns: int) -> None:
         """Wait until `end_ns`.

@@ -9,7 +9,7 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,7 @@ class Generator:
     no records, and those that are still in flight at the end are given up.
     """
 
-    def __init__(
-        self,
-        load: Mapping[str, Any],
-        worker: int,
-        recorder: Recorder,
-        events: Recorder | None,
-        on_complete: Callable[[float, int, int], None],
-    ) -> None:
+    def __init__(self, load: Mapping[str, Any], worker: int, recorder: Recorder, events: Recorder | None) -> None:
         self.events = events
         workers = int(load["workers"])
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
@@ -103,7 +96,6 @@ class Generator:
         self.warmup_ms: list[float] = []
         self.late = self.dropped = self._draining = 0
         self.first_user, self.users = 0, 0
-        self._on_complete = on_complete
         self._alarm = Alarm(self._on_alarm)
         self._phase, self._start_ns, self._next_scheduled, self._last_due = WARMUP, 0, 0, 0
         self._measure_ns = self._stop_ns = 0
@@ -275,7 +267,6 @@ class Generator:
             request.name,
             *usage,
         )
-        self._on_complete((end - request.sent_ns) / 1e6, size, request.error)
         if request.phase == WARMUP and request.error == OK:
             self.warmup_ms.append((end - intended) / 1e6)
         self._continue(request, response)

@@ -57,7 +57,6 @@ from inferctl.bench.loadgen.recorder import (
     EVENT_FIELDS,
     EVENTS_MAGIC,
     FIELDS,
-    OK,
     STREAM_FIELDS,
     Recorder,
     exit_on_write_error,
@@ -72,7 +71,7 @@ class Worker:
     """Connect a generator to Locust: handle the messages of the coordinator and reply to them."""
 
     def __init__(self, environment: Any) -> None:
-        self.environment, self.runner = environment, environment.runner
+        self.runner = environment.runner
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
         for name in ("begin", "measure", "window"):
@@ -91,7 +90,7 @@ class Worker:
         if LOAD.get("events"):
             events = Recorder(folder / f"events-{index}.bin", header, EVENT_FIELDS, EVENTS_MAGIC)
         recorder = Recorder(folder / f"requests-{index}.bin", header, FIELDS + STREAM_FIELDS if events else FIELDS)
-        self.generator = Generator(LOAD, index, recorder, events, self._on_complete)
+        self.generator = Generator(LOAD, index, recorder, events)
         self.runner.send_message("inferctl-ready", {"worker": index, "users": self.runner.user_count})
 
     def _begin(self, msg: Any, **_: Any) -> None:
@@ -116,12 +115,6 @@ class Worker:
             recorder.close()
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
-
-    def _on_complete(self, latency_ms: float, size: int, error: int) -> None:
-        """Update Locust's own statistics, which are saved for comparison with the records."""
-        self.environment.stats.log_request("POST", "embeddings", latency_ms, size)
-        if error != OK:
-            self.environment.stats.log_error("POST", "embeddings", str(error))
 
 
 def end_with_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from inferctl.bench.judge import summary
 from inferctl.bench.load import child_server, load_run, process_usage, records
 from inferctl.bench.load.server_activity import ServerActivity
 from inferctl.bench.load.target import ServerConnection, connect, is_local, local_pid
-from inferctl.bench.measure.outcome import Measurement, WorkloadRecord, run_records
+from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.workload import Workload
@@ -61,11 +61,8 @@ class MeasuredServer:
 
         return replace(self, notify=lambda phase, *details: notify(label.format(phase=phase), *details))
 
-    def measure(self, work: Workload, run: Run, folder: Path, check: Callable[[], None] = lambda: None) -> Measurement:
-        """Send one load to the server; records and logs go into `folder`, which is created.
-
-        `check` is called twice per second and may raise to end the load.
-        """
+    def measure(self, work: Workload, run: Run, folder: Path) -> Measurement:
+        """Send one load to the server; records and logs go into `folder`, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
         load, serial = work.load, new_serial()
         description = load_run.prepare(load, work, self.connection, serial, folder)
@@ -79,25 +76,28 @@ class MeasuredServer:
             self.notify(live.phase, 0.0, live)
             activity.follow(live.phase, live.left_s)
 
-        def check_running() -> None:
-            if self.child:
-                self.child.check()
-            check()
-
         with process_usage.Sampler({"server": pid} if pid else {}) as sampler:
             try:
-                measured = load_run.run(load, description, follow, check_running, connection.access.headers)
+                check = self.child.check if self.child else lambda: None
+                measured = load_run.run(load, description, follow, check, connection.access.headers)
             finally:
                 load_run.delete_inputs(folder)
         if connection.access.headers and (measured.rows["status"] == records.REJECTED).any():
             connection.check_limit()
         window = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
-        offered = len(work.schedule_ns) if load.mode == "open" else None
         used = sampler.between(*window) | activity.between(*window)
         return Measurement(
             run=run,
             started=0.0,
-            records=run_records(load, measured.rows, *window, offered, measured.events),
+            records=summary.RunRecords(
+                measured.rows,
+                *window,
+                load.inputs_per_request,
+                offered=len(work.schedule_ns) if load.mode == "open" else None,
+                events=measured.events,
+                bounds=load.generation.bounds if load.generation else {},
+                inputs_by_name=[load.of_name(name).inputs_per_request for name in load.names or ()],
+            ),
             state=measured.state,
             resources=self._resources(used, measured.state, pid),
             folder=folder,

@@ -10,7 +10,6 @@ from typing import Any
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.load import records
 from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.quality import QualityResult, unchecked
@@ -50,15 +49,6 @@ class WorkloadRecord:
     seed: int | None = None
     inputs: str | None = None
     approximate: str | None = None
-
-
-def run_records(
-    load: Load, rows: records.Rows, start_ns: int, end_ns: int, offered: int | None, events: records.Rows | None
-) -> summary.RunRecords:
-    """Return the records of a load, with what their summary needs of it."""
-    bounds = load.generation.bounds if load.generation else {}
-    by_name = [load.of_name(name).inputs_per_request for name in load.names or ()]
-    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds, by_name)
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,10 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
             [first, text] if server.connection.task in ("rerank", "generate") else [first], 30
         )
 
-    def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
+    def measure_load(work: workload.Workload, place: Path) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.
         label = place.name.partition("-")[2].replace("-", " ")
-        return server.labeled(f"{label}, {{phase}}").measure(work, run, place, check)
+        return server.labeled(f"{label}, {{phase}}").measure(work, run, place)
 
     idle_s = min(search.wait_until_idle(request, 0, None) for _ in range(5))
     return search.Searcher(

@@ -9,18 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from inferctl.bench import stats
 from inferctl.bench.judge import goodput, summary
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
-from inferctl.bench.judge.search_outcome import BudgetUse
-from inferctl.bench.judge.validity import ACHIEVED_LIMIT
-from inferctl.bench.load import load_run, records
-from inferctl.bench.measure.outcome import Measurement, run_records
+from inferctl.bench.load import records
+from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.sections import Search
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
@@ -29,10 +24,7 @@ from inferctl.core.errors import InferctlError
 BURST_S, BURST_USERS, GENERATION_BURST_S = 4.0, 32, 15.0
 # More samples than the interval of a p99 needs: the last responses of a probe may come late.
 ENOUGH_SAMPLES = round(1.15 * stats.needed(0.99))
-WINDOW_S, MIN_PROBE_S = 0.5, 4.0
-# Queue lengths of consecutive windows are correlated, so intervals are this much wider. With it, of 100 simulated
-# queues at 85, 90 and 95% load, 0, 2 and 4 counted as saturated within 8 s, and 99 at 115% load.
-AUTOCORRELATION_FACTOR = 2.0
+MIN_PROBE_S = 4.0
 IDLE_TIMEOUT_S = 30.0
 # Seconds to start the load generator, in addition to the warm-up. A probe takes PROBE_OVERRUN x `probe_s` on average:
 # it needs more responses, or is measured again.
@@ -42,11 +34,7 @@ MEASUREMENTS, GAP = 22, 0.25
 # The same for a search with a short budget.
 SHORT_MEASUREMENTS, SHORT_GAP = len(goodput.SHORT_SWEEP) + goodput.RESERVE, 0.5
 
-MeasureLoad = Callable[[workload.Workload, Path, Callable[[], None]], Measurement]
-
-
-class ServerSaturated(Exception):  # noqa: N818 - not an error: the probe has its result early
-    """The backlog of a probe grows; the message says how."""
+MeasureLoad = Callable[[workload.Workload, Path], Measurement]
 
 
 @dataclass(frozen=True)
@@ -110,8 +98,8 @@ class Searcher:
     def run(self) -> Measurement:
         """Search, and return the measurement at the best rate, with the result as its `search`.
 
-        If no rate meets the SLO, the measurement is the one at the lowest rate that ran to its end. Raises
-        `InferctlError` if no probe ran to its end.
+        If no rate meets the SLO, the measurement is the one at the lowest rate with a response. Raises `InferctlError`
+        if no probe has one.
         """
         start, budget = time.monotonic(), None
         if self.seconds is not None:
@@ -121,16 +109,16 @@ class Searcher:
         ceiling = None if self.settings.start_rate else self._ceiling()
         found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure, budget)
         if self.seconds is not None:
-            found = replace(found, budget=BudgetUse(self.seconds, round(time.monotonic() - start, 1)))
-        complete = [(probe, measurement) for probe, measurement in self._measured if not probe.ended_early and probe.n]
-        if not complete:
+            found["budget"] = {"seconds": self.seconds, "spent_s": round(time.monotonic() - start, 1)}
+        with_response = [(probe, measurement) for probe, measurement in self._measured if probe.n]
+        if not with_response:
             raise InferctlError(
-                f"no probe ran to its end: {found.reason}",
+                f"no probe has a response: {found['reason']}",
                 "set `search.start_rate` to a rate that the server can do",
             )
-        best = next((measurement for probe, measurement in complete if probe is found.best), None)
+        rate = found["max_goodput_rps"] or min(probe.rate for probe, _ in with_response)
         # The last measurement of a rate is pooled with the earlier ones.
-        chosen = best or min(reversed(complete), key=lambda pair: pair[0].rate)[1]
+        chosen = next(measurement for probe, measurement in reversed(with_response) if probe.rate == rate)
         bounds = self.load.generation and self.load.generation.bounds
         # Other load next to any probe can have decided the result.
         noise = {
@@ -140,7 +128,7 @@ class Searcher:
         return replace(
             chosen,
             resources={**chosen.resources, **noise},
-            search=found.as_dict() | ({"bounds_ms": bounds} if bounds else {}),
+            search=found | ({"bounds_ms": bounds} if bounds else {}),
         )
 
     def _remaining_s(self) -> float:
@@ -160,7 +148,7 @@ class Searcher:
         generates = self.load.generation is not None
         burst = self.load.as_single_stage(users=users, duration_s=GENERATION_BURST_S if generates else BURST_S)
         work = workload.draw(burst, self.corpus, self.seed, self.tokenizer)
-        found = self.measure_load(work, self._next_folder("ceiling"), lambda: None).summary
+        found = self.measure_load(work, self._next_folder("ceiling")).summary
         rate = found["requests_per_s"]
         if generates:
             # Whole responses are few in a short window.
@@ -186,15 +174,10 @@ class Searcher:
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
         load = self.load.as_single_stage(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.wait_until_idle(IDLE_TIMEOUT_S)
-        place, growth = self._next_folder(f"{stage}-{rate:g}"), None
-        work = workload.draw(load, self.corpus, seed, self.tokenizer)
-        try:
-            measurement = self.measure_load(work, place, Backlog(place, work, rate).check)
-        except ServerSaturated as reason:
-            growth = str(reason)
-            measurement = _partial_measurement(work, place)
+        place = self._next_folder(f"{stage}-{rate:g}")
+        measurement = self.measure_load(workload.draw(load, self.corpus, seed, self.tokenizer), place)
         before = [run for probe, run in self._measured if probe in earlier]
-        probe = self._judged(rate, stage, seed, [*before, measurement], growth)
+        probe = self._judged(rate, stage, seed, [*before, measurement])
         self._measured.append((probe, replace(measurement, pooled=before)))
         self.on_probe(probe)
         return probe
@@ -205,7 +188,7 @@ class Searcher:
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def _judged(self, rate: float, stage: str, seed: int, runs: Sequence[Measurement], growth: str | None) -> Probe:
+    def _judged(self, rate: float, stage: str, seed: int, runs: Sequence[Measurement]) -> Probe:
         found = summary.summarize([run.records for run in runs])
         # The server rejects a request because of the rate: its 429 is a kind of its own here.
         kinds = {**summary.failures(found), "429": found["rejected"], "dropped": found["dropped"]}
@@ -216,9 +199,8 @@ class Searcher:
             rate,
             seed,
             found,
-            probes.judge(found, self.slo_p99_ms, cpu, growth, self.budget),
+            probes.judge(found, self.slo_p99_ms, cpu, self.budget),
             client_cpu_percent=cpu,
-            ended_early=growth is not None,
             runs=len(runs),
             records=[
                 file.relative_to(self.folder.parent.parent).as_posix()
@@ -226,72 +208,6 @@ class Searcher:
                 for file in records.files(run.folder)
             ],
         )
-
-
-class Backlog:
-    """Reads the records of an open loop while it runs. `check` ends the loop if the server is saturated."""
-
-    def __init__(self, folder: Path, work: workload.Workload, rate: float) -> None:
-        self._folder, self._schedule, self._rate = folder, work.schedule_ns, rate
-        self._tails: dict[Path, records.Tail] = {}
-        self._ends: list[int] = []
-        self._latencies: list[float] = []
-
-    def check(self) -> None:
-        """Raise `ServerSaturated` if the backlog grows by more than 2% of the rate, and latency grows too.
-
-        Both must be certain: their 95% intervals are above these limits.
-        """
-        state = load_run.read_state(self._folder)
-        if state.get("phase") != "measure":
-            return
-        for file in records.files(self._folder):
-            new = self._tails.setdefault(file, records.Tail(file)).read_new()
-            if len(new):
-                measured = new[new["phase"] == records.MEASURED]
-                self._ends += measured["end_ns"].tolist()
-                self._latencies += records.latency_ms(measured).tolist()
-        passed = (time.monotonic_ns() - state["measure_start_ns"]) / 1e9
-        if passed >= MIN_PROBE_S and (reason := self.growth(state["measure_start_ns"], passed)):
-            raise ServerSaturated(reason)
-
-    def growth(self, start_ns: int, passed_s: float) -> str | None:
-        """Return how the backlog grew within `passed_s` seconds, in words; None if growth is not certain."""
-        ends = (np.array(self._ends, np.float64) - start_ns) / 1e9
-        latencies = np.array(self._latencies)
-        # The newest records may still be in the buffer of the load generator.
-        edges = np.arange(WINDOW_S, passed_s - WINDOW_S, WINDOW_S)
-        waiting = [
-            float(np.count_nonzero(self._schedule < edge * 1e9)) - float(np.count_nonzero(ends < edge))
-            for edge in edges
-        ]
-        windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
-        medians = [
-            (float(edge), float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)
-        ]
-        backlog = stats.slope([float(edge) for edge in edges], waiting)
-        latency = stats.slope([edge for edge, _ in medians], [value for _, value in medians])
-        if not backlog or not latency:
-            return None
-        (requests_per_s, backlog_half), (ms_per_s, latency_half) = backlog, latency
-        backlog_grows = requests_per_s - AUTOCORRELATION_FACTOR * backlog_half > (1 - ACHIEVED_LIMIT) * self._rate
-        if backlog_grows and ms_per_s - AUTOCORRELATION_FACTOR * latency_half > 0:
-            return (
-                f"stopped early: the backlog grew by {requests_per_s:.1f} requests per second "
-                f"and latency by {ms_per_s:.0f} ms per second"
-            )
-        return None
-
-
-def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
-    """Return the measurement of a probe that ended early. Its window ends with its last response."""
-    state = load_run.read_state(place)
-    rows = records.merge(place)
-    start = int(state["measure_start_ns"])
-    end = max(start + 1, int(rows["end_ns"].max()))
-    offered = int(np.count_nonzero(work.schedule_ns < end - start))
-    part = run_records(work.load, rows, start, end, offered, records.merge_events(place))
-    return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
 
 def wait_until_idle(request: Callable[[], object], timeout_s: float, idle_s: float | None) -> float:

@@ -97,7 +97,7 @@ def heading(pair: PairResult) -> str:
     """Return the configuration, the number of repeats, and whether the runs alternated."""
     if pair.new is None:
         return pair.name
-    old, new = pair.old.repeats, pair.new.repeats
+    old, new = pair.old["repeats"], pair.new["repeats"]
     repeats = f"{old} repeat{'' if old == 1 else 's'} each" if old == new else f"{old} and {new} repeats"
     order = ""
     if pair.interleaved is not None and max(old, new) >= verdict.MIN_RUNS:
@@ -169,8 +169,8 @@ def _label(metric: MetricResult) -> str:
 
 
 def _change_in_words(metric: MetricResult) -> str:
-    if metric.difference:
-        return f"{_label(metric)} {metric.difference.change:+.2f} percentage points"
+    if metric.points:
+        return f"{_label(metric)} {metric.points.difference:+.2f} percentage points"
     if metric.change is None:
         return f"{_label(metric)} {metric.reason}".rstrip()
     milliseconds = ""
@@ -185,22 +185,22 @@ def _verdict(metric: MetricResult) -> str:
 
 
 def _interval(metric: MetricResult) -> str:
-    if metric.difference:
-        return " to ".join(f"{end:+.2f}" for end in metric.difference.interval)
+    if metric.points:
+        return " to ".join(f"{end:+.2f}" for end in metric.points.difference_interval)
     return " to ".join(_percent(end) for end in metric.interval or ())
 
 
 def _worst_case(metric: MetricResult) -> str:
-    if metric.difference:
-        return f"≤{max(0.0, metric.difference.worst_case):.2f}"
-    if metric.sample is None or metric.sample.worst_case is None:
+    if metric.points:
+        return f"≤{max(0.0, metric.points.difference_at_most):.2f}"
+    if metric.sample is None or metric.sample.worse_at_most is None:
         return ""
-    return f"≤{100 * max(0.0, metric.sample.worst_case):.1f}%"
+    return f"≤{100 * max(0.0, metric.sample.worse_at_most):.1f}%"
 
 
 def _change(metric: MetricResult) -> str:
-    if metric.difference:
-        return f"{metric.difference.change:+.2f}"
+    if metric.points:
+        return f"{metric.points.difference:+.2f}"
     if metric.change is not None:
         return _percent(metric.change)
     # A change of quality is a difference, not a share.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.measure import concurrency
 from inferctl.bench.report import ranking, search_findings
-from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
+from inferctl.bench.report.rows import MEASURED, MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
 
 
@@ -95,18 +95,17 @@ def _closed_loops(rows: Sequence[MeasuredRow]) -> list[str]:
     if not loops:
         return []
     first = loops[0][1]
-    rates = ", ".join(f"{name} {loop.requests_per_s:.1f}{_throughput_interval(loop)}" for name, loop in loops)
+    rates = ", ".join(f"{name} {loop['requests_per_s']:.1f}{_throughput_interval(loop)}" for name, loop in loops)
     return [
-        f"Requests/s in a closed loop of {first.users} users: {rates}. The rate of the open loop is a share of the "
-        f"capacity that the first run measured: {first.reference_rps:.1f} requests/s."
+        f"Requests/s in a closed loop of {first['users']} users: {rates}. The rate of the open loop is a share of the "
+        f"capacity that the first run measured: {first['reference_rps']:.1f} requests/s."
     ]
 
 
-def _throughput_interval(loop: ClosedLoopFigures) -> str:
+def _throughput_interval(loop: JsonObject) -> str:
     """Return the 95% interval and the number of runs that it is from."""
-    runs = "1 run" if loop.runs == 1 else f"{loop.runs} runs"
-    found = loop.requests_per_s_interval
-    if not found:
+    runs = "1 run" if loop["runs"] == 1 else f"{loop['runs']} runs"
+    if not (found := loop["requests_per_s_interval"]):
         return f" ({runs}, no interval)"
     within = "" if found.get("over", "runs") == "runs" else "within "
     return f" ({found['low']:.1f} to {found['high']:.1f}, {within}{runs})"

@@ -34,10 +34,7 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     if searches:
         line, note = slo_line(searches[0][1]["slo_p99_ms"], unit)
         layout |= {"shapes": [*shapes, line], "annotations": [note]}
-    text = (
-        "Each probe of the search, with the 95% interval of its p99. Cross: the probe violated a constraint. Open "
-        "triangle: the probe stopped early, and its true p99 is higher."
-    )
+    text = "Each probe of the search, with the 95% interval of its p99. Cross: the probe violated a constraint."
     if shapes:
         text += " Vertical line: the highest rate within the SLO, confirmed by another probe."
     return Chart("Offered rate and p99", text, data, layout)
@@ -68,8 +65,6 @@ def _probes(name: str, probes: Sequence[JsonObject], color: str, unit: str) -> J
 
 
 def _symbol(probe: JsonObject) -> str:
-    if probe["ended_early"]:
-        return "triangle-up-open"
     return "circle" if probe["holds"] else "x" if probe["holds"] is False else "circle-open"
 
 

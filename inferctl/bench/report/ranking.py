@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import Literal
 
 from inferctl.bench import stats
@@ -60,8 +61,7 @@ class Criterion:
         Over the runs it is the geometric mean, which is also the center of the test.
         """
         if self.tested:
-            costs = self.costs_of_runs(row)
-            return math.exp(math.fsum(math.log(value) for value in costs) / len(costs))
+            return geometric_mean(self.costs_of_runs(row))
         if self.figure == "goodput":
             best = row.search and row.search["max_goodput_rps"]
             return 1 / best if best else math.inf
@@ -275,7 +275,11 @@ def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: flo
         return _compare_once(row, other, by)
     costs, other_costs = by.costs_of_runs(row), by.costs_of_runs(other)
     found = verdict.decide(
-        verdict.paired(costs, other_costs), by.cost(row), True, verdict.Tolerance(MIN_DIFFERENCE), error_rate
+        verdict.effect_on_logs(costs, other_costs, interleaved=True),
+        by.cost(row),
+        True,
+        verdict.Tolerance(MIN_DIFFERENCE),
+        error_rate,
     )
     return Comparison(
         other,

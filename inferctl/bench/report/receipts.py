@@ -57,13 +57,11 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "image": info.get("image"),
         "summary": judged.summary,
         "resources": _highest([run.resources for run in runs]),
-        "efficiency": dataclasses.asdict(
-            efficiency.efficiency(
-                judged.summary,
-                [run.telemetry.as_dict() for run in runs],
-                [(summary.summarize([run.records]), run.resources) for run in runs],
-                hardware["key"],
-            )
+        "efficiency": efficiency.efficiency(
+            judged.summary,
+            [run.telemetry.as_dict() for run in runs],
+            [(summary.summarize([run.records]), run.resources) for run in runs],
+            hardware["key"],
         ),
         "quality": privacy.without_folders(outcome.quality.as_dict()),
         "validity": privacy.without_folders(judged.validity.as_dict()),
@@ -95,7 +93,6 @@ def _run(bench: Bench, run: Measurement, validity: Validity) -> dict[str, Any]:
         "telemetry": run.telemetry.as_dict(),
         "validity": privacy.without_folders(validity.as_dict()),
         "warmup": {"settled": run.state.get("steady"), "windows": run.state.get("windows")},
-        "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
         "timeline": summary.timeline(run.records),
         "latency_over_time": summary.over_time(run.records),
         "records": [

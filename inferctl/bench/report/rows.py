@@ -73,17 +73,6 @@ class SloAtLoad:
 
 
 @dataclass(frozen=True)
-class ClosedLoopFigures:
-    """The closed loop before an open loop whose rate is a share of `reference_rps`, the capacity."""
-
-    users: int
-    reference_rps: float
-    requests_per_s: float
-    requests_per_s_interval: JsonObject | None
-    runs: int
-
-
-@dataclass(frozen=True)
 class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
@@ -91,8 +80,9 @@ class MeasuredRow(Row):
     above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
     `concurrency`, `stages`, `names`, `profile` and `quality` are sections of the receipt. For the task rerank, the
     quality has a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall.
-    `generation` has the figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its
-    top-1 agreement, or for classify the share of texts with the same label.
+    `closed_loop` is the one before an open loop whose rate is a share of its capacity (`reference_rps`). `generation`
+    has the figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1
+    agreement, or for classify the share of texts with the same label.
     `matrix_share_percent` is the share of the server's `matrix_rate` (see `GET /info`) that batches used.
     `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
     interval.
@@ -105,7 +95,7 @@ class MeasuredRow(Row):
     max_batch_tokens: int | None = None
     workload: tuple[str | None, JsonObject | None] = (None, None)
     search: JsonObject | None = None
-    closed_loop: ClosedLoopFigures | None = None
+    closed_loop: JsonObject | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
     names: Sequence[JsonObject] | None = None
@@ -256,14 +246,8 @@ def _costs(data: JsonObject) -> dict[str, Any]:
     }
 
 
-def _closed_loop(found: JsonObject | None) -> ClosedLoopFigures | None:
+def _closed_loop(found: JsonObject | None) -> JsonObject | None:
     if not found:
         return None
-    figures = found["summary"]
-    return ClosedLoopFigures(
-        users=found["users"],
-        reference_rps=found["reference_rps"],
-        requests_per_s=figures["requests_per_s"],
-        requests_per_s_interval=figures["requests_per_s_interval"],
-        runs=figures["runs"],
-    )
+    figures = {key: found["summary"][key] for key in ("requests_per_s", "requests_per_s_interval", "runs")}
+    return {"users": found["users"], "reference_rps": found["reference_rps"], **figures}

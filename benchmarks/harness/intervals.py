@@ -1,6 +1,6 @@
 """Check by simulation whether 95% intervals contain the true percentile, and how often an SLO verdict is wrong.
 
-    python benchmarks/harness/coverage.py [--trials 1000] [--seed 1] [--json FILE]
+    python benchmarks/harness/intervals.py [--trials 1000] [--seed 1] [--json FILE]
 
 The simulated queue has Poisson arrivals and one server (Lindley's recursion), service times with a spread of 10%, and
 a warm-up. Its true percentiles are known. Each trial measures it once, or five times with a fifth of the requests:
@@ -19,13 +19,12 @@ the trials, or if the SLO that is missed by 10% is reported as met in 5% or more
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import loads
 import numpy as np
 import numpy.typing as npt
 
@@ -121,11 +120,7 @@ def table(trials: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = loads.options(__doc__, trials=1000, seed=1)
     rows = []
     for row in table(options.trials, options.seed):
         rows.append(row)
@@ -152,8 +147,6 @@ def main() -> int:
             found = false_verdicts(load, count, 1, 1.1, options.trials, options.seed, serve_with_stalls)
             stalls.append({"load": load, "requests": count} | found)
             print(f"load {load:.0%}, {count} requests, rare stalls, p99 1.1 of the SLO: met {found['met']:.1%}")
-    import loads
-
     asked = {"trials": options.trials, "seed": options.seed}
     loads.write(options.json, {**asked, "passed": passed, "rows": rows, "slo": verdicts, "stalls": stalls})
     return 0 if passed else 1
