@@ -109,12 +109,11 @@ def _table(deployment: Mapping[str, Any]) -> RenderableType:
     table.add_column(overflow="fold", ratio=1)
     shown: list[tuple[object, set[str]]] = []
     for group in deployment["pods"]:
-        when = {"rest": "at rest", "first": "first apply"}.get(group["phase"], "spike")
+        when = "at rest" if group["phase"] == "rest" else "spike"
         # Pods of one Deployment differ only in what earlier ones took, so that most reasons repeat.
         new = [each for each in _decisive(group["infeasible"]) if not _known(each, shown)]
         shown += [(each["reasons"], set(each["nodes"])) for each in new]
-        warnings = [f"warning, {node}: {text}" for node, text in list(group["warnings"].items())[:_SHOWN_NAMES]]
-        lines = [_where(group), *warnings, *_not_feasible(new)]
+        lines = [_where(group), *_not_feasible(new)]
         # As `Text`, since Rich reads [ ] in a string as markup.
         table.add_row("", when, Text(_numbers(group["names"], deployment["name"])), Text(lines[0]))
         for line in lines[1:]:

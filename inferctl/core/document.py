@@ -45,36 +45,33 @@ class _Loader(_Parser):  # type: ignore[misc]
     """
 
 
-_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, _INTEGER if tag.endswith(":int") else pattern)
-        for tag, pattern in resolvers
-        if not tag.endswith(":timestamp")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 class _ManifestLoader(_Parser):  # type: ignore[misc]
     """A YAML loader that reads scalars as kubectl does: 0400 is the octal 256, 1:30, dates and = are text."""
 
 
+def _resolvers(patterns: Mapping[str, re.Pattern[str]], *dropped: str) -> dict[str, list[tuple[str, Any]]]:
+    """Return what types plain scalars have by their first character: those of PyYAML, with other `patterns`."""
+    return {
+        first: [
+            (tag, patterns.get(kind, pattern))
+            for tag, pattern in resolvers
+            if (kind := tag.rpartition(":")[2]) not in dropped
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
 _MANIFEST_INTEGER = re.compile(r"[-+]?(?:0b[01]+|0[0-7]+|0x[0-9a-fA-F]+|0|[1-9][0-9]*)$")
 _MANIFEST_FLOAT = re.compile(
     r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"
 )
-_MANIFEST_SCALARS = {"int": _MANIFEST_INTEGER, "float": _MANIFEST_FLOAT}
-_ManifestLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, _MANIFEST_SCALARS.get(tag.rpartition(":")[2], pattern))
-        for tag, pattern in resolvers
-        # PyYAML has a type for a bare =, and cannot read it. The resources of Prometheus have it as an operator.
-        if not tag.endswith((":timestamp", ":value"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_Loader.yaml_implicit_resolvers = _resolvers({"int": _INTEGER}, "timestamp")
+# PyYAML has a type for a bare =, and cannot read it. The resources of Prometheus have it as an operator.
+_ManifestLoader.yaml_implicit_resolvers = _resolvers(
+    {"int": _MANIFEST_INTEGER, "float": _MANIFEST_FLOAT}, "timestamp", "value"
+)
 
 
 def _bounded_integer(loader: Any, node: yaml.ScalarNode) -> int | float:

@@ -23,7 +23,6 @@ from inferctl.models import fit, generation_fit, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
 from inferctl.models.model import IMAGE_FOLDER
-from inferctl.models.size import uses_alibi
 from inferctl.models.weights_folders import downloads, weights_folders
 
 T = TypeVar("T")
@@ -344,14 +343,6 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
 def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     part, share = hardware, flavor.shared_by
-    sizes = [each.size for each in source.models or (source,)]
-    if share > 1 and any(isinstance(each, ModelSize) and uses_alibi(each.config) for each in sizes):
-        raise UsageError(
-            f"{where}: {source.spec.name} uses ALiBi, and time slicing does not isolate memory. Its attention "
-            "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "
-            "can take the memory of the other pods on the GPU",
-            "remove shared_by, or use a MIG slice, which has its own memory",
-        )
     if share > 1 and source.task == "generate":
         # vLLM takes serve.gpu_memory_share of the whole GPU, so the part of a pod is already in it.
         _check_memory_share(source, share, where)

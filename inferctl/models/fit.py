@@ -26,8 +26,6 @@ CPU_PROCESS_BYTES = 250_000_000
 BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _FULL_SHARE = 0.9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# CUDA libraries that the torch wheels contain.
-_IN_WHEELS = ("cublas", "cudnn", "nccl", "cusparse", "cufft")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,6 @@ def check_image(spec: Spec, base: BaseImage, stack: Stack, *, hub_model: bool, t
         *_end_of_life(base, today),
         *_platform(spec, base, stack),
         *_python(base, stack),
-        *_duplicate_cuda(base, stack),
     ]
 
 
@@ -295,14 +292,6 @@ def _python(base: BaseImage, stack: Stack) -> Iterator[Finding]:
         why = f"its wheels are for Python {', '.join(stack.python)}"
         hint = "select a stack and a base with the same Python: `inferctl catalog stacks`"
         yield Finding("error", "python", f"{stack.key} has no wheel for Python {base.python.version}", why, hint)
-
-
-def _duplicate_cuda(base: BaseImage, stack: Stack) -> Iterator[Finding]:
-    duplicates = [name for name in base.ships if name in _IN_WHEELS]
-    if duplicates and stack.cuda is not None and "torch" not in base.provides:
-        what = f"the image contains CUDA libraries twice: the base {base.key} has {', '.join(duplicates)}"
-        why = "the torch wheels load their own copies; nothing uses the copies of the base (1 to 3 GB)"
-        yield Finding("warn", "base.cuda_twice", what, why, "select a `-base` tag: `inferctl catalog bases`")
 
 
 def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], str]:

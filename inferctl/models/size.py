@@ -1,9 +1,8 @@
-"""Finds a spec's model and its size: in its folder, a cache, on the hub or in a registry. And memory without a bound."""
+"""Finds a spec's model and its size: in its folder, a cache, on the hub or in a registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from inferctl.config.spec import Serve, Spec
 from inferctl.core.errors import NotReadyError
@@ -50,15 +49,4 @@ def size_of(
     }
     return ModelSize(
         found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type, numbers
-    )
-
-
-def uses_alibi(config: Mapping[str, Any]) -> bool:
-    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
-    attention = config.get("attn_config")
-    return (
-        config.get("model_type") == "bloom"
-        or bool(config.get("alibi"))
-        or config.get("position_embedding_type") == "alibi"
-        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
     )

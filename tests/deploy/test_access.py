@@ -24,13 +24,11 @@ from inferctl.tenancy.access import channel
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.deploy import plans
-from tests.deploy.conftest import Objects
-from tests.deploy.test_layout import OVERLAYS, named, pod_of
+from tests.deploy.test_layout import OVERLAYS, Build, egress, named, pod_of
 from tests.deploy.validation import problems
 from tests.processes import free_port, until
 from tests.tenancy.parts import Part, Postgres
 
-Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"
 NATS = "nats://nats.messaging:4222"
 
@@ -45,15 +43,6 @@ def variables(container: dict[str, Any]) -> dict[str, Any]:
         each["name"]: each["value"] if "value" in each else each["valueFrom"]["secretKeyRef"]
         for each in container["env"]
     }
-
-
-def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None, int]]:
-    rules = named(built, "NetworkPolicy", name)["spec"].get("egress", [])
-    label = "kubernetes.io/metadata.name"
-    return [
-        (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, rule["ports"][0]["port"])
-        for rule in rules
-    ]
 
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:

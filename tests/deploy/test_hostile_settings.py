@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from inferctl.deploy.clusters import Clusters
 from inferctl.models.fit import ModelSize
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-from tests.deploy.test_layout import OVERLAYS, named, pod_of
+from tests.deploy.test_layout import OVERLAYS, Build, named, pod_of
 from tests.deploy.validation import problems
 
-Build = Callable[[dict[str, str], str], Objects]
 A100 = {**plans.FLAVORS[0], "hardware": "a100-40gb-sxm", "name": "a100"}
 HALF, L4, T4 = plans.FLAVORS
 SLICED = {**L4, "shared_by": 2}

@@ -35,6 +35,16 @@ def pod_of(objects: Objects, name: str = "embed-l4") -> dict[str, Any]:
     return found
 
 
+def egress(objects: Objects, name: str = "embed-server") -> list[tuple[str | None, int]]:
+    """Return the namespace (None: any) and the port of each rule."""
+    rules = named(objects, "NetworkPolicy", name)["spec"].get("egress", [])
+    label = "kubernetes.io/metadata.name"
+    return [
+        (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, rule["ports"][0]["port"])
+        for rule in rules
+    ]
+
+
 def pods(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
     for each in objects:
         if each["kind"] in ("Deployment", "Job", "StatefulSet"):

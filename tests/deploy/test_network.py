@@ -12,6 +12,7 @@ from inferctl.deploy import layout
 from inferctl.deploy.endpoints import Endpoint, endpoints
 from tests.deploy import plans
 from tests.deploy.conftest import parsed
+from tests.deploy.test_layout import OVERLAYS, Build, egress, named
 
 
 @pytest.mark.parametrize(
@@ -54,39 +55,24 @@ def test_an_address_without_a_valid_port(url: str) -> None:
     assert url not in str(caught.value)
 
 
-def policies(files: dict[str, str], name: str) -> list[dict[str, Any]]:
-    documents = [each for text in files.values() if "NetworkPolicy" in text for each in parsed(text)]
-    return [each["spec"] for each in documents if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", name)]
-
-
-def test_what_no_policy_allows_is_denied() -> None:
-    found = policies(layout.files(plans.plan(plans.embed())), "default-deny")
-    assert found
-    assert all(each == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} for each in found)
-
-
-def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
-    (found,) = policies(files, name)
-    label = "kubernetes.io/metadata.name"
-    return {
-        (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, port["port"])
-        for rule in found["egress"]
-        for port in rule["ports"]
-    }
+def test_what_no_policy_allows_is_denied(build: Build) -> None:
+    for folder in (*OVERLAYS, "bench/aws-us-east-1"):
+        found = named(build(plans.files(), folder), "NetworkPolicy", "default-deny")["spec"]
+        assert found == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
 @pytest.mark.parametrize(
     ("ledger", "expected"),
     [
-        (None, {(None, 5432)}),  # only the Secret has the address
-        ("sqlite:///ledger.sqlite", {(None, 5432)}),  # of a server that is not in Kubernetes
-        ("postgresql://usage:secret@db.example.com:6432/usage", {(None, 6432)}),
-        ("postgresql://pooler.databases:6432/usage", {("databases", 6432)}),
+        (None, [(None, 5432)]),  # only the Secret has the address
+        ("sqlite:///ledger.sqlite", [(None, 5432)]),  # of a server that is not in Kubernetes
+        ("postgresql://usage:secret@db.example.com:6432/usage", [(None, 6432)]),
+        ("postgresql://pooler.databases:6432/usage", [("databases", 6432)]),
     ],
 )
-def test_the_ledger_has_the_port_of_its_address(ledger: str | None, expected: set[Any]) -> None:
+def test_the_ledger_has_the_port_of_its_address(ledger: str | None, expected: list[Any]) -> None:
     spec = plans.embed()
     metering = spec.metering.model_copy(update={"ledger": DatabaseAddress(ledger) if ledger else None})
     files = layout.files(plans.plan(spec.model_copy(update={"metering": metering})))
-    assert egress(files, "embed-server") == expected
+    assert egress([each for text in files.values() if "NetworkPolicy" in text for each in parsed(text)]) == expected
     assert "secret@" not in "".join(files.values())

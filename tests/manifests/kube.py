@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+# Values of other types than a field has, and values that a reader could fail on.
+JUNK: list[Any] = [
+    None, True, -1, 3.5, "", "text", "[/]", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400, 2**64,
+    math.inf, math.nan, "500m", "-1Gi",
+]  # fmt: skip
 _VERSIONS = {
     "Deployment": "apps/v1",
     "HorizontalPodAutoscaler": "autoscaling/v2",

@@ -43,9 +43,9 @@ def on(part: str | catalog.Hardware, precision: str = "bf16", base: str = "cuda1
 
 
 def image(
-    base: str | catalog.BaseImage = "cuda13.0", today: datetime.date = TODAY, hub_model: bool = True, **sections: Any
+    base: str = "cuda13.0", today: datetime.date = TODAY, hub_model: bool = True, **sections: Any
 ) -> dict[str, fit.Finding]:
-    entry = catalog.base(base) if isinstance(base, str) else base
+    entry = catalog.base(base)
     found = fit.check_image(spec(**sections), entry, catalog.stack(entry.stack), hub_model=hub_model, today=today)
     return {finding.topic: finding for finding in found}
 
@@ -179,13 +179,6 @@ def test_a_near_or_past_end_of_life_is_a_warning() -> None:
     assert [end.level for end in found] == ["ok", "warn", "warn"]
     assert len({end.what for end in found}) == 3 and all("2028-06-30" in end.what for end in found)
     assert image(base="ngc25.12")["base.end_of_life"].level == "ok"
-
-
-def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:
-    base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
-    assert "base.cuda_twice" in image(base)
-    assert "base.cuda_twice" not in image("cuda12.8")
-    assert "base.cuda_twice" not in image(dataclasses.replace(base, provides=("torch",)))
 
 
 def test_a_platform_without_a_lock_is_an_error_without_an_own_lock() -> None:

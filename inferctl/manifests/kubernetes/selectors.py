@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inferctl.manifests.kubernetes import fields
@@ -76,35 +76,6 @@ def _term_matches(term: Mapping[str, Any], name: str, labels: Mapping[str, str])
     return all(_met(each, labels) for each in expressions) and all(
         _holds(each, {"metadata.name": name}) for each in of_fields
     )
-
-
-def refused_by_api_server(spec: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yield the path and the description of what the API server refuses in nodeSelector and required node affinity."""
-    for key, value in fields.text_map(fields.mapping(spec, "nodeSelector")).items():
-        if not _VALUE.fullmatch(value):
-            yield ("nodeSelector", key), f"{key}: {value!r} is not a valid value of a label"
-    path = ("affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution", "nodeSelectorTerms")
-    for number, term in enumerate(fields.sequence(spec, *path)):
-        for index, each in enumerate(fields.sequence(term, "matchExpressions")):
-            if why := _refused(each):
-                yield (*path, number, "matchExpressions", index), f"{fields.text(each, 'key')}: {why}"
-
-
-def _refused(requirement: Any) -> str | None:
-    operator, values = fields.text(requirement, "operator"), fields.strings(requirement, "values")
-    match operator:
-        case "In" | "NotIn":
-            wrong = None if values else "needs a value"
-        case "Exists" | "DoesNotExist":
-            wrong = "has no values" if values else None
-        case "Gt" | "Lt":
-            wrong = None if len(values) == 1 else "needs one value"
-        case _:
-            wrong = "is not an operator"
-    if wrong:
-        return f"{operator or 'an empty operator'} {wrong}"
-    invalid = next((value for value in values if not _VALUE.fullmatch(value)), None)
-    return None if invalid is None else f"{invalid!r} is not a valid value of a label"
 
 
 def unmet(spec: Mapping[str, Any], name: str, labels: Mapping[str, str]) -> list[str]:

@@ -15,27 +15,6 @@ _GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
 
 
 @rule(
-    "time-slicing-flags",
-    "warning",
-    "neighbors",
-    finds="time slicing or MPS without renameByDefault or, for time slicing, failRequestsGreaterThanOne",
-    consequence="a share looks like a whole GPU, and a pod that asks for two shares gets no more than one",
-    fix="set renameByDefault: true and failRequestsGreaterThanOne: true, and request nvidia.com/gpu.shared",
-)
-def _time_slicing(manifests: Manifests) -> Iterator[Hit]:
-    for each in manifests.of("ConfigMap"):
-        for key, value in mapping(each.data, "data").items():
-            for config in models.yaml_documents(value):
-                for sharing in ("timeSlicing", "mps"):
-                    section = mapping(config, "sharing", sharing)
-                    flags = ["renameByDefault"] + (["failRequestsGreaterThanOne"] if sharing == "timeSlicing" else [])
-                    missing = [flag for flag in flags if section.get(flag) is not True]
-                    if sequence(section, "resources") and missing:
-                        what = f"sharing.{sharing} without {' and '.join(f'{flag}: true' for flag in missing)}"
-                        yield Hit(each, ("data", key), what)
-
-
-@rule(
     "visible-devices",
     "warning",
     "neighbors",

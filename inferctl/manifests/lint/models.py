@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from inferctl.core import document
-from inferctl.core.errors import SpecError
 from inferctl.manifests.lint.manifests import ManifestContainer, ManifestWorkload
 
 # Options and variables that multiply the number of GPUs.
@@ -37,13 +34,3 @@ def devices(workload: ManifestWorkload) -> int:
         numbers = [int(value[:4]) for value in found if value.isascii() and value.isdigit()]
         count *= max(1, next(iter(numbers), 1))
     return count
-
-
-def yaml_documents(value: Any) -> list[dict[str, Any]]:
-    """Return the YAML mappings in a value of a ConfigMap; none if it is something else."""
-    if not isinstance(value, str) or "sharing" not in value:
-        return []
-    try:
-        return [each.data for each in document.parse_all(value, "ConfigMap", "")]
-    except SpecError:
-        return []

@@ -80,8 +80,6 @@ def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: 
 
 def refusal(cluster: ClusterState, pod: Pod) -> str | None:
     """Return why the API server refuses `pod`, which is not part of `cluster` yet; None if it accepts it."""
-    if invalid := _invalid(pod):
-        return invalid
     name = fields.text(pod.spec, "priorityClassName")
     if name and name not in _SYSTEM_CLASSES and _named(cluster.objects, "PriorityClass", name) is None:
         return f"priority class {name} does not exist in the given files"
@@ -91,67 +89,31 @@ def refusal(cluster: ClusterState, pod: Pod) -> str | None:
     return None
 
 
-def _invalid(pod: Pod) -> str | None:
-    """Return why the API server refuses the node labels or the resources of a pod; None if it accepts them."""
-    for _, what in selectors.refused_by_api_server(pod.spec):
-        return what
-    for each in [*fields.items(pod.spec, "initContainers"), *fields.items(pod.spec, "containers")]:
-        limits = fields.mapping(each, "resources", "limits")
-        requests = {**limits, **fields.mapping(each, "resources", "requests")}
-        for name, value in requests.items():
-            if value is None:
-                continue
-            amount, limit = fields.quantity(value), limits.get(name)
-            if fields.is_extended(name):
-                if amount.denominator != 1:
-                    return f"{name}: {value} is not a whole number"
-                if limit is None or fields.quantity(limit) != amount:
-                    return f"{name}: the request {value} is not equal to the limit {limit}"
-            elif limit is not None and amount > fields.quantity(limit):
-                return f"{name}: the request {value} is above the limit {limit}"
-    return None
-
-
 def _exceeded(cluster: ClusterState, quota: Mapping[str, Any], pod: Pod) -> str | None:
     hard = hard_limits(quota)
     if missing := [name for name in _MUST_STATE if name in hard and not _stated(pod, name)]:
         return f"a container does not state {', '.join(missing)}"
-    asked, used = usage(pod), used_of(cluster, quota)
+    asked = usage(pod)
+    used: Counter[str] = Counter()
+    for each in cluster.pods():
+        if _applies(quota, each):
+            used.update(usage(each))
     for name, most in hard.items():
-        if name in asked and used.get(name, 0) + asked[name] > most:
-            amounts = (fields.show(name, amount) for amount in (asked[name], used.get(name, 0), most))
+        if name in asked and used[name] + asked[name] > most:
+            amounts = (fields.show(name, amount) for amount in (asked[name], used[name], most))
             return "{}: {} requested, {} of {} used".format(name, *amounts)
     return None
 
 
 def hard_limits(quota: Mapping[str, Any]) -> dict[str, int]:
     """Return the limits of a quota, with CPU in thousandths. Raises `ValueError` for an invalid quantity."""
-    return _amounts(fields.mapping(quota, "spec", "hard"))
-
-
-def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
     found = {}
-    for name, value in values.items():
+    for name, value in fields.mapping(quota, "spec", "hard").items():
         # A quota counts `requests.cpu` in thousandths as well.
         plain = "cpu" if name.rpartition(".")[2] == "cpu" else name
         if value is not None:
             found[name] = fields.amounts({plain: value})[plain]
     return found
-
-
-def used_of(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
-    """Return what counts toward a quota in the present state of `cluster`."""
-    total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
-    for pod in cluster.pods():
-        if _applies(quota, pod):
-            total.update(usage(pod))
-    return dict(total)
-
-
-def unlisted_usage(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
-    """Return what the status of a quota counts more than the pods of `cluster`, such as pods that are not listed."""
-    status, known = _amounts(fields.mapping(quota, "status", "used")), used_of(cluster, quota)
-    return {name: amount - known.get(name, 0) for name, amount in status.items() if amount > known.get(name, 0)}
 
 
 def usage(pod: Pod) -> dict[str, int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.labels import ZONE
@@ -51,18 +50,6 @@ class SpreadConstraint:
     selector: selectors.Selector
     honor_affinity: bool
     honor_taints: bool
-
-
-class Port(NamedTuple):
-    """A host port."""
-
-    address: str
-    protocol: str
-    number: int
-
-    def conflicts(self, other: Port) -> bool:
-        same = (self.protocol, self.number) == (other.protocol, other.number)
-        return same and (self.address == other.address or "0.0.0.0" in (self.address, other.address))
 
 
 @dataclass(eq=False)
@@ -136,22 +123,6 @@ class Pod:
         ]
 
     @cached_property
-    def host_ports(self) -> list[Port]:
-        """The host ports of containers and of sidecars."""
-        sidecars = [each for each in fields.items(self.spec, "initContainers") if fields.is_sidecar(each)]
-        shared = bool(self.spec.get("hostNetwork"))
-        return [
-            Port(
-                fields.text(port, "hostIP") or "0.0.0.0",
-                fields.text(port, "protocol") or "TCP",
-                fields.integer(port, "hostPort") or (fields.integer(port, "containerPort", default=0) if shared else 0),
-            )
-            for container in [*sidecars, *fields.items(self.spec, "containers")]
-            for port in fields.items(container, "ports")
-            if shared or fields.integer(port, "hostPort")
-        ]
-
-    @cached_property
     def claims(self) -> list[str]:
         """The names of the PersistentVolumeClaims that the pod uses."""
         names = (fields.text(each, "persistentVolumeClaim", "claimName") for each in fields.items(self.spec, "volumes"))
@@ -163,15 +134,13 @@ class ClusterState:
     """The state of one cluster, which the simulation changes.
 
     `pods` has pods with and without a node, without those that have finished. `objects` has objects of other kinds by
-    kind: priority classes, quotas, budgets, namespaces, claims and volumes. `quota_usage` is what a quota counts in
-    addition to `pods`, by namespace and name. `margins` are by how many pods each disruption budget with a status was
-    above its minimum in the files; the simulation changes that.
+    kind: priority classes, quotas, budgets, namespaces, claims and volumes. `margins` are by how many pods
+    each disruption budget with a status was above its minimum in the files; the simulation changes that.
     """
 
     name: str
     nodes: dict[str, Node]
     objects: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    quota_usage: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     margins: dict[tuple[str, str], int] = field(default_factory=dict)
     _on: dict[str, list[Pod]] = field(default_factory=dict)
     _unbound: list[Pod] = field(default_factory=list)
@@ -236,10 +205,3 @@ class ClusterState:
         yield from self._unbound
         for pods in self._on.values():
             yield from pods
-
-    def copy(self) -> ClusterState:
-        """Return a copy that can change on its own. Nodes and other objects, which do not change, are shared."""
-        found = ClusterState(self.name, dict(self.nodes), self.objects, self.quota_usage, self.margins)
-        for pod in self.pods():
-            found.add(copy.copy(pod))
-        return found

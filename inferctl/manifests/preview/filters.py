@@ -7,10 +7,9 @@ reports only that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from inferctl.manifests.kubernetes import fields, selectors
-from inferctl.manifests.kubernetes.labels import MIG_STATE
 from inferctl.manifests.kubernetes.taints import UNSCHEDULABLE, tolerates, untolerated
 from inferctl.manifests.preview import volumes
 from inferctl.manifests.preview.cluster import ClusterState, Node, Pod
@@ -38,14 +37,7 @@ def feasible(cluster: ClusterState, pod: Pod) -> dict[str, list[Reason]]:
 def reasons(cluster: ClusterState, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
     """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known."""
     node, seen = cluster.nodes[name], seen or view(pod, cluster)
-    if gates := fields.items(pod.spec, "schedulingGates"):
-        return [Reason("SchedulingGates", f"waits for its gate {fields.text(gates[0], 'name')}")]
-    if (own := fields.text(pod.spec, "nodeName")) and own != name:
-        return [Reason("NodeName", f"the pod template names the node {own}")]
-    # A pod with a node goes past the scheduler. The kubelet asks some of the same, and evicts no pod for it.
-    filters = _KUBELET_FILTERS if own else _FILTERS
-    found = [reason for each in filters for reason in each(cluster, pod, node, seen)]
-    return [replace(reason, resolvable=False) for reason in found] if own else found
+    return [reason for each in _FILTERS for reason in each(cluster, pod, node, seen)]
 
 
 def _unschedulable(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
@@ -61,13 +53,6 @@ def _taints(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator
 def _affinity(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if not selectors.node_matches(pod.spec, node.name, node.labels):
         yield Reason("NodeAffinity", "; or ".join(selectors.unmet(pod.spec, node.name, node.labels)))
-
-
-def _ports(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
-    for port in pod.host_ports:
-        holder = next((o for o in cluster.on(node.name) if any(port.conflicts(held) for held in o.host_ports)), None)
-        if holder:
-            yield Reason("NodePorts", f"host port {port.number} is used by {holder.name}", resolvable=True)
 
 
 def _resources(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
@@ -102,18 +87,8 @@ _FILTERS: tuple[Callable[[ClusterState, Pod, Node, View], Iterator[Reason]], ...
     _unschedulable,
     _taints,
     _affinity,
-    _ports,
     _resources,
     _volumes,
     _spread,
     _pods,
 )
-_KUBELET_FILTERS = (_affinity, _ports, _resources)
-
-
-def mig_warning(pod: Pod, node: Node) -> str | None:
-    """Return why a feasible node is not ready for a pod with a GPU: its MIG configuration is not applied; else None."""
-    state = node.labels.get(MIG_STATE)
-    if state in (None, "success") or not any(name.startswith("nvidia.com/") and n for name, n in pod.requests.items()):
-        return None
-    return f"MIG state is {state}: the pod may start before the slices are made, and get the whole GPU or none"

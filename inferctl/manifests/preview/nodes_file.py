@@ -117,12 +117,11 @@ def of_objects(name: str, located: Sequence[Located]) -> ClusterState:
     if problems:
         raise SpecError(located[0].file, problems)
     for quota in cluster.of_kind("ResourceQuota"):
-        key = fields.key_of(quota)
         try:
             admission.hard_limits(quota)
-            cluster.quota_usage[key] = admission.unlisted_usage(cluster, quota)
         except ValueError as error:
-            raise SpecError(located[0].file, [Problem("spec.hard", f"quota {key[1]}: {error}")]) from None
+            name = fields.text(quota, "metadata", "name")
+            raise SpecError(located[0].file, [Problem("spec.hard", f"quota {name}: {error}")]) from None
     for budget in cluster.of_kind("PodDisruptionBudget"):
         cluster.margins[fields.key_of(budget)] = preemption.margin(cluster, budget)
     return cluster

@@ -44,10 +44,9 @@ def _cluster(outcome: ClusterAtPeak) -> dict[str, Any]:
 
 def _workload(outcome: ClusterAtPeak, workload: SimulatedDeployment) -> dict[str, Any]:
     rest = [each for each in outcome.rest if each.workload is workload]
-    first = [each for each in outcome.first if each.workload is workload]
     spike = [each for each in outcome.spike if each.workload is workload]
     bound = [pod for _, pod in outcome.cluster.bound() if pod.owner == workload.key]
-    requests = next((each.pod.requests for each in [*rest, *first, *spike]), {})
+    requests = next((each.pod.requests for each in [*rest, *spike]), {})
     return {
         "name": workload.name,
         "namespace": workload.namespace,
@@ -59,9 +58,9 @@ def _workload(outcome: ClusterAtPeak, workload: SimulatedDeployment) -> dict[str
         "running": outcome.existing[workload.key],
         "at_peak": len(bound),
         "tokens_per_second": workload.rate,
-        "priority": next((each.pod.priority for each in [*rest, *first, *spike]), None),
+        "priority": next((each.pod.priority for each in [*rest, *spike]), None),
         "requests": {name: fields.show(name, amount) for name, amount in requests.items()},
-        "pods": [*_groups(rest, "rest"), *_groups(first, "first"), *_groups(spike, "spike")],
+        "pods": [*_groups(rest, "rest"), *_groups(spike, "spike")],
     }
 
 
@@ -91,7 +90,6 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "refused": attempt.refused,
         "feasible": attempt.feasible,
         "infeasible": _reasons(attempt),
-        "warnings": dict(attempt.warnings),
         "preemption": [_candidate(each) for each in attempt.candidates],
         "no_preemption": attempt.not_preempting,
         "nodes": [],
@@ -135,15 +133,7 @@ def _evicted(outcome: ClusterAtPeak) -> list[dict[str, Any]]:
 
 def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
     cluster = outcome.cluster
-    if outcome.first:
-        names = sorted({attempt.workload.name for attempt in outcome.first})
-        bought = sum(attempt.node is None for attempt in outcome.first)
-        nodes = f", {bought} of them on a new node of an autoscaler" if bought else ""
-        yield (
-            f"the first apply starts {len(outcome.first)} more pods{nodes}, until the autoscaler removes them: "
-            f"{', '.join(names)}. To avoid them, create these Deployments with 0 replicas before"
-        )
-    pods = [attempt.pod for attempt in (*outcome.rest, *outcome.first, *outcome.spike)]
+    pods = [attempt.pod for attempt in (*outcome.rest, *outcome.spike)]
     claims = {name for pod in pods for name in volumes.unknown(cluster, pod)}
     if claims:
         yield f"claims without a volume in the files, so their zone is not checked: {', '.join(sorted(claims))}"

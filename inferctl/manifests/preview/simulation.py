@@ -37,7 +37,6 @@ class Attempt:
     pod: Pod
     refused: str | None = None
     reasons: Mapping[str, Sequence[Reason]] = field(default_factory=dict)
-    warnings: Mapping[str, str] = field(default_factory=dict)
     candidates: Sequence[Candidate] = ()
     not_preempting: str | None = None
     node: str | None = None
@@ -53,15 +52,13 @@ class Attempt:
 class ClusterAtPeak:
     """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
-    `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike. `again`
-    are the pods that were evicted and could be placed elsewhere, `waiting` those that could not.
+    `again` are the pods that were evicted and could be placed elsewhere, `waiting` those that could not.
     """
 
     cluster: ClusterState
     workloads: Sequence[SimulatedDeployment]
     existing: Mapping[str, int]
     rest: list[Attempt]
-    first: list[Attempt]
     spike: list[Attempt]
     again: list[Pod]
     waiting: list[Pod]
@@ -77,19 +74,11 @@ def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> Clus
     # The queue of the scheduler: higher priority first.
     ordered = sorted(workloads, key=lambda each: (-new_pod(cluster, each, 0).priority, each.preference))
     rest = [attempt for each in ordered for attempt in scale(cluster, each, each.least)]
-    first = _first(cluster, [each for each in ordered if not existing[each.key]])
     spike = fill(cluster, ordered)
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return ClusterAtPeak(cluster, workloads, existing, rest, first, spike, again, waiting)
-
-
-def _first(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:
-    """Return the pods above the least replicas that the first apply of `workloads` starts. Leaves `cluster` alone."""
-    more = [each for each in workloads if each.initial > each.least]
-    trial = cluster.copy() if more else cluster
-    return [attempt for each in more for attempt in scale(trial, each, each.initial)]
+    return ClusterAtPeak(cluster, workloads, existing, rest, spike, again, waiting)
 
 
 def fill(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:
@@ -188,8 +177,6 @@ def place(cluster: ClusterState, pod: Pod, workload: SimulatedDeployment) -> Att
     reasons = filters.feasible(cluster, pod)
     attempt = Attempt(workload, pod, reasons=reasons)
     if attempt.feasible:
-        found = ((name, filters.mig_warning(pod, cluster.nodes[name])) for name in attempt.feasible)
-        attempt.warnings = {name: warning for name, warning in found if warning}
         attempt.node = _choose(cluster, pod, attempt.feasible)
         cluster.bind(pod, attempt.node)
         return attempt

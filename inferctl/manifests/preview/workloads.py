@@ -25,8 +25,7 @@ class Scaler:
 class SimulatedDeployment:
     """A Deployment, or a Job, which has no selector, runs `parallelism` pods, and serves nothing.
 
-    `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
-    which the first apply starts before an autoscaler acts. `rate` is in tokens per second
+    `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `rate` is in tokens per second
     and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
     cluster; `preference` says which of them does so first. None if it is not stated.
     """
@@ -39,7 +38,6 @@ class SimulatedDeployment:
     selector: Mapping[str, Any]
     least: int
     most: int
-    initial: int
     rate: float | None = None
     utilization: float = 1.0
     preference: int = 0
@@ -91,7 +89,6 @@ def _workload(
         fields.mapping(item, "spec", "selector"),
         scaler.least,
         scaler.most,
-        replicas,
         rate=_number(annotations.get(RATE)),
         utilization=_number(annotations.get(UTILIZATION)) or 1.0,
         preference=int(_number(annotations.get(PREFERENCE)) or 0),

@@ -176,15 +176,6 @@ def test_pods_that_share_a_gpu_share_its_memory() -> None:
         plan(spec(one(shared_by=4)), size=size)
 
 
-@pytest.mark.parametrize("config", [{"model_type": "bloom"}, {"alibi": True}, {"attn_config": {"alibi": True}}])
-def test_alibi_needs_its_own_memory(config: dict[str, Any]) -> None:
-    size = ModelSize(100_000_000, {**SMALL.config, **config})
-    with pytest.raises(UsageError, match=r"uses ALiBi, and time slicing does not isolate memory.*square of the input"):
-        plan(spec(one(shared_by=2)), size=size)
-    assert plan(spec(one()), size=size).models[0].flavors[0].sharing == "whole"
-    assert plan(spec(one(hardware=HALF)), size=size).models[0].flavors[0].sharing == "mig"
-
-
 def test_vllm_servers_that_share_a_gpu_must_not_each_take_all_of_it() -> None:
     made = spec(one(shared_by=2), image={"base": "vllm-cuda13.0"})
     with pytest.raises(UsageError, match=r"each takes serve.gpu_memory_share: 0\.9") as caught:

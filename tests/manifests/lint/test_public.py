@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,3 @@ def test_a_monitor_without_the_port_of_any_service_is_found() -> None:
     found = [each for each in lint.lint([Located(each) for each in objects]) if each.rule == "monitor-port"]
     assert [each.field for each in found] == ["spec.endpoints.2.port"]
     assert found[0].what == "its Services have no port named 'metrics', but http-openai, first"
-
-
-def test_all_manifests_are_read_as_json_too() -> None:
-    for file in sorted(PUBLIC.iterdir()):
-        for each in manifests_file.read([file]):
-            (again,) = manifests_file.parse(json.dumps(each.data), "a.json")
-            assert again.data == each.data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 import time
 from typing import Any
@@ -241,15 +240,6 @@ def test_a_field_works_in_the_next_version() -> None:
         assert fault.rule not in rules(fault.objects, fault.minor + 1)
 
 
-def test_an_annotation_ignores_a_rule_for_its_object() -> None:
-    objects = changed("Deployment/chat", (*POD, "volumes", 1), {"name": "tmp"})
-    deployment = next(each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
-    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone, empty-dir-unbounded"}
-    assert rules(objects) == set()
-    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone"}
-    assert rules(objects) == {"empty-dir-unbounded"}
-
-
 def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
     term = "requiredDuringSchedulingIgnoredDuringExecution"
     found = {"hostname-anti-affinity"}
@@ -275,12 +265,6 @@ def test_surge_and_replicas_are_those_of_kubernetes() -> None:
     assert surge({"type": "Recreate"}, 5) == 0
 
 
-JUNK: list[Any] = [
-    None, True, -1, 3.5, "", "text", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400, 2**64,
-    math.inf, math.nan, "500m", "\x1b[2J", b"bytes", {"image", "a"},
-]  # fmt: skip
-
-
 def test_no_rule_fails_on_broken_manifests() -> None:
     """Replace random parts of good and of faulty manifests by values of other types."""
     chosen = random.Random(1)
@@ -300,7 +284,7 @@ def _spoil(value: Any, chosen: random.Random) -> None:
             return
         key = chosen.choice(keys)
         if not isinstance(value[key], (dict, list)) or not value[key] or chosen.random() < 0.2:
-            value[key] = copy.deepcopy(chosen.choice(JUNK))
+            value[key] = copy.deepcopy(chosen.choice([*kube.JUNK, "\x1b[2J", b"bytes", {"image", "a"}]))
             return
         value = value[key]
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.preview import nodes_file, simulation, workloads
+from inferctl.manifests.preview.simulation import ClusterAtPeak
 from tests.manifests import kube
 
 CASES = Path(__file__).parent / "cases"
@@ -91,9 +94,13 @@ def container(short: dict[str, Any]) -> dict[str, Any]:
     resources = {kind: short[kind] for kind in ("requests", "limits") if kind in short}
     if resources:
         found["resources"] = resources
-    if "ports" in short:
-        found["ports"] = short["ports"]
     return found
+
+
+def simulate(objects: list[dict[str, Any]], *manifests: dict[str, Any], name: str = "cluster") -> ClusterAtPeak:
+    """Return what becomes of the manifests in a cluster, which has their priority classes and the like too."""
+    cluster = nodes_file.of_objects(name, [Located(each) for each in [*objects, *manifests]])
+    return simulation.run(cluster, workloads.find(manifests))
 
 
 def stamp(seconds: int) -> str:

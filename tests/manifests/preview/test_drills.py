@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from inferctl.manifests.manifests_file import Located
-from inferctl.manifests.preview import drills, nodes_file, report, simulation, workloads
+from inferctl.manifests.preview import drills, report, workloads
 from inferctl.manifests.preview.drills import Loss
 from inferctl.manifests.preview.simulation import ClusterAtPeak
 from tests.manifests import kube
 from tests.manifests.kube import thing
+from tests.manifests.preview.expand import simulate
 
 SLICE = "nvidia.com/mig-3g.20gb"
 
@@ -39,11 +39,6 @@ def scaled(name: str, least: int, most: int, peak: int | None = None) -> dict[st
 LOW = thing("PriorityClass", "low", value=-10)
 PAUSE = "registry.k8s.io/pause:3.10@sha256:0"
 FOUR = [node("a1", "a"), node("a2", "a"), node("b1", "b"), node("b2", "b")]
-
-
-def simulate(nodes: list[dict[str, Any]], *manifests: dict[str, Any], name: str = "cluster") -> ClusterAtPeak:
-    cluster = nodes_file.of_objects(name, [Located(each) for each in [*nodes, *manifests]])
-    return simulation.run(cluster, workloads.find(manifests))
 
 
 def lost(losses: list[Loss], place: str, model: str = "embed") -> Loss:

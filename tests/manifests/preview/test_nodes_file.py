@@ -90,19 +90,6 @@ def test_the_output_of_kubectl_is_a_cluster_named_as_the_file(tmp_path: Path) ->
     assert cluster.used("n1")["cpu"] == 1000
 
 
-def test_a_quota_counts_pods_that_are_not_listed(tmp_path: Path) -> None:
-    hard, used = {"hard": {"requests.cpu": "5"}}, {"used": {"requests.cpu": "4"}}
-    quota = kube.thing("ResourceQuota", "q", hard, namespace="a", status=used)
-    (cluster,) = nodes_file.read([write(tmp_path, kubectl_list(NODE, POD, quota))])
-    assert admission.used_of(cluster, cluster.of_kind("ResourceQuota")[0])["requests.cpu"] == 4000
-    fits, too_much = (
-        admission.admitted({}, "a", "new", {}, {"containers": [{"resources": {"requests": {"cpu": cpu}}}]})
-        for cpu in ("1", "1001m")
-    )
-    assert admission.refusal(cluster, fits) is None
-    assert "requests.cpu: 1.001 requested, 4 of 5 used" in str(admission.refusal(cluster, too_much))
-
-
 def test_the_manifests_replace_objects_of_the_cluster(tmp_path: Path) -> None:
     old = kube.thing("PriorityClass", "c", value=1)
     (cluster,) = nodes_file.read(

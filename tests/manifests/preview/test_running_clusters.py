@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.manifests.manifests_file import Located
-from inferctl.manifests.preview import drills, filters, nodes_file, report, simulation, workloads
-from inferctl.manifests.preview.simulation import ClusterAtPeak
+from inferctl.manifests.preview import drills, filters, nodes_file, report
 from tests.manifests import kube
 from tests.manifests.kube import thing
+from tests.manifests.preview.expand import simulate
 
 GPU = "nvidia.com/gpu"
 ZONE = "topology.kubernetes.io/zone"
@@ -34,11 +33,6 @@ def pod(name: str, on: str, labels: dict[str, str], **spec: Any) -> dict[str, An
 
 def deployment(name: str, replicas: int, **pod: Any) -> dict[str, Any]:
     return kube.deployment(name, {"app": name}, {**CONTAINERS, **pod}, replicas)
-
-
-def simulate(objects: list[dict[str, Any]], *manifests: dict[str, Any]) -> ClusterAtPeak:
-    cluster = nodes_file.of_objects("cluster", [Located(each) for each in objects])
-    return simulation.run(cluster, workloads.find(manifests))
 
 
 def test_new_pods_are_of_the_revision_that_runs() -> None:
@@ -76,23 +70,12 @@ def test_an_eviction_uses_up_a_budget() -> None:
     assert [attempt.candidates[0].violations for attempt in outcome.rest] == [0, 0]
 
 
-def test_a_pod_template_may_name_its_node() -> None:
-    """Such a pod goes past the scheduler: a cordon does not matter, resources do, and nothing is evicted for it."""
-    cordoned = node("a", gpus=1, unschedulable=True)
-    outcome = simulate([cordoned, node("b")], deployment("embed", 2, nodeName="a"))
-    first, second = outcome.rest
-    assert (first.feasible, second.feasible, second.evicted) == (["a"], [], ())
-    assert [second.reasons[name][0].plugin for name in ("a", "b")] == ["NodeResourcesFit", "NodeName"]
-
-
 def test_an_evicted_pod_may_go_to_another_node() -> None:
     """The node in the spec of a running pod is where it is, not a condition for the pod that replaces it."""
     objects = [node("a", gpus=1), node("b", gpus=1, unschedulable=True), pod("low", "a", {}, priority=-5)]
     outcome = simulate(objects, deployment("embed", 1))
     (again,) = outcome.waiting
-    assert "NodeName" not in {
-        why.plugin for found in filters.feasible(outcome.cluster, again).values() for why in found
-    }
+    assert [why.plugin for why in filters.feasible(outcome.cluster, again)["b"]] == ["NodeUnschedulable"]
 
 
 def test_pods_on_nodes_that_are_not_listed_do_not_wait() -> None:
