@@ -31,7 +31,7 @@ from tests import tiny_models
 from tests.image import tiny
 from tests.processes import ServerProcess, inferctl
 from tests.reading import saved_models
-from tests.reading.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
+from tests.reading.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed, tokenizer_json
 
 FP32 = ("--precision", "fp32")
 
@@ -53,31 +53,26 @@ def noise(share: float) -> Change:
     return change
 
 
-def tokenizer(edit_content: Callable[[dict[str, Any]], None]) -> Change:
-    def change(folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        content = json.loads(file.read_text())
-        edit_content(content)
-        file.write_text(json.dumps(content))
-
-    return change
-
-
-def keep_case(content: dict[str, Any]) -> None:
-    assert content["normalizer"]["lowercase"]
-    content["normalizer"]["lowercase"] = False
-
-
-def without_a_special_token(content: dict[str, Any]) -> None:
-    content["added_tokens"] = [each for each in content["added_tokens"] if each["content"] != "[MASK]"]
+def without_mask(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each for each in tokens if each["content"] != "[MASK]"]
 
 
 # What is wrong with the folder that a server has: its task, a change of the right folder, precision, part of the error.
 FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "noise in a layer": ("embed", noise(1e-3), "fp32", "12 of 12 texts"),
     "another pooling": ("embed", changed("1_Pooling/config.json", {"pooling_mode": "cls"}), "fp32", "of 12 texts"),
-    "case is kept": ("embed", tokenizer(keep_case), "fp32", "of 12 texts"),
-    "a special token is text": ("embed", tokenizer(without_a_special_token), "fp32", "1 of 12 texts.*'the end"),
+    "case is kept": (
+        "embed",
+        tokenizer_json("normalizer", "lowercase", value=False, settings={}),
+        "fp32",
+        "of 12 texts",
+    ),
+    "a special token is text": (
+        "embed",
+        tokenizer_json("added_tokens", value=without_mask, settings={}),
+        "fp32",
+        "1 of 12 texts.*'the end",
+    ),
     "not normalized": ("embed", modules_changed(list.pop), "bf16", "12 of 12 texts"),
     "fewer dimensions": (
         "embed",
@@ -232,7 +227,6 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         (["./m", "--against", library.NAME], "`inferctl verify --model ./m"),
         (["a:b", "--url", "http://127.0.0.1:1", "--against", library.NAME], "two servers"),
         (["a:b", *FP32], "--precision"),
-        (["--against", "torch", "--model", "m"], "'torch'"),
     ],
 )
 def test_options_that_do_not_fit_are_usage_errors(

@@ -737,9 +737,7 @@ def test_a_tokenizer_with_dropout_does_not_start(saved: Any) -> None:
     """Each text got other vectors each time."""
     folder = saved("roberta")
     started(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["dropout"] = 0.1
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer_json("model", "dropout", value=0.1, settings={})(folder)
     with pytest.raises(UsageError, match=r"dropout: 0\.1"):
         started(folder)
 
