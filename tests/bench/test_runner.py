@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path
     (outcome,) = ran(work)
     assert outcome.failure == "the server ended with exit code 9 during the run: out of memory"
     assert processes_in(tmp_path) == []
+
+
+def test_an_engine_that_cannot_be_profiled_keeps_its_results(tmp_path: Path) -> None:
+    said: list[str | None] = []
+    work = replace(bench(tmp_path, "fp32", load=SHORT, model=tmp_path / "absent"), profile=True)
+    (outcome,) = ran(work, lambda progress: said.append(progress.done))
+    assert (outcome.failure, outcome.profile, len(outcome.measurements)) == (None, None, 1)
+    assert any("no profile" in line for line in said if line)
 
 
 @pytest.mark.parametrize(
