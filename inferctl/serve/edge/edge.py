@@ -35,11 +35,7 @@ _LARGE_PART_BYTES = 16 * 1024
 
 
 class ClientDisconnectedError(Exception):
-    """The client disconnected, so no response is needed. `estimated`: the tokens of its event are not exact."""
-
-    def __init__(self, estimated: bool = False) -> None:
-        super().__init__()
-        self.code = "usage_estimated" if estimated else "client_disconnected"
+    """The client disconnected, so no response is needed."""
 
 
 async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) -> T:
@@ -176,8 +172,8 @@ class Edge:
         except asyncio.CancelledError:  # the drain took too long
             self.unfinished_responses += request.body_complete
             request.stopped, error = True, self.stopped
-        except ClientDisconnectedError as left:
-            context.status, context.code = CLIENT_DISCONNECTED, left.code
+        except ClientDisconnectedError:
+            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
         except ApiError as found:
             error = found
         except RejectedError as rejected:

@@ -13,6 +13,14 @@ from inferctl.tenancy.metering.recorder import UNAVAILABLE
 
 _MAX_MESSAGE_LENGTH = 1000
 _TEI_TYPES = {"context_length_exceeded": "tokenizer", "empty_input": "empty", "text_too_long": "tokenizer"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 # The status of a `reason`. All others say that the server is at capacity. That is not a 503, because proxies stop using
 # a server that returns those.
 _STATUS = {ENGINE_UNAVAILABLE: 503, UNAVAILABLE: 503, "engine_failed": 500, "non_finite": 500, INTERNAL_ERROR: 500}
@@ -78,6 +86,12 @@ def cohere_body(error: ApiError) -> bytes:
 def voyage_body(error: ApiError) -> bytes:
     """Return the body of an error in the shape of Voyage's API: `detail`."""
     return orjson.dumps({"detail": error.message})
+
+
+def anthropic_body(error: ApiError) -> bytes:
+    """Return the body of an error in the shape of Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}})
 
 
 def at_capacity(reason: str, code: str, seconds: int = 1) -> ApiError:

@@ -88,7 +88,6 @@ def options(
     yield Derived("--api-server-count", "1", "the edge of inferctl")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
     yield Derived("--uds", str(socket), "the edge of inferctl, which has the port")
-    yield Derived("--enable-force-include-usage", "", "usage of each request")
     yield Derived("--enable-prompt-tokens-details", "", "usage of each request")
     yield Derived("--disable-uvicorn-access-log", "", "the log of the edge")
 

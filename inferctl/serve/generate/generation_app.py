@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -18,36 +19,38 @@ from inferctl.serve.backend.charges import GenerationCharges
 from inferctl.serve.edge.edge import ClientDisconnectedError, read_body, respond
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.generate import live_adapters, meter, vllm_request
+from inferctl.serve.generate import live_adapters, protocols, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
-from inferctl.serve.generate.meter import StreamMeter
+from inferctl.serve.generate.engine_usage import EngineUsage
 from inferctl.serve.generate.model_names import ModelNames
+from inferctl.serve.generate.protocols import COUNT_TOKENS, ENDPOINTS
 from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
-# Path -> name in events. What they generate is counted.
-ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+log = logging.getLogger("inferctl.edge")
+
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
-_TOKENIZER = frozenset({"/tokenize", "/detokenize"})
+_TOKENIZER = frozenset({"/tokenize", "/detokenize", COUNT_TOKENS})
 _PASSED = _TOKENIZER | {"/version"}
 _MODELS = "/v1/models"
 # vLLM's pages load scripts from other hosts.
 _DOCUMENTS = frozenset({"/openapi.json", "/docs", "/redoc"})
 # Bytes that vLLM tokenizes for these endpoints at a time, in one thread for which all chats wait: about 0.1 s.
 _TOKENIZER_BYTES = 256 * 1024
-_COUNT = re.compile(rb'\{"count":(\d+)')  # how the response of /tokenize starts
+_COUNT = re.compile(rb'\{"(?:count|input_tokens)":(\d+)')  # how the responses of tokenizers start
+_STORED = re.compile("/v1/(responses|conversations)/")
 # What a client must not tell vLLM, and what the edge tells it.
 _NOT_PASSED = frozenset({b"content-length", b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"})
-# vLLM reports the usage of a response that is not a stream at its end only. If a client leaves before, a request of up
-# to so many reserved tokens runs to its end. A larger one ends, and counts with all that it reserved.
-_COMPLETED_TOKENS = 1024
 # Tokens of an answer, assumed until requests complete: for the metrics of demand.
 ASSUMED_ANSWER_TOKENS = 256
+_FAILED = "generation failed; see the server log"
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class GenerationApp:
-    """`app` is vLLM's application. `names`: of its model and adapters. `healthy()` asks it whether its engine runs.
+    """`app` is vLLM's application, `engine` its `EngineClient`. `names`: of its model and adapters.
+
+    `healthy()` asks vLLM whether its engine runs.
 
     `sequences`: the most that run at a time. `charges`: of the edge.
 
@@ -61,6 +64,7 @@ class GenerationApp:
     def __init__(
         self,
         app: ASGIApp,
+        engine: Any,
         names: ModelNames,
         healthy: Callable[[], Awaitable[bool]],
         stopped: Callable[[], ApiError],
@@ -74,7 +78,8 @@ class GenerationApp:
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
         self._sequences = Shares(sequences)
         self._tokenizer = Shares(_TOKENIZER_BYTES)
-        self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
+        self._app, self.engine = app, engine
+        self._healthy, self._stopped, self._offer = healthy, stopped, offer
         self._has_slots, self._adapters = has_slots, adapters
         self.running = self.tokenizing = self.events = 0
         self._alone: asyncio.Event | None = None  # set at the end of a request that runs alone
@@ -102,12 +107,16 @@ class GenerationApp:
             await respond(send, 200, orjson.dumps(await self._adapters(scope, receive)), "application/json")
         else:
             # The path may have a key by mistake, and clients log errors.
-            raise ApiError(404, f"no such endpoint; POST to {' or '.join(ENDPOINTS)}", code="not_found")
+            message = "this server keeps no responses" if _STORED.match(path) else "no such endpoint"
+            raise ApiError(404, f"{message}; POST to {' or '.join(ENDPOINTS)}", code="not_found")
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
         name = functools.partial(self._names.resolve, context)
-        request = await _read(context, receive, lambda raw: vllm_request.tokenization(raw, self.context, name))
+        urls = scope["path"] != COUNT_TOKENS
+        request = await _read(
+            context, receive, lambda raw: vllm_request.tokenization(raw, self.context, name, urls=urls)
+        )
         self._reserve(context, request.prompt_tokens)
         size, tenant, used = len(request.body), context.caller.tenant or "", request.prompt_tokens
         if not self._tokenizer.take(tenant, size):
@@ -115,7 +124,7 @@ class GenerationApp:
                 raise key_share("bytes that wait to be tokenized")
             raise at_capacity("many texts wait to be tokenized", "tokenizer_full", 1)
         self.tokenizing += 1
-        messages = [_message(request)]
+        messages, status, error = [_message(request)], 0, b""
 
         async def read() -> Message:
             if messages:
@@ -125,10 +134,13 @@ class GenerationApp:
             return {"type": "http.disconnect"}
 
         async def pass_on(message: Message) -> None:
-            nonlocal used
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            nonlocal used, status, error
+            status = message.get("status", status)
+            if status >= 400:
                 used, context.in_vain = 0, request.prompt_tokens
-            elif found := _COUNT.match(message.get("body", b"")):
+                error += message.get("body", b"")
+                return
+            if found := _COUNT.match(message.get("body", b"")):
                 used = int(found[1])
             await send(message)
 
@@ -138,6 +150,8 @@ class GenerationApp:
             self.tokenizing -= 1
             self._tokenizer.release(tenant, size)
             self._charges.settle(context.number, used, 0)
+        if status >= 400:
+            raise _error_of(error, status)
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send vLLM's OpenAPI document, or a page of it, without the endpoints that the edge does not pass on."""
@@ -226,6 +240,7 @@ class GenerationApp:
 
     async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1
+        call.usage.watch()
         try:
             await self._app(_scope(scope, call.id, call.request), call.receive, call.send)
         except asyncio.CancelledError:
@@ -234,8 +249,10 @@ class GenerationApp:
                     await call.break_off(self._stopped())
                 raise
         except Exception:
-            if call.begun or not call.disconnected:
+            if not (call.disconnected or call.streams):
                 raise
+            log.exception("request %s", call.context.asked.id.decode())
+            call.failed = True
         finally:
             self.running -= 1
             call.count()
@@ -244,15 +261,16 @@ class GenerationApp:
             self._charges.settle(context.number, used, used - context.cached_tokens)
         if call.error is not None:
             raise await self._as_error(call.error)
-        if call.disconnected and not call.complete:
-            raise ClientDisconnectedError(call.estimated)
-        if not call.complete:
-            early = ApiError(500, "the response ended early", code="internal_error")
-            if not call.begun:
-                raise early
-            await call.break_off(early)
+        if call.complete:
+            return
+        if call.disconnected:
+            raise ClientDisconnectedError
+        error = ApiError(500, "the response ended early", code="internal_error")
         if call.failed:
-            call.context.code = "generation_failed" if await self._healthy() else "engine_lost"
+            error = await self._as_error(ApiError(500, _FAILED, code="generation_failed"))
+        if not call.begun:
+            raise error
+        await call.break_off(error)
 
     async def _as_error(self, error: ApiError) -> ApiError:
         """Return a 503 for vLLM's 500 if the engine is lost, and a 429 for its 503 if the queue is full."""
@@ -264,9 +282,9 @@ class GenerationApp:
 
 
 class _Call:
-    """One request on its way to vLLM and back.
+    """One request on its way to vLLM and back. `streams`: its response is a stream of events.
 
-    The head of a response waits for its first part, so that an error before the first token has its own status.
+    The head of a response waits for its first token, so that an error before has its own status.
     """
 
     def __init__(
@@ -274,111 +292,94 @@ class _Call:
     ) -> None:
         self._app, self.context, self.request, self._receive, self._send = app, context, request, receive, send
         self.id = b"%s-%016x" % (context.asked.id, random.getrandbits(64))  # of a client, it may not be unique
+        self.usage, self._format = EngineUsage(), protocols.stream_of(context.asked.endpoint)
         self._body: Message | None = _message(request)
         self._head: Message | None = None
-        self._stream: StreamMeter | None = None
-        self._parts: list[bytes] = []  # of a response that is not a stream
-        self.begun = self.complete = self.disconnected = self.failed = False
-        self.estimated = False  # the tokens of a client that left
+        self._early = self._error = b""
+        self._events, self._done = 0, False
+        self.begun = self.complete = self.disconnected = self.failed = self.streams = False
         self.error: ApiError | None = None
 
     async def receive(self) -> Message:
-        """Return the next message for vLLM, which ends a request when it learns that the client left."""
+        """Return the next message for vLLM. It does not learn that a client left whose request the engine has."""
         if self._body is not None:
             body, self._body = self._body, None
             return body
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self.disconnected = True
-            if not (self.complete or self.request.stream) and self.request.tokens <= _COMPLETED_TOKENS:
-                await asyncio.Event().wait()
+            if self.usage.begun and not self.complete:
+                await self.usage.abort(self._app.engine)
+                await asyncio.Event().wait()  # for the response, which ends now
         return message
 
     async def send(self, message: Message) -> None:
         """Pass on a message of vLLM."""
         if message["type"] == "http.response.start":
             self._head = message
-            if message["status"] < 400 and (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]:
-                self._stream = StreamMeter(self.context, self.request)
+            self.streams = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
+            if self.streams:
                 message["headers"] = [*message["headers"], *_STREAM_HEADERS]
-        elif message["type"] != "http.response.body" or self._head is None or self.error:
+        elif message["type"] != "http.response.body" or self._head is None or self.disconnected:
             return
-        elif self.disconnected:  # it may have the usage
-            if self._stream is not None:
-                self._stream.pass_on(message.get("body", b""))
-            else:
-                self._parts.append(message.get("body", b""))
-        elif self._head["status"] >= 500:
-            await self._collect_error(message)
-        elif self._stream is not None:
-            await self._pass_event(self._stream, message)
+        elif self._head["status"] >= 400:
+            self._error += message.get("body", b"")
+            if not message.get("more_body", False):
+                self.error = _error_of(self._error, self._head["status"])
+        elif self.streams:
+            self._app.events += 1
+            await self._pass_events(message)
         else:
-            await self._pass_body(message)
+            await self._pass(message.get("body", b""), message.get("more_body", False))
 
-    async def _collect_error(self, message: Message) -> None:
-        self._parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            self.error = _error_of(b"".join(self._parts), self._head["status"] if self._head else 500)
+    async def _pass_events(self, message: Message) -> None:
+        """Pass on events. vLLM sends complete ones."""
+        passed, more = b"", message.get("more_body", False)
+        for event in message.get("body", b"").split(b"\n\n"):
+            if not event or self.failed:
+                continue
+            if event.startswith(self._format.error):
+                self.failed = True
+                if not self.begun:
+                    self.error = _error_of(event.partition(b"data: ")[2], 500)
+            elif event.startswith(self._format.early):
+                self._early += event + b"\n\n"
+            else:
+                self._done = self._done or event.startswith(self._format.end)
+                passed += self._early + event + b"\n\n"
+                self._early = b""
+            self._events += 1
+        if (passed or not more) and (more or self._done):  # else, `_run` ends the stream with an error event
+            await self._pass(passed, more)
 
-    async def _pass_event(self, stream: StreamMeter, message: Message) -> None:
-        body, more = message.get("body", b""), message.get("more_body", False)
-        passed = stream.pass_on(body) if body else b""
-        self._app.events += 1
-        if stream.error and not stream.events:
-            self.error = _error_of(stream.error, 500)
-            return
-        self.failed = stream.error is not None
-        if not more and not stream.done:
-            return  # `_run` ends the stream with an error event
-        if passed or not more:
-            await self._begin()
-            self.complete = not more
-            await self._send({"type": "http.response.body", "body": passed, "more_body": more})
-
-    async def _pass_body(self, message: Message) -> None:
-        await self._begin()
-        body, more = message.get("body", b""), message.get("more_body", False)
-        if self._head and self._head["status"] < 400:
-            self._parts.append(body)
-        self.complete = not more
-        await self._send(message)
-
-    async def _begin(self) -> None:
+    async def _pass(self, body: bytes, more: bool) -> None:
         if not self.begun and self._head is not None:
             self.begun = True
             await self._send(self._head)
+        self.complete = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def break_off(self, error: ApiError) -> None:
         """End a begun stream with an error event: clients take an early end for a complete answer."""
         self.context.code = error.code
         self.complete = True
-        events = b"data: " + error.body() + b"\n\n" + meter.DONE if self._stream else b""
+        events = self._format.error_event(error, self._events) if self.streams else b""
         await self._send({"type": "http.response.body", "body": events})
 
     def count(self) -> None:
         """Write the tokens to the context."""
-        context, status = self.context, self._head["status"] if self._head else 0
-        if self._stream is not None:
-            self._stream.count()
-        elif self._parts and self.error is None:
-            meter.count_body(context, b"".join(self._parts))
-        if self.disconnected and not self.complete and status < 400:
-            self._estimate()
-        if 400 <= status < 500:
+        context, usage = self.context, self.usage
+        if self.error is None:
+            context.input_tokens, context.output_tokens, context.cached_tokens = (
+                usage.prompt,
+                usage.output,
+                usage.cached,
+            )
+        if usage.first_token is not None:
+            context.phases["first_token"] = usage.first_token - context.started
+        # vLLM tokenized it, also for a client that left then.
+        if (self.error and self.error.status < 500) or (self.disconnected and not usage.begun):
             context.in_vain = self.request.prompt_tokens
-
-    def _estimate(self) -> None:
-        """Count what was reserved, as far as vLLM did not report the use.
-
-        That includes prompts without a token yet: vLLM caches them in parts, where the next request finds them.
-        """
-        request, context = self.request, self.context
-        if self._stream.complete if self._stream else context.input_tokens:
-            return
-        self.estimated = True
-        context.input_tokens = max(context.input_tokens, request.prompt_tokens)
-        if not request.stream:
-            context.output_tokens = request.tokens - request.prompt_tokens
 
 
 async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], VllmRequest]) -> VllmRequest:
@@ -408,6 +409,7 @@ def _error_of(body: bytes, status: int) -> ApiError:
         error = orjson.loads(body)["error"]
         code = error.get("code")
         status = code if isinstance(code, int) and 400 <= code < 600 else status
-        return ApiError(status, str(error["message"]), code=None if isinstance(code, int) else code)
+        message, code = str(error["message"]), None if isinstance(code, int) else code
+        return ApiError(status, message, code=code, param=error.get("param"))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return ApiError(status, "generation failed; see the server log", code="internal_error")
+        return ApiError(status, _FAILED, code="internal_error")

@@ -27,7 +27,7 @@ from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.generate import adapter_probe, command, control, generation_app, probe
+from inferctl.serve.generate import adapter_probe, command, control, generation_app, probe, protocols
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
@@ -95,8 +95,10 @@ class GenerationServer(ServerLifetime):
         metrics.watch_queue(lambda: 0, lambda: 0, lambda: self._edge.in_flight, estimated=True)
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
-        pages = Pages(self._lifecycle, lambda: None, metrics.exposition, list(generation_app.ENDPOINTS))
-        self._edge = self._setup.edge(_no_engine, metrics, pages.answer, endpoints=generation_app.ENDPOINTS)
+        pages = Pages(self._lifecycle, lambda: None, metrics.exposition, list(protocols.ENDPOINTS))
+        self._edge = self._setup.edge(
+            _no_engine, metrics, pages.answer, endpoints=protocols.ENDPOINTS, error_body=protocols.error_body
+        )
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
 
     def _ready(self) -> bool:

@@ -25,7 +25,15 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
-from inferctl.serve.generate import adapter_probe, command, control, generation_app, live_adapters
+from inferctl.serve.generate import (
+    adapter_probe,
+    command,
+    control,
+    engine_usage,
+    generation_app,
+    live_adapters,
+    protocols,
+)
 from inferctl.serve.generate.live_adapters import LiveAdapters
 from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
@@ -111,8 +119,10 @@ class _EdgeServer:
         self._live = LiveAdapters(
             app, settings, folder, known, setup, lambda *sent, **of: self._channel.send(*sent, **of)
         )
+        engine_usage.install(app.state.engine_client)
         self._generation = generation_app.GenerationApp(
             app,
+            app.state.engine_client,
             known,
             self._check,
             lambda: self._edge.stopped,
@@ -122,9 +132,14 @@ class _EdgeServer:
             "--enable-lora" in settings.info["engine"]["options"],
             self._live.answer if limits["max_adapters"] else None,
         )
-        pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS))
+        pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(protocols.ENDPOINTS))
         self._edge = setup.edge(
-            self._generation, metrics, pages.answer, endpoints=generation_app.ENDPOINTS, backend=charges
+            self._generation,
+            metrics,
+            pages.answer,
+            endpoints=protocols.ENDPOINTS,
+            error_body=protocols.error_body,
+            backend=charges,
         )
         self._http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected)
         end_with_parent(_ORPHAN_S, lambda: os.killpg(0, signal.SIGKILL))  # vLLM's processes, too

@@ -27,26 +27,37 @@ _VALUES, _VALUES_PER_MESSAGE = 4096, 4
 # Of a body, for each token of the context, and in addition. English has about 4 bytes per token.
 _MOST_BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 # The bytes of images, sounds and tensors say nothing about tokens.
-_MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b"_embeds")
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b"_embeds", b'"base64"')
 # Fields that may have them. vLLM counts the characters of a prompt before it tokenizes it.
-_WITH_MEDIA = frozenset({"messages", "prompt_embeds"})
+_WITH_MEDIA = frozenset({"messages", "input", "prompt_embeds"})
 # vLLM tokenizes these words twice in its event loop: 3.9 MB blocked it for 24 s.
 _BAD_WORDS_CHARACTERS = 8192
 _MOST_TOKEN_ID = 2**31 - 1
-# vLLM reports the usage of a stream with each event. What it generated after the last one is not counted if a client
-# leaves, so a client may not ask for one event of a thousand tokens.
-_MOST_EVENT_TOKENS = 16
 # What other servers of vLLM tell each other in requests: where to read and write their memory.
 _OF_SERVERS = ("kv_transfer_params", "ec_transfer_params")
+# The fields that limit an answer, the first one counts.
+_LIMITS = {
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "completions": ("max_tokens",),
+    "responses": ("max_output_tokens",),
+    "messages": ("max_tokens",),
+}
+# Lists of messages. vLLM checks each item.
+_MESSAGES = ("messages", "input")
+# What vLLM or Anthropic keep in one process. A client that chooses the id of a response can name that of another one.
+_STATE = ("background", "previous_response_id", "conversation", "request_id", "container")
+# What a server would run for the client: only functions, which clients run, are tools.
+_HOSTED = ("mcp_servers",)
+_TOOLS = {"responses": ("function", "custom", "namespace"), "messages": (None, "custom")}
+_URLS = ("image_url", "audio_url", "video_url", "file_url")
 
 
 @dataclass(frozen=True, slots=True)
 class VllmRequest:
     """One parsed request. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
-    `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
-    a stream must have its usage at its end, and in each event. `stream`: the response is one. `prompt_logprobs`: it
-    asks for the log-probabilities of its prompt.
+    `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `prompt_logprobs`: it asks for the
+    log-probabilities of its prompt.
     """
 
     body: bytes
@@ -54,9 +65,6 @@ class VllmRequest:
     answer_tokens: int = 0
     prompts: int = 1
     choices: int = 1
-    usage: bool = False
-    continuous_usage: bool = False
-    stream: bool = False
     prompt_logprobs: bool = False
 
     @property
@@ -78,7 +86,7 @@ def generation(
     limited: bool = False,
     most_sequences: int | None = None,
 ) -> VllmRequest:
-    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400, and as `resolve`.
+    """Return the request of a body for `endpoint`, a key of `_LIMITS`. Raises `ApiError` 400, and as `resolve`.
 
     `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the
     answers must have a limit. `most_sequences`: of one request.
@@ -93,28 +101,24 @@ def generation(
         raise _invalid("use_beam_search", "is not supported: each token of each beam is a request to the engine")
     _integer(request, "priority")
     _check_words(request.get("bad_words"))
-    limits = {name: _integer(request, name) for name in ("max_tokens", "max_completion_tokens")}
-    choices = _integer(request, "n", least=1)
-    if interval := _integer(request, "stream_interval", least=1):
-        request["stream_interval"] = min(interval, _MOST_EVENT_TOKENS)
-    if endpoint == "chat":
-        limit, prompts, ids = limits["max_completion_tokens"], 1, None
-        limit = limits["max_tokens"] if limit is None else limit
-        if limit is None and limited:
-            limit = request["max_completion_tokens"] = min(ANSWER_TOKENS, context)
-    else:
-        limit = _COMPLETION_TOKENS if limits["max_tokens"] is None else limits["max_tokens"]
+    if tools := _TOOLS.get(endpoint):
+        _check_agent(request, tools)
+    limit = None
+    for name in reversed(_LIMITS[endpoint]):
+        found = _integer(request, name)
+        limit = limit if found is None else found
+    choices = _integer(request, "n", least=1) if endpoint in ("chat", "completions") else 1
+    prompts, ids = 1, None
+    if endpoint == "completions":
+        limit = _COMPLETION_TOKENS if limit is None else limit
         prompts, ids = _prompts(request, context)
+    elif limit is None and limited and endpoint != "messages":  # which must have one
+        limit = request[_LIMITS[endpoint][0]] = min(ANSWER_TOKENS, context)
     sequences, most = prompts * (choices or 1), min(_MOST_SEQUENCES, most_sequences or _MOST_SEQUENCES)
     if sequences > most:
         message = f"times the number of prompts is {sequences}; the limit is {most}: send several requests"
         raise _invalid("n", message, "too_many_sequences")
     _check_size(raw, request, context * prompts)
-    options = request.get("stream_options")
-    if not isinstance(options, dict | None):
-        raise _invalid("stream_options", "must be an object")
-    usage = _flag(options or {}, "include_usage", "stream_options.")
-    continuous = _flag(options or {}, "continuous_usage_stats", "stream_options.")
     return VllmRequest(
         _json(request),
         -(-len(raw) // BYTES_PER_TOKEN) if ids is None else ids,
@@ -122,20 +126,52 @@ def generation(
         max(1, min(ANSWER_TOKENS if limit is None else limit, context)),
         prompts,
         choices or 1,
-        usage,
-        usage and continuous,
-        _flag(request, "stream"),
         request.get("prompt_logprobs") is not None or bool(request.get("echo")),
     )
 
 
-def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str]) -> VllmRequest:
-    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does."""
+def _check_agent(request: dict[str, Any], tools: tuple[str | None, ...]) -> None:
+    """Raise `ApiError` for what Responses and Messages ask of a server besides an answer."""
+    for name in _STATE:
+        if request.get(name) not in (None, False):
+            raise _invalid(name, "is not supported: this server keeps no responses; send all messages", "stateless")
+    if request.get("store"):
+        raise _invalid("store", "must be false or absent: this server keeps no responses", "stateless")
+    request["store"] = False  # vLLM's default is true
+    found = request.get("tools")
+    hosted = [name for name in _HOSTED if request.get(name)]
+    for index, tool in enumerate(found if isinstance(found, list) else ()):
+        if isinstance(tool, dict) and not (isinstance(kind := tool.get("type"), str | None) and kind in tools):
+            hosted.append(f"tools[{index}].type")
+    if hosted:
+        message = f"is not supported: this server runs no tools; it accepts {' and '.join(filter(None, tools))} tools"
+        raise _invalid(hosted[0], message, "hosted_tool")
+    _check_media(request)
+
+
+def _check_media(request: Mapping[str, Any]) -> None:
+    """Raise `ApiError` for an address of an image, sound or file, which vLLM would load."""
+    for each in _containers(request):
+        if isinstance(each, dict):
+            urls = [each.get(name) for name in _URLS] + ([each.get("url")] if each.get("type") == "url" else [])
+            for url in urls:
+                address = url.get("url") if isinstance(url, dict) else url
+                if isinstance(address, str) and not address.startswith("data:"):
+                    raise _invalid("url", "of media must start with `data:`: this server loads no media", "media_url")
+
+
+def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str], *, urls: bool = True) -> VllmRequest:
+    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does.
+
+    `urls`: whether it may have addresses of media.
+    """
     most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
     if len(raw) > most:
         raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
     request = _object(raw, context)
     request["model"] = resolve(request.get("model"))
+    if not urls:
+        _check_media(request)
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)
@@ -151,9 +187,9 @@ def _object(raw: bytes, context: int) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_type")
     most = min(context // _TOKENS_PER_MESSAGE, _MOST_MESSAGES)
-    messages = request.get("messages")
-    if isinstance(messages, list) and len(messages) > most:
-        raise _invalid("messages", f"has {len(messages)} items; the limit is {most}", "context_length_exceeded")
+    for name in _MESSAGES:
+        if isinstance(messages := request.get(name), list) and len(messages) > most:
+            raise _invalid(name, f"has {len(messages)} items; the limit is {most}", "context_length_exceeded")
     limit = _VALUES + _VALUES_PER_MESSAGE * most
     if any(count >= limit for count, _ in enumerate(_containers(request))):
         raise ApiError(400, f"the body has more than {limit} lists and objects", code="too_many_values")
@@ -234,12 +270,6 @@ def _integer(request: Mapping[str, Any], name: str, least: int = 0) -> int | Non
     if value is not None and (type(value) is not int or value < least):
         raise _invalid(name, f"must be an integer of at least {least}")
     return value
-
-
-def _flag(options: Mapping[str, Any], name: str, of: str = "") -> bool:
-    if not isinstance(value := options.get(name), bool | None):
-        raise _invalid(of + name, "must be true or false")
-    return bool(value)
 
 
 def _invalid(name: str, reason: str, code: str = "invalid_value") -> ApiError:
