@@ -53,15 +53,6 @@ def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequenc
     assert asked.tokens >= sequences * answer
 
 
-@pytest.mark.parametrize(("asked", "passed"), [(None, None), (1, 1), (16, 16), (17, 16), (10**9, 16)])
-def test_a_client_cannot_hide_many_tokens_in_one_event(asked: int | None, passed: int | None) -> None:
-    for endpoint, raw in (
-        ("chat", chat(stream_interval=asked)),
-        ("completions", completion("a", stream_interval=asked)),
-    ):
-        assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT, str).body)["stream_interval"] == passed
-
-
 def test_the_tokens_of_a_prompt() -> None:
     assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT, str).prompt_tokens == 12
     text = completion("word " * 100)
@@ -97,8 +88,6 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(n=100.0), "invalid_value"),
         ("chat", chat(n=0), "invalid_value"),
         ("chat", chat(n=2000), "too_many_sequences"),
-        ("chat", chat(stream_interval=0), "invalid_value"),
-        ("chat", chat(stream_interval="4"), "invalid_value"),
         ("chat", chat(priority=-1), "invalid_value"),
         ("chat", chat(priority="-1"), "invalid_value"),
         # A field that vLLM ignores is no image.
@@ -116,9 +105,6 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(kv_transfer_params={"prompt_token_ids": [1] * 200}), "invalid_value"),
         ("completions", completion("a", ec_transfer_params={}), "invalid_value"),
         ("chat", chat(vllm_xargs={"kv_transfer_params": "a"}), "invalid_value"),  # vLLM's answer is a 500
-        ("chat", chat(stream="true"), "invalid_value"),
-        ("chat", chat(stream=True, stream_options=[1]), "invalid_value"),
-        ("chat", chat(stream=True, stream_options={"include_usage": "no"}), "invalid_value"),
         ("chat", json.dumps({"messages": MESSAGES * 200}).encode(), "context_length_exceeded"),
         ("chat", chat(tools=[{}] * 6000), "too_many_values"),
         ("chat", json.dumps({"messages": [{"role": "user", "content": [{}] * 6000}]}).encode(), "too_many_values"),

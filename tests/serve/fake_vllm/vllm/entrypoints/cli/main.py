@@ -77,33 +77,68 @@ class Models:
         del self.engine[number]
 
 
-async def words(count: int) -> AsyncIterator[str]:
-    for number in range(count):
-        await asyncio.sleep(Engine.gap_s(number))
-        while Engine.hangs:
-            await asyncio.sleep(0.1)
-        if not Engine.alive:
-            return
-        TOKENS.inc()
-        yield f"word{number} "
+class EngineClient:
+    """As vLLM's: `generate` yields what is new, or all at the end. `abort` ends it with what it has until then."""
+
+    def __init__(self) -> None:
+        self.aborted: set[str] = set()
+
+    async def abort(self, request_ids: list[str]) -> None:
+        self.aborted |= set(request_ids)
+
+    async def generate(self, prompt: str, sampling_params: Any, request_id: str) -> AsyncIterator[SimpleNamespace]:
+        stream = sampling_params.output_kind.name == "DELTA"
+        sent = done = 0
+        for part in range(15 if prompt == "prefill" else 0):
+            await asyncio.sleep(0.2)
+            KV_CACHE.set(part)
+            if request_id in self.aborted:
+                break
+        for number in range(sampling_params.max_tokens):
+            await asyncio.sleep(Engine.gap_s(number))
+            while Engine.hangs:
+                await asyncio.sleep(0.1)
+            if not Engine.alive:
+                return
+            end = request_id in self.aborted
+            if not end:
+                TOKENS.inc()
+                done += 1
+                end = done == sampling_params.max_tokens
+            if stream or end:
+                yield SimpleNamespace(
+                    prompt_token_ids=[1] * 7,
+                    encoder_prompt_token_ids=None,
+                    num_cached_tokens=CACHED["cached_tokens"],
+                    outputs=[SimpleNamespace(token_ids=[2] * (done - sent))],
+                )
+                sent = done
+            if end:
+                return
 
 
-async def events(script: str, count: int) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]], tokens: int) -> str:
-        usage = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
-        if not choices:
-            usage["prompt_tokens_details"] = CACHED
+async def words(request: Request, script: str, count: int, stream: bool) -> AsyncIterator[str]:
+    kind = SimpleNamespace(name="DELTA" if stream else "FINAL_ONLY")
+    params, number = SimpleNamespace(n=1, max_tokens=count, output_kind=kind), 0
+    async for output in request.app.state.engine_client.generate(script, params, os.urandom(8).hex()):
+        for _ in output.outputs[0].token_ids:
+            yield f"word{number} "
+            number += 1
+
+
+async def events(request: Request, script: str, count: int, usage: bool) -> AsyncIterator[str]:
+    def event(choices: list[dict[str, Any]], **usage: Any) -> str:
         chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
-        return f"data: {json.dumps({**chunk, 'usage': usage}, separators=(',', ':'))}\n\n"
+        return f"data: {json.dumps({**chunk, **usage}, separators=(',', ':'))}\n\n"
 
     tokens = 0
     Engine.streams += 1
-    async for word in words(count):
+    async for word in words(request, script, count, True):
         if not tokens:
-            yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], 0)
+            yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
         tokens += 1
         end = "length" if tokens == count else None
-        yield event([{"index": 0, "delta": {"content": word}, "finish_reason": end}], tokens)
+        yield event([{"index": 0, "delta": {"content": word}, "finish_reason": end}])
         if script == "engine dies" and tokens == 3:
             Engine.alive = False
         if script == "early end" and tokens == 3:
@@ -112,7 +147,9 @@ async def events(script: str, count: int) -> AsyncIterator[str]:
     if not Engine.alive:
         yield f"data: {json.dumps(ENGINE_LOST)}\n\ndata: [DONE]\n\n"
         return
-    yield event([], tokens)
+    if usage:
+        total = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
+        yield event([], usage={**total, "prompt_tokens_details": CACHED})
     yield "data: [DONE]\n\n"
 
 
@@ -147,12 +184,12 @@ async def chat(request: Request) -> Response:
         return JSONResponse({"error": {"message": BUSY, "type": "x", "param": None, "code": 503}}, 503)
     if script == "hang":
         Engine.hangs = True
-    if script == "prefill":
-        for part in range(15):
-            await asyncio.sleep(0.2)
-            KV_CACHE.set(part)
     if script == "tokenize":
-        await asyncio.sleep(3)
+        left = asyncio.ensure_future(disconnect(request))
+        await asyncio.wait([left], timeout=3)
+        if left.done():
+            return JSONResponse(None)
+        left.cancel()
     if script == "wait":
         WAITING.labels("0").set(3)
     if script == "block":
@@ -165,8 +202,9 @@ async def chat(request: Request) -> Response:
     if script == "invalid":
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if body.get("stream"):
-        return StreamingResponse(events(script, count), media_type="text/event-stream")
-    generating = asyncio.ensure_future(collect(words(count)))
+        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        return StreamingResponse(events(request, script, count, usage), media_type="text/event-stream")
+    generating = asyncio.ensure_future(collect(words(request, script, count, False)))
     left = asyncio.ensure_future(disconnect(request))
     try:
         await asyncio.wait((generating, left), return_when=asyncio.FIRST_COMPLETED)
@@ -212,7 +250,7 @@ async def health(_: Request) -> Response:
 
 async def document(_: Request) -> Response:
     post = {"post": {"summary": "Create <it>"}}
-    paths = {"/v1/chat/completions": post, "/v1/responses": post, "/tokenize": post}
+    paths = {"/v1/chat/completions": post, "/v1/completions/render": post, "/tokenize": post}
     return JSONResponse({"openapi": "3.1.0", "info": {"title": "stand-in", "version": "1"}, "paths": paths})
 
 
@@ -249,7 +287,7 @@ def main() -> None:
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", chat, methods=["POST"]),
+        Route("/v1/completions/render", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
 
@@ -259,6 +297,7 @@ def main() -> None:
         log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
 
     app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.engine_client = EngineClient()
     app.state.openai_serving_models, app.state.names = Models(chosen.lora_modules), chosen.served_model_name
     if chosen.middleware:
         module, _, name = chosen.middleware.rpartition(".")
