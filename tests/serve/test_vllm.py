@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -17,15 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.serve.generate.protocols import ENDPOINTS
 from tests.conftest import ROOT
 from tests.packages import install
 from tests.processes import ServerProcess, execute, python, until
 from tests.required import missing
+from tests.serve.random_requests import Asked, Clients
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(900)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -76,7 +78,7 @@ def client(server: ServerProcess) -> openai.OpenAI:
 
 def events(server: ServerProcess) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    return [line for line in lines if line["message"] == "request" and line["endpoint"] in ("chat", "completions")]
+    return [line for line in lines if line["message"] == "request" and line["endpoint"] in ENDPOINTS.values()]
 
 
 def greedy(stream: bool = False, **options: Any) -> dict[str, Any]:
@@ -106,49 +108,22 @@ def test_the_metrics_of_dashboards_and_alerts_exist(server: ServerProcess, clien
     assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
 
 
-def test_usage_equals_what_the_clients_saw_also_of_those_that_left(
-    server: ServerProcess, client: openai.OpenAI
-) -> None:
-    before = len(events(server))
-    options = {"max_tokens": 400, "temperature": 1, "extra_body": {"ignore_eos": True, "n": 2}}
-    continuous = {"include_usage": True, "continuous_usage_stats": True}
-    received = []
-    for _ in range(3):
-        stream = client.chat.completions.create(**greedy(stream=True, stream_options=continuous) | options)
-        last: dict[int, int] = {}
-        for number, chunk in enumerate(stream):
-            last[chunk.choices[0].index] = chunk.usage.completion_tokens
-            if number == 12:
-                break
-        stream.close()
-        received.append(sum(last.values()))
-    until(lambda: len(events(server)) == before + 3, 20)
-    left = events(server)[before:]
-    assert [(event["status"], event["code"]) for event in left] == [(499, "client_disconnected")] * 3
-    # Some tokens were on their way when the client left, more on a busy machine, but far from all 800.
-    more = [event["output_tokens"] - seen for event, seen in zip(left, received, strict=True)]
-    assert 0 <= min(more) <= max(more) <= 200, more
-    complete = client.chat.completions.create(**greedy() | {"temperature": 1, "extra_body": {"n": 2}})
-    until(lambda: len(events(server)) == before + 4, 20)
-    assert events(server)[-1]["output_tokens"] == complete.usage.completion_tokens
-
-
-@pytest.mark.parametrize(("most", "code"), [(60, "client_disconnected"), (1500, "usage_estimated")])
-@pytest.mark.parametrize("endpoint", ["chat/completions", "completions"])
-def test_a_client_that_leaves_before_a_plain_response_is_counted(
-    server: ServerProcess, endpoint: str, most: int, code: str
-) -> None:
-    before, computed = len(events(server)), server.metric("vllm:generation_tokens_total")
-    prompt = {"prompt": ["France", "Italy"]} if endpoint == "completions" else {"messages": QUESTION, "n": 2}
-    body = {"model": "smollm2", "max_tokens": most, "ignore_eos": True, "temperature": 1, **prompt}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/{endpoint}", json=body, timeout=0.3)
-    until(lambda: len(events(server)) == before + 1)
-    until(lambda: server.metric("vllm:num_requests_running") == 0, 20)
-    (left,) = events(server)[before:]
-    assert (left["status"], left["code"], left["output_tokens"]) == (499, code, 2 * most)
-    generated = server.metric("vllm:generation_tokens_total") - computed
-    assert generated == 2 * most if code == "client_disconnected" else generated < most
+def test_usage_of_each_api_is_what_vllm_reports_also_of_clients_that_left(server: ServerProcess) -> None:
+    requests = [Asked.number(number) for number in range(60)]
+    computed = server.metric("vllm:generation_tokens_total")
+    seen = asyncio.run(Clients(server.url).run(requests, 4))
+    until(lambda: {asked.id for asked in requests} <= {event["request_id"] for event in events(server)}, 60)
+    found = {event["request_id"]: event for event in events(server)}
+    for asked, of_client in zip(requests, seen, strict=True):
+        event = found[asked.id]
+        if of_client.left:
+            assert event["status"] in (200, 499) and event["output_tokens"] >= of_client.output, asked
+        else:
+            used = (event["status"], event["tokens"], event["output_tokens"])
+            assert used == (200, of_client.prompt, of_client.output), asked
+    assert {found[asked.id]["status"] for asked in requests if asked.leaves} == {499}
+    counted = sum(found[asked.id]["output_tokens"] for asked in requests)
+    assert counted == server.metric("vllm:generation_tokens_total") - computed
 
 
 def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) -> None:
@@ -158,8 +133,57 @@ def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) ->
         client.completions.create(model="smollm2", prompt="word " * 3000)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**greedy(stream=True) | {"temperature": -1})
-    with pytest.raises(openai.NotFoundError, match="no such endpoint; POST to /v1/chat/completions"):
-        client.responses.create(model="smollm2", input="hi")
+    with pytest.raises(openai.NotFoundError, match="keeps no responses; POST to /v1/chat/completions"):
+        client.responses.retrieve("resp_1")
+
+
+IMAGE = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+REMOVED = {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "geheim"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("responses", {"input": "word " * 3000}, "maximum context length is 2048"),
+        ("responses", {"input": [{"type": "item_reference", "id": "msg_1"}]}, "item_reference"),
+        (
+            "responses",
+            {"input": "a", "tools": [{"type": "custom", "name": "a", "format": {"type": "grammar"}}]},
+            "gram",
+        ),
+        ("messages", {"messages": [{"role": "user", "content": "word " * 3000}]}, "maximum context length is 2048"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "source": IMAGE}]}]}, "multimodal"),
+        ("messages", {"messages": [{"role": "system", "content": [REMOVED]}]}, "not declared"),
+        ("messages", {"messages": QUESTION, "max_tokens": None}, "max_tokens"),
+        ("messages/count_tokens", {"messages": [{"role": "geheim", "content": "a"}]}, "role"),
+    ],
+)
+def test_what_vllm_rejects_has_the_shape_of_the_api(
+    server: ServerProcess, path: str, body: dict[str, Any], said: str
+) -> None:
+    limit = {"max_tokens": 4} if path == "messages" else {}
+    response = httpx.post(f"{server.url}/v1/{path}", json={"model": "smollm2", **limit, **body}, timeout=60)
+    document = response.json()
+    assert (response.status_code, document["error"]["type"]) == (400, "invalid_request_error")
+    assert said in document["error"]["message"]
+    assert document.get("type") == (None if path == "responses" else "error")
+    assert "geheim" not in server.log.read_text()
+
+
+def test_official_clients_of_agents(server: ServerProcess) -> None:
+    claude = anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
+    options: dict[str, Any] = {"model": "smollm2", "max_tokens": 16, "messages": QUESTION}
+    message = claude.messages.create(**options, extra_body={"temperature": 0})
+    with claude.messages.stream(**options, extra_body={"temperature": 0}) as stream:
+        assert stream.get_final_message().content[0].text == message.content[0].text
+    assert "Paris" in message.content[0].text
+    counted = claude.messages.count_tokens(model="smollm2", messages=QUESTION)
+    assert counted.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    response = client.responses.create(model="smollm2", input=QUESTION, temperature=0)
+    with client.responses.stream(model="smollm2", input=QUESTION, temperature=0) as events:
+        assert events.get_final_response().output_text == response.output_text
+    assert "Paris" in response.output_text
 
 
 LLAMAINDEX = """
@@ -247,26 +271,22 @@ def test_clients_that_vanish_in_mid_stream_free_their_sequences(server: ServerPr
 
 
 def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: ServerProcess, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        **greedy(stream=True) | {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
-    )
-    next(iter(stream))
+    claude = anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
+    long: dict[str, Any] = {"model": "smollm2", "stream": True, "extra_body": {"temperature": 1, "ignore_eos": True}}
+    streams: list[Any] = [
+        client.chat.completions.create(max_tokens=1500, messages=QUESTION, **long),
+        client.responses.create(max_output_tokens=1500, input=QUESTION, **long),
+        claude.messages.create(max_tokens=1500, messages=QUESTION, **long),
+    ]
+    for stream in streams:
+        next(iter(stream))
     group = str(server.engine_pid())
     engines = execute("pgrep", "-g", group, "-f", "^VLLM::EngineCore", code=0)
     os.kill(int(engines.stdout), signal.SIGKILL)
-    with pytest.raises(openai.APIError):
-        list(stream)
+    for stream in streams:
+        with pytest.raises((openai.APIError, anthropic.APIError), match="engine was lost"):
+            list(stream)
     until(lambda: server.readiness()[0] == 503, 30)
     until(lambda: server.readiness()[0] == 200, 250)
     assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content
     assert "starting it again" in server.log.read_text()
-
-
-def test_a_client_gets_at_most_16_tokens_in_one_event(server: ServerProcess) -> None:
-    body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 40, "ignore_eos": True, "stream": True}
-    body |= {"stream_interval": 1000, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    text = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).text
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    counts = [event["usage"]["completion_tokens"] for event in events]
-    assert (counts[0], counts[-1]) == (0, 40)
-    assert max(b - a for a, b in itertools.pairwise(counts)) == 16

@@ -23,9 +23,9 @@ _SHOWN = re.compile(r'ERROR |CRITICAL |\{"time":"[^"]*","level":"(?:(?:error|cri
 # The log of the edge has a traceback in further lines.
 _RECORD = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) |\{|\d{4}-\d\d-\d\d ")
 _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
-# Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, a grammar. All
-# lines of such a record have the same prefix.
-_QUOTING = re.compile(r"Dumping scheduler output|Failed to compile grammar")
+# Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, a grammar, and
+# each error of Messages. All lines of such a record have the same prefix.
+_QUOTING = re.compile(r"Dumping scheduler|Failed to compile grammar|Error in (?:create_m|count_t|message stream)")
 # If vLLM's engine ends before the task that waits for its outputs, as on a busy machine, vLLM logs a traceback.
 _OF_ITS_END = re.compile(r"output_handler failed")
 _PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ")

@@ -103,6 +103,8 @@ def generation(
     _check_words(request.get("bad_words"))
     if tools := _TOOLS.get(endpoint):
         _check_agent(request, tools)
+    if endpoint == "responses":
+        request["store"] = False  # vLLM's default is true
     limit = None
     for name in reversed(_LIMITS[endpoint]):
         found = _integer(request, name)
@@ -130,14 +132,13 @@ def generation(
     )
 
 
-def _check_agent(request: dict[str, Any], tools: tuple[str | None, ...]) -> None:
+def _check_agent(request: Mapping[str, Any], tools: tuple[str | None, ...]) -> None:
     """Raise `ApiError` for what Responses and Messages ask of a server besides an answer."""
     for name in _STATE:
         if request.get(name) not in (None, False):
             raise _invalid(name, "is not supported: this server keeps no responses; send all messages", "stateless")
     if request.get("store"):
         raise _invalid("store", "must be false or absent: this server keeps no responses", "stateless")
-    request["store"] = False  # vLLM's default is true
     found = request.get("tools")
     hosted = [name for name in _HOSTED if request.get(name)]
     for index, tool in enumerate(found if isinstance(found, list) else ()):
