@@ -19,7 +19,10 @@ from inferctl.core.errors import UsageError, did_you_mean, shown
 from inferctl.tenancy.access import key_file, keys
 from inferctl.tenancy.access.key_file import ApiKey, Priority, StoredDigest
 
-_ENDPOINTS = ("embeddings", "rerank", "score", "classify", "predict", "tokenize", "chat", "completions", "batches")
+_ENDPOINTS = (
+    *("embeddings", "rerank", "score", "classify", "predict", "tokenize"),
+    *("chat", "completions", "responses", "messages", "batches"),
+)
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _KeysOption = Annotated[

@@ -13,6 +13,7 @@ import openai
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WORDS = "the capital of France is Paris and a river flows through it into the sea".split()  # noqa: SIM905
+PREFIX = " ".join(WORDS * 12)  # longer than a block of the prefix cache on CPUs: 128 tokens
 FUNCTION = {"name": "weather", "description": "Return the weather", "parameters": SCHEMA}
 # How each API has a function, and the field that limits an answer.
 TOOLS: dict[str, Any] = {
@@ -42,6 +43,8 @@ class Asked:
         most = 1000 if leaves else draw.randrange(1, 13)
         body: dict[str, Any] = {"model": "smollm2", LIMITS.get(api, "max_tokens"): most}
         texts = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 120))) for _ in range(draw.choice([1, 1, 3]))]
+        if draw.random() < 0.5:
+            texts[0] = f"{PREFIX} {texts[0]}"
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         extra: dict[str, Any] = {"temperature": 1}
         if leaves and api != "messages":

@@ -54,8 +54,12 @@ class Generation(ServerProcess):
 
     def events(self) -> list[dict[str, Any]]:
         """The logged requests of chat."""
+        return self.requests("chat")
+
+    def requests(self, endpoint: str) -> list[dict[str, Any]]:
+        """The logged requests of an endpoint."""
         found = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in found if line["message"] == "request" and line["endpoint"] == "chat"]
+        return [line for line in found if line["message"] == "request" and line["endpoint"] == endpoint]
 
     def vllm_pid(self) -> int:
         return self.engine_pid()
@@ -359,6 +363,7 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
     response = server.post("/v1/chat/completions", {"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"
+    assert server.post("/v1/messages", {}).json()["error"]["type"] == "overloaded_error"
     assert server.get("/livez").status_code == 200
     until(lambda: server.readiness()[0] == 200)
 

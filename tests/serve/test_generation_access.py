@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -89,6 +90,41 @@ def test_keys_and_limits(server: Generation) -> None:
     assert chat(server, other, "3").status_code == 200
     log = server.log.read_text()
     assert not any(each in log for each in (secret, other, admin))
+
+
+# What the official clients of each API see of a key and a request, and how often they try.
+ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str, int]] = [
+    ({}, {"model": "unknown"}, 404, "model_not_found", 1),
+    ({"revoked": True}, {}, 401, "invalid_api_key", 1),
+    ({"endpoints": ["embeddings"]}, {}, 403, "forbidden", 1),
+    ({}, {"background": True, "container": "c"}, 400, "stateless", 1),
+    ({}, {"padding": "a" * 4_200_000}, 413, "body_too_large", 1),
+    ({"tokens_per_minute": 10}, {}, 429, "rate_limit_exceeded", 1),  # it never fits
+    ({}, {"script": "busy"}, 429, "queue_full", 2),
+]
+
+
+@pytest.mark.parametrize(("fields", "more", "status", "code", "tries"), ERRORS)
+@pytest.mark.parametrize("api", ["responses", "messages"])
+def test_official_clients_try_again_what_can_succeed(
+    server: Generation, api: str, fields: dict[str, Any], more: dict[str, Any], status: int, code: str, tries: int
+) -> None:
+    _, secret = add_key(server, **{name: value for name, value in fields.items() if name != "revoked"})
+    messages = [{"role": "user", "content": more.get("script", "3")}]
+    options: dict[str, Any] = {"api_key": "none" if "revoked" in fields else secret, "max_retries": 1}
+    body: dict[str, Any] = {"model": "m", "extra_body": more}
+    client: Any = openai.OpenAI(base_url=f"{server.url}/v1", **options).responses
+    body |= {"input": messages, "max_output_tokens": 20}
+    if api == "messages":
+        client = anthropic.Anthropic(base_url=server.url, **options).messages
+        body = {"model": "m", "extra_body": more, "messages": messages, "max_tokens": 20}
+    earlier = len(server.requests(api))
+    with pytest.raises((openai.APIStatusError, anthropic.APIStatusError)) as raised:
+        client.create(**body)
+    document: Any = raised.value.response.json()
+    assert (raised.value.status_code, document["error"]["code"]) == (status, code)
+    assert document.get("type") == ("error" if api == "messages" else None)
+    until(lambda: len(server.requests(api)) == earlier + tries)
 
 
 def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> None:  # noqa: F811

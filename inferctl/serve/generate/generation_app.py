@@ -23,15 +23,14 @@ from inferctl.serve.generate import live_adapters, protocols, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.engine_usage import EngineUsage
 from inferctl.serve.generate.model_names import ModelNames
-from inferctl.serve.generate.protocols import COUNT_TOKENS, ENDPOINTS
+from inferctl.serve.generate.protocols import COUNT_TOKENS, ENDPOINTS, NAMES, TOKENIZER
 from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 log = logging.getLogger("inferctl.edge")
 
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
-_TOKENIZER = frozenset({"/tokenize", "/detokenize", COUNT_TOKENS})
-_PASSED = _TOKENIZER | {"/version"}
+_PASSED = frozenset({"/version"})
 _MODELS = "/v1/models"
 # vLLM's pages load scripts from other hosts.
 _DOCUMENTS = frozenset({"/openapi.json", "/docs", "/redoc"})
@@ -95,13 +94,15 @@ class GenerationApp:
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
-        elif path in _TOKENIZER and scope["method"] == "POST":
+        elif path in TOKENIZER and scope["method"] == "POST":
             await self._tokenize(scope, receive, send)
         elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
         elif path == _MODELS or path.startswith(f"{_MODELS}/"):
             await self._send_models(scope, send)
-        elif path in ENDPOINTS or path in _PASSED:
+        elif path in NAMES:
+            raise wrong_method(scope["method"], "POST")
+        elif path in _PASSED:
             await self._app(scope, receive, send)
         elif path in live_adapters.PATHS and self._adapters:
             await respond(send, 200, orjson.dumps(await self._adapters(scope, receive)), "application/json")
@@ -167,7 +168,7 @@ class GenerationApp:
         document["paths"] = {
             path: operations
             for path, operations in document["paths"].items()
-            if path in ENDPOINTS or path in _PASSED or path.startswith(_MODELS)
+            if path in NAMES or path in _PASSED or path.startswith(_MODELS)
         }
         if scope["path"] == "/openapi.json":
             media, body = "application/json", orjson.dumps(document)

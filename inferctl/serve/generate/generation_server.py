@@ -97,7 +97,7 @@ class GenerationServer(ServerLifetime):
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         pages = Pages(self._lifecycle, lambda: None, metrics.exposition, list(protocols.ENDPOINTS))
         self._edge = self._setup.edge(
-            _no_engine, metrics, pages.answer, endpoints=protocols.ENDPOINTS, error_body=protocols.error_body
+            _no_engine, metrics, pages.answer, endpoints=protocols.NAMES, error_body=protocols.error_body
         )
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
 

@@ -17,6 +17,9 @@ ENDPOINTS = {
     "/v1/messages": "messages",
 }
 COUNT_TOKENS = "/v1/messages/count_tokens"
+# What the tokenizer alone answers.
+TOKENIZER = dict.fromkeys(("/tokenize", "/detokenize", COUNT_TOKENS), "tokenize")
+NAMES = {**ENDPOINTS, **TOKENIZER}
 
 
 @dataclass(frozen=True)
@@ -64,4 +67,4 @@ def stream_of(endpoint: str) -> Stream:
 
 def error_body(path: str, error: ApiError) -> bytes:
     """Return the body of an error response in the shape of the API that has the path."""
-    return errors.anthropic_body(error) if path in ("/v1/messages", COUNT_TOKENS) else error.body()
+    return errors.anthropic_body(error) if f"{path}/".startswith("/v1/messages/") else error.body()

@@ -137,7 +137,7 @@ class _EdgeServer:
             self._generation,
             metrics,
             pages.answer,
-            endpoints=protocols.ENDPOINTS,
+            endpoints=protocols.NAMES,
             error_body=protocols.error_body,
             backend=charges,
         )

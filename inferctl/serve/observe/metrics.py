@@ -160,7 +160,7 @@ class RequestMetrics:
             # The others were offered before they were rejected.
             # Not those above the share of a key, which another server would not accept either.
             known = event.code in AT_CAPACITY and event.code != "key_share"
-            if known and not event.inputs and event.endpoint not in ("", OTHER):
+            if known and not event.inputs and event.endpoint not in ("", OTHER, "tokenize"):
                 # What was not read, only the header tells.
                 unread = min(self.size.estimate(event.content_length), _MOST_UNREAD * self.size.mean)
                 self._offered_estimated.inc(

@@ -171,7 +171,7 @@ async def disconnect(request: Request) -> None:
 
 async def chat(request: Request) -> Response:
     body = await request.json()
-    script = body["messages"][0]["content"]
+    script = (body.get("messages") or body["input"])[0]["content"]
     count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
     if grammar := body.get("structured_outputs"):
         log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", f"Error: {grammar}")
@@ -285,7 +285,7 @@ def main() -> None:
         Route("/health", health),
         Route("/openapi.json", document),
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        *(Route(path, chat, methods=["POST"]) for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/completions/render", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
