@@ -21,7 +21,6 @@ OTHER_PROGRAMS = {
     "--dest": "pip download",
     "--disable-log-stats": "vllm serve",
     "--dtype": "vllm serve",
-    "--enable-force-include-usage": "vllm serve",
     "--enable-prompt-tokens-details": "vllm serve",
     "--field-selector": "kubectl get",
     "--library": "python -m inferctl.serve.reference",

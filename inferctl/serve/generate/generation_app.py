@@ -370,12 +370,7 @@ class _Call:
     def count(self) -> None:
         """Write the tokens to the context."""
         context, usage = self.context, self.usage
-        if self.error is None:
-            context.input_tokens, context.output_tokens, context.cached_tokens = (
-                usage.prompt,
-                usage.output,
-                usage.cached,
-            )
+        context.input_tokens, context.output_tokens, context.cached_tokens = usage.prompt, usage.output, usage.cached
         if usage.first_token is not None:
             context.phases["first_token"] = usage.first_token - context.started
         # vLLM tokenized it, also for a client that left then.
