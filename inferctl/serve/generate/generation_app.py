@@ -263,6 +263,9 @@ class GenerationApp:
         if call.error is not None:
             raise await self._as_error(call.error)
         if call.complete:
+            if not call.usage.begun:  # by a version of vLLM that generates in another way
+                log.error("vLLM generated tokens that the edge did not count")
+                call.context.code = "not_counted"
             return
         if call.disconnected:
             raise ClientDisconnectedError
@@ -374,7 +377,7 @@ class _Call:
         if usage.first_token is not None:
             context.phases["first_token"] = usage.first_token - context.started
         # vLLM tokenized it, also for a client that left then.
-        if (self.error and self.error.status < 500) or (self.disconnected and not usage.begun):
+        if not usage.begun and (self.disconnected or (self.error and self.error.status < 500)):
             context.in_vain = self.request.prompt_tokens
 
 
