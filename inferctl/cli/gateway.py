@@ -43,9 +43,7 @@ def gateway(
     ] = 8000,
     timeout: Annotated[
         float,
-        typer.Option(
-            metavar="S", min=0.1, max=86_400, help="End a request after S seconds; chat and completions have no limit."
-        ),
+        typer.Option(metavar="S", min=0.1, max=86_400, help="End a request after S seconds; generation has no limit."),
     ] = 60.0,
     drain: Annotated[
         float,

@@ -104,7 +104,7 @@ class Model(Section):
     task: TaskSetting = Field(
         "auto",
         description="Task of the server. `embed`: embeddings. `rerank`: scores of a reranker. "
-        "`classify`: scores of each label. `generate`: chat and completions with vLLM. `auto`: for a "
+        "`classify`: scores of each label. `generate`: chat, Responses and Messages with vLLM. `auto`: for a "
         "`...ForSequenceClassification` in config.json rerank if it has one label, else classify; rerank for a "
         "`CrossEncoder` of sentence-transformers; generate for a `...ForCausalLM`, `...LMHeadModel` or "
         "`...ForConditionalGeneration` without modules.json; else embed.",

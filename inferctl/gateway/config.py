@@ -6,7 +6,7 @@ Each value that is not Envoy's default has its reason next to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from inferctl.gateway.servers import Server
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
+# The endpoints of generation, whose responses take as long as they need.
+GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 _LEAST_REQUEST = {
     "@type": f"{_TYPE}.extensions.load_balancing_policies.least_request.v3.LeastRequest",
@@ -52,7 +54,6 @@ class Settings:
     certificate: Path | None = None
     key: Path | None = None
     client_ca: Path | None = None
-    generation_paths: Sequence[str] = field(default=("/v1/chat/completions", "/v1/completions"))
 
 
 def bootstrap(settings: Settings, folder: Path, servers: Sequence[Server]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _routes(settings: Settings) -> list[dict[str, Any]]:
     # A stream has no limit of its own, only one of its pauses.
     stream = {"cluster": "servers", "timeout": "0s", "idle_timeout": _seconds(settings.idle_s)}
     other = {"cluster": "servers", "timeout": _seconds(settings.timeout_s)}
-    matches = [*(({"path": path}, stream) for path in settings.generation_paths), ({"prefix": "/"}, other)]
+    matches = [*(({"path": path}, stream) for path in GENERATION_PATHS), ({"prefix": "/"}, other)]
     found: list[dict[str, Any]] = []
     for match, route in matches:
         found.append({"match": {**match, "headers": [small]}, "route": route})

@@ -24,8 +24,9 @@ from inferctl.core import assets
 from inferctl.core.errors import NotReadyError
 from inferctl.facts import catalog
 from inferctl.facts.precision import DeviceTraits
+from inferctl.gateway.config import GENERATION_PATHS
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
-from inferctl.serve.generate import generation_server
+from inferctl.serve.generate import generation_server, protocols
 from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
@@ -334,6 +335,10 @@ def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
     assert response.json()["error"]["message"] == "internal error; see the server log"
     until(lambda: "KeyError" in server.log.read_text(), 10)
     assert f"inferctl.edge: request {response.headers['x-request-id']}\nTraceback" in server.log.read_text()
+
+
+def test_the_gateway_lets_each_api_of_generation_take_its_time() -> None:
+    assert set(GENERATION_PATHS) == set(protocols.ENDPOINTS)
 
 
 def test_a_cpu_is_found_without_the_import_of_torch() -> None:

@@ -45,7 +45,7 @@ _MAX_FOLDER_BYTES = 88
 
 
 class GenerationServer(ServerLifetime):
-    """One running server of chat and completions."""
+    """One running server of a generative model."""
 
     def __init__(
         self,
