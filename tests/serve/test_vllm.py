@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 from tests.packages import install
 from tests.processes import ServerProcess, execute, python, until
 from tests.required import missing
-from tests.serve.random_requests import Asked, Clients
+from tests.serve.random_requests import TOOLS, Asked, Clients
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(900)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -179,6 +179,15 @@ def test_official_clients_of_agents(server: ServerProcess) -> None:
     assert "Paris" in message.content[0].text
     counted = claude.messages.count_tokens(model="smollm2", messages=QUESTION)
     assert counted.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
+    forced: Any = {
+        "tools": [TOOLS["messages"] | {"strict": True}],
+        "tool_choice": {"type": "tool", "name": "weather"},
+        "max_tokens": 200,
+    }
+    with claude.messages.stream(**options | forced, extra_body={"temperature": 0}) as stream:
+        called = stream.get_final_message()
+    assert (called.stop_reason, called.content[0].type) == ("tool_use", "tool_use")
+    assert set(called.content[0].input) == {"city"}
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
     response = client.responses.create(model="smollm2", input=QUESTION, temperature=0)
     with client.responses.stream(model="smollm2", input=QUESTION, temperature=0) as events:
@@ -219,16 +228,24 @@ def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict
     assert "Paris" in stream
 
 
-def test_llm_comply(server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    ("style", "names"),
+    [
+        # The others: images, which the model does not read, a request without a model, which the edge accepts, and a
+        # system prompt whose answer often fills the context.
+        ("openai-chat", "basic-response multi-turn tool-calling streaming-response streaming-usage"),
+        # vLLM leaves out optional fields of whole messages, which Anthropic's document requires.
+        ("anthropic", "streaming-response streaming-usage error-handling"),
+    ],
+)
+def test_llm_comply(server: ServerProcess, style: str, names: str) -> None:
     command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
     if command is None:
         pytest.skip("llm-comply is not installed")
-    options = ["--base-url", f"{server.url}/v1", "--api-key", "unused", "--model", "smollm2", "--format", "openai-chat"]
-    # The others: images, which the model does not read, a request without a model, which vLLM accepts, and a system
-    # prompt whose answer often fills the context.
-    names = ("basic-response", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
+    options = ["--base-url", f"{server.url}/v1", "--api-key", "unused", "--model", "smollm2", "--format", style]
     # vLLM sends optional fields as null, where OpenAI's document has no null.
-    options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
+    prefix = {"openai-chat": "chat", "anthropic": "anth"}[style]
+    options += ["--filter", ",".join(f"{prefix}-{name}" for name in names.split()), "--ignore", "None is not"]
     execute(command, *options, "--timeout", "120", "--json", timeout=280, code=0)
 
 
