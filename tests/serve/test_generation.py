@@ -341,6 +341,11 @@ def test_the_gateway_lets_each_api_of_generation_take_its_time() -> None:
     assert set(GENERATION_PATHS) == set(protocols.ENDPOINTS)
 
 
+@pytest.mark.parametrize("kind", ["completed", "incomplete"])
+def test_an_answer_of_responses_that_is_cut_off_is_complete(kind: str) -> None:
+    assert f"event: response.{kind}\ndata: {{}}".encode().startswith(protocols.stream_of("responses").end)
+
+
 def test_a_cpu_is_found_without_the_import_of_torch() -> None:
     code = """
 import runpy, sys

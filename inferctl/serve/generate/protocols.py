@@ -24,12 +24,12 @@ NAMES = {**ENDPOINTS, **TOKENIZER}
 
 @dataclass(frozen=True)
 class Stream:
-    """How the server-sent events of an API start: the one at the end, errors, and those before the first token.
+    """How the server-sent events of an API start: those at the end, errors, and those before the first token.
 
     `error_event(error, number)` returns the last events of a stream that fails after `number` events.
     """
 
-    end: bytes = b"data: [DONE]"
+    end: tuple[bytes, ...] = (b"data: [DONE]",)
     error: bytes = b'data: {"error"'
     early: tuple[bytes, ...] = ()
 
@@ -51,11 +51,14 @@ class _Messages(Stream):
 
 
 _STREAMS = {
-    # vLLM sends the first two before it asks its engine.
     "responses": _Responses(
-        b"event: response.completed", b"event: error", (b"event: response.created", b"event: response.in_progress")
+        # vLLM 0.32 sends the first one also if the answer is cut off.
+        (b"event: response.completed", b"event: response.incomplete"),
+        b"event: error",
+        # vLLM sends them before it asks its engine.
+        (b"event: response.created", b"event: response.in_progress"),
     ),
-    "messages": _Messages(b"event: message_stop", b"event: error"),
+    "messages": _Messages((b"event: message_stop",), b"event: error"),
 }
 _OPENAI = Stream()
 
