@@ -126,10 +126,14 @@ async def words(request: Request, script: str, count: int, stream: bool) -> Asyn
             number += 1
 
 
-async def events(request: Request, script: str, count: int, usage: bool) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]], **usage: Any) -> str:
+async def events(request: Request, script: str, count: int, options: dict[str, bool]) -> AsyncIterator[str]:
+    def event(choices: list[dict[str, Any]]) -> str:
         chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
-        return f"data: {json.dumps({**chunk, **usage}, separators=(',', ':'))}\n\n"
+        if not choices or options.get("continuous_usage_stats"):
+            chunk["usage"] = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
+        if not choices:
+            chunk["usage"]["prompt_tokens_details"] = CACHED
+        return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
 
     tokens = 0
     Engine.streams += 1
@@ -147,9 +151,8 @@ async def events(request: Request, script: str, count: int, usage: bool) -> Asyn
     if not Engine.alive:
         yield f"data: {json.dumps(ENGINE_LOST)}\n\ndata: [DONE]\n\n"
         return
-    if usage:
-        total = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
-        yield event([], usage={**total, "prompt_tokens_details": CACHED})
+    if options.get("include_usage"):
+        yield event([])
     yield "data: [DONE]\n\n"
 
 
@@ -202,8 +205,8 @@ async def chat(request: Request) -> Response:
     if script == "invalid":
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if body.get("stream"):
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return StreamingResponse(events(request, script, count, usage), media_type="text/event-stream")
+        options = body.get("stream_options") or {}
+        return StreamingResponse(events(request, script, count, options), media_type="text/event-stream")
     generating = asyncio.ensure_future(collect(words(request, script, count, False)))
     left = asyncio.ensure_future(disconnect(request))
     try:
