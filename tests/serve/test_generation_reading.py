@@ -180,6 +180,7 @@ def test_what_could_be_read_in_two_ways_or_costs_too_much_is_rejected(endpoint: 
         ("responses", responses(tools=[{"type": "custom", "name": "a"}, {"type": "namespace", "name": "b"}])),
         ("responses", with_part({"type": "input_image", "image_url": "data:image/png;base64,AAAA"})),
         ("messages", chat(max_tokens=9, tools=[{"name": "a", "input_schema": {}}, {"type": "custom", "name": "b"}])),
+        ("messages", with_part({"type": "tool_use", "input": {"image_url": "https://a", "type": "url", "url": "a"}})),
         ("messages", chat(max_tokens=9, metadata={"user_id": "a"}, thinking={"type": "disabled"})),
         ("messages", with_part({"type": "image", "source": {"type": "base64", "data": "A" * 200_000}})),
     ],

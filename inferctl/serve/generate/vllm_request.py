@@ -103,6 +103,7 @@ def generation(
     _check_words(request.get("bad_words"))
     if tools := _TOOLS.get(endpoint):
         _check_agent(request, tools)
+        _check_media(request, endpoint == "messages")
     if endpoint == "responses":
         request["store"] = False  # vLLM's default is true
     limit = None
@@ -147,18 +148,23 @@ def _check_agent(request: Mapping[str, Any], tools: tuple[str | None, ...]) -> N
     if hosted:
         message = f"is not supported: this server runs no tools; it accepts {' and '.join(filter(None, tools))} tools"
         raise _invalid(hosted[0], message, "hosted_tool")
-    _check_media(request)
 
 
-def _check_media(request: Mapping[str, Any]) -> None:
-    """Raise `ApiError` for an address of an image, sound or file, which vLLM would load."""
+def _check_media(request: Mapping[str, Any], of_anthropic: bool) -> None:
+    """Raise `ApiError` for an address of an image, sound or file that vLLM would load.
+
+    Anthropic's bodies have the arguments of functions as objects, whose fields can have any name.
+    """
     for each in _containers(request):
-        if isinstance(each, dict):
-            urls = [each.get(name) for name in _URLS] + ([each.get("url")] if each.get("type") == "url" else [])
-            for url in urls:
-                address = url.get("url") if isinstance(url, dict) else url
-                if isinstance(address, str) and not address.startswith("data:"):
-                    raise _invalid("url", "of media must start with `data:`: this server loads no media", "media_url")
+        found: Any = each if isinstance(each, dict) else {}
+        urls = [found.get(name) for name in _URLS]
+        if of_anthropic:
+            source = found.get("source") if found.get("type") == "image" else None
+            urls = [source.get("url") if source.get("type") == "url" else None] if isinstance(source, dict) else []
+        for url in urls:
+            address = url.get("url") if isinstance(url, dict) else url
+            if isinstance(address, str) and not address.startswith("data:"):
+                raise _invalid("url", "of media must start with `data:`: this server loads no media", "media_url")
 
 
 def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str], *, urls: bool = True) -> VllmRequest:
@@ -172,7 +178,7 @@ def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str], *, url
     request = _object(raw, context)
     request["model"] = resolve(request.get("model"))
     if not urls:
-        _check_media(request)
+        _check_media(request, of_anthropic=True)
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)
