@@ -40,7 +40,7 @@ _SPACE = {
     "schema": {"type": "string"},
 }
 _HEADERS = {
-    HEADER: "The names of the spaces of the vectors, if the response has some.",
+    HEADER: "The names of the spaces of the vectors, comma separated.",
     "x-request-id": "The id from the request, or a generated one.",
     "x-inferctl-tokenize-ms": "Milliseconds of tokenization.",
     "x-inferctl-queue-ms": "Milliseconds in the queue.",
@@ -170,18 +170,21 @@ def _post(path: str, at: Sequence[tuple[ServedModel, Endpoint]]) -> dict[str, An
         {"schema": _reference(*kinds) if len(kinds) == 1 else {"anyOf": [_reference(kind) for kind in kinds]}}
         for kinds in both
     )
-    error = endpoint.errors[1]
+    error, statuses = endpoint.errors[1], dict(_ERRORS)
+    vectors = any(each.name == "embeddings" for _, each in at)
+    if not vectors:
+        del headers[HEADER], statuses["412"]
     return {
         "summary": endpoint.summary,
         "operationId": f"create_{path.strip('/').replace('/', '_') or 'root'}",
-        "parameters": [_PRIORITY, _SPACE],
+        "parameters": [_PRIORITY, *([_SPACE] if vectors else ())],
         "requestBody": {
             "required": True,
             "content": {_JSON: {**request, "example": {"model": model.name, **endpoint.example}}},
         },
         "responses": {
             "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
-            **{status: _error(text, error) for status, text in _ERRORS.items()},
+            **{status: _error(text, error) for status, text in statuses.items()},
             "429": {**_error(_ERRORS["429"], error), "headers": {"retry-after": wait}},
         },
     }

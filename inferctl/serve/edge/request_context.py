@@ -82,7 +82,7 @@ class Asked(NamedTuple):
             found(b"content-type", b""),
             int(found(b"content-length", b"0")),
             found(b"cache-control", b""),
-            found(_SPACE, b""),
+            b",".join(value for name, value in scope["headers"] if name == _SPACE) if _SPACE in headers else b"",
             trace,
         )
 
