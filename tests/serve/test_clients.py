@@ -463,7 +463,7 @@ def test_vectors_of_a_space_that_the_client_does_not_know_are_not_computed(
     assert (plain.status_code, plain.headers.get(SPACE)) == (200, ", ".join(names) or None)
     known = minilm_server.post(path, body, **{SPACE: ",".join([OTHER_SPACE, *reversed(names)])})
     assert (known.status_code, known.headers.get(SPACE)) == (200, plain.headers.get(SPACE))
-    tokens = minilm_server.metric("inferctl_tokens_total")
+    tokens = minilm_server.metric("inferctl_offered_tokens_total", basis="counted")
     # Of two outputs, both must be known.
     refused = minilm_server.post(path, body, **{SPACE: ", ".join([OTHER_SPACE, *names[1:]])})
     if not outputs:  # nothing of a space is in the response
@@ -472,7 +472,7 @@ def test_vectors_of_a_space_that_the_client_does_not_know_are_not_computed(
     assert (refused.status_code, set(refused.json()), refused.headers[SPACE]) == (412, shape, ", ".join(names))
     assert all(part in refused.text for part in (*names, OTHER_SPACE, "/info"))
     assert "error_type" in shape or "error" not in shape or refused.json()["error"]["code"] == "other_space"
-    assert minilm_server.metric("inferctl_tokens_total") == tokens
+    assert minilm_server.metric("inferctl_offered_tokens_total", basis="counted") == tokens
 
 
 def test_a_header_in_two_lines_is_one_list(minilm_server: ServerProcess) -> None:

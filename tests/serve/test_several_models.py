@@ -170,9 +170,10 @@ def test_each_name_at_each_endpoint(mix: Mix, key: str) -> None:
 
 def test_each_model_has_its_space_in_each_process(mix: Mix) -> None:
     with mix.client("all") as client:
-        found = {each["name"]: each["model"] for each in client.get("/info").json()["models"]}
-    names = {model: found[model]["spaces"]["dense"]["name"] for model in ("minilm", "second")}
-    assert len(set(names.values())) == 2 and "spaces" not in found["ranker"]
+        found = {each["id"]: each.get("spaces") for each in client.get("/v1/models").json()["data"]}
+    names = {model: found[model]["dense"] for model in ("minilm", "second")}
+    assert len(set(names.values())) == 2 and found["ranker"] is found["moods"] is None
+    assert found[ALIAS] == found["minilm"]
     for _ in range(6):  # each connection goes to one process
         with mix.client("all") as client:
             for model, name in names.items():
