@@ -22,6 +22,7 @@ from inferctl.models import image_source
 from inferctl.models.adapter import AdapterFolder
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, resolve_task
+from inferctl.reading import embedding_config, space
 
 # The files are the same for every platform. Nodes of other platforms mount the image too, because it has no index.
 # With two platforms and a context that is streamed, BuildKit of Engine 26.1 ends with `concurrent map writes`.
@@ -44,7 +45,7 @@ class ModelImage:
     """A model in a registry. `reference` is `name@digest`, `files` maps the files of the model to their bytes.
 
     `sha256` is that of `ModelFolder.digest`. `layers` are digests and bytes as the registry stores them. `config` is
-    the content of config.json, None if it is too large for a label.
+    the content of config.json, None if it is too large for a label. `space`: as of `space_names`.
     """
 
     reference: str
@@ -61,6 +62,7 @@ class ModelImage:
     source: str | None = None
     revision: str | None = None
     license: str | None = None
+    space: str = ""
 
     @property
     def bytes(self) -> int:
@@ -118,6 +120,7 @@ def labels_of(
         "library_type": folder.library_type,
         "quantization": str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
         "config": _compact(folder.config),
+        "space": space_names(folder),
     }
     found = {f"{LABEL}{name}": value for name, value in own.items() if value}
     found |= {
@@ -133,6 +136,14 @@ def labels_of(
             f"{too_long[0]} of {folder.path} is longer than the {_MAX_LABEL_BYTES:,} bytes of a label", "shorten it"
         )
     return found
+
+
+def space_names(folder: ModelFolder, max_input_tokens: int | None = None) -> str:
+    """Return the names of the spaces of an embedding model, comma separated. Others have none."""
+    if isinstance(folder, AdapterFolder) or resolve_task("auto", folder, str(folder.path)) != "embed":
+        return ""
+    found = space.read(folder.path, embedding_config.read(folder.path, max_input_tokens))
+    return ",".join(each.name for each in found.values())
 
 
 def inspect(source: str) -> ModelImage:
@@ -168,6 +179,7 @@ def read(reference: str, labels: Mapping[str, str], layers: Sequence[tuple[str, 
     return ModelImage(
         reference=reference,
         sha256=label("sha256"),
+        space=label("space"),
         architecture=label("architecture"),
         task=label("task"),
         number_formats=label("number_formats"),

@@ -193,12 +193,12 @@ def test_a_stream_passes_event_by_event(quiet: tuple[str, int]) -> None:
 
 
 def test_headers_that_servers_trust_or_report_do_not_pass(quiet: tuple[str, int]) -> None:
-    given = {"x-inferctl-key-id": "forged", "authorization": "Bearer x"}
+    given = {"x-inferctl-key-id": "forged", "authorization": "Bearer x", "x-inferctl-space": "dense_0"}
     response = httpx.post(f"{quiet[0]}/v1/embeddings", json={}, headers=given)
     assert "endpoint-load-metrics" not in response.headers
     headers = response.json()["headers"]
     assert "x-inferctl-key-id" not in headers
-    assert headers["authorization"] == "Bearer x"
+    assert (headers["authorization"], headers["x-inferctl-space"]) == ("Bearer x", "dense_0")
     assert headers["x-forwarded-for"]
     assert headers["x-request-id"]
 
