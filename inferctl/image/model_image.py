@@ -22,7 +22,6 @@ from inferctl.models import image_source
 from inferctl.models.adapter import AdapterFolder
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, resolve_task
-from inferctl.reading import embedding_config, space
 
 # The files are the same for every platform. Nodes of other platforms mount the image too, because it has no index.
 # With two platforms and a context that is streamed, BuildKit of Engine 26.1 ends with `concurrent map writes`.
@@ -142,6 +141,8 @@ def space_names(folder: ModelFolder, max_input_tokens: int | None = None) -> str
     """Return the names of the spaces of an embedding model, comma separated. Others have none."""
     if isinstance(folder, AdapterFolder) or resolve_task("auto", folder, str(folder.path)) != "embed":
         return ""
+    from inferctl.reading import embedding_config, space  # they need numpy, which other commands do not
+
     found = space.read(folder.path, embedding_config.read(folder.path, max_input_tokens))
     return ",".join(each.name for each in found.values())
 

@@ -287,10 +287,10 @@ class EmbeddingsEndpoint:
             message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
             raise ApiError(400, message, code="invalid_value", param="normalized")
         normalized = None if model.normalized else request.normalized
-        context.space = model.space_names(names, dimensions, normalized)
-        if context.asked.spaces:
-            check_space(context)
+        set_space(context, model.space_names(names, dimensions, normalized))
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.caller.tenant))
+        if not context.space:  # the first engine was not ready
+            set_space(context, model.space_names(names, dimensions, normalized))
         if names == ("dense",):
             vectors = np.stack(rows) if isinstance(rows, list) else rows
             vectors = _with_dimensions(vectors, dimensions, normalized)
@@ -374,10 +374,13 @@ def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool 
     return scaled
 
 
-def check_space(context: RequestContext) -> None:
-    """Raise `ApiError` 412 if the client does not know one of the spaces of its vectors."""
+def set_space(context: RequestContext, names: bytes) -> None:
+    """Note the spaces of the vectors of a request. Raises `ApiError` 412 if its client does not know one of them."""
+    context.space = names
+    if not (names and context.asked.spaces):
+        return
     known = [name.strip() for name in context.asked.spaces.decode("latin-1").split(",")]
-    spaces = context.space.decode()
+    spaces = names.decode()
     if any(name not in known for name in spaces.split(", ")):
         message = f"the vectors are of the space {spaces}, not of {', '.join(known)}; GET /info has its definition"
         raise ApiError(412, message, code="other_space", param=HEADER, headers={HEADER: spaces})

@@ -103,12 +103,18 @@ class ServedModel:
             raise unknown_model(wanted, self.names)
 
     def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:
-        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it."""
-        try:
-            return self.prompts.select(prompt, name, input_type)
-        except UsageError as error:
-            param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
-            raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it.
+
+        What another field replaces must be supported too, as the schema says.
+        """
+        given = {"input_type": {"input_type": input_type}, "prompt_name": {"name": name}, "prompt": {"prompt": prompt}}
+        text = ""
+        for param, one in [each for each in given.items() if None not in each[1].values()] or [("input_type", {})]:
+            try:
+                text = self.prompts.select(**one)
+            except UsageError as error:
+                raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+        return text
 
     def check_instruction(self, instruction: str | None) -> None:
         """Raise `ApiError` 400 if a request has an instruction, and the model reads none."""
@@ -134,11 +140,13 @@ class ServedModel:
     def space_names(
         self, outputs: Sequence[Output], dimensions: int | None = None, normalized: bool | None = None
     ) -> bytes:
-        """Return the names of the spaces of the outputs of a request, comma separated.
+        """Return the names of the spaces of the outputs of a request, comma separated; empty before one was ready.
 
         `normalized`: what a request asks for of a model that does not normalize. Truncated vectors are, without it.
         """
         key = outputs, dimensions, normalized
+        if not self.spaces:
+            return b""
         if (known := self._space_names.get(key)) is None:
             usual = dimensions is not None
             parts = {"dimensions": dimensions} if usual else {}
