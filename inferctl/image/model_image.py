@@ -143,7 +143,10 @@ def space_names(folder: ModelFolder, max_input_tokens: int | None = None) -> str
         return ""
     from inferctl.reading import embedding_config, space  # they need numpy, which other commands do not
 
-    found = space.read(folder.path, embedding_config.read(folder.path, max_input_tokens))
+    try:
+        found = space.read(folder.path, embedding_config.read(folder.path, max_input_tokens))
+    except UsageError:  # no server computes it, but an image can have it
+        return ""
     return ",".join(each.name for each in found.values())
 
 

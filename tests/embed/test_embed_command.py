@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from inferctl.reading import embedding_config, space
 from inferctl.receipts import receipt
 from tests.processes import ServerProcess, free_port, inferctl, several, until
 
@@ -54,7 +55,7 @@ def undisturbed(corpus: Path, minilm: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Path, corpus: Path) -> None:
+def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Path, corpus: Path, minilm: Path) -> None:
     import pyarrow.parquet as pq
 
     found = [pq.read_table(file).column("id").to_pylist() for file in sorted(undisturbed.glob("*.parquet"))]
@@ -69,6 +70,8 @@ def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Pa
     sealed = json.loads((undisturbed / "receipt.json").read_text())
     assert sealed["seal"] == receipt.seal_of(sealed)
     assert (sealed["rows"], sealed["errors"]) == (ROWS - 3, 3)
+    found = space.read(minilm, embedding_config.read(minilm))["dense"]
+    assert sealed["model"]["spaces"] == {"dense": found.described}
 
 
 @pytest.mark.parametrize("how", ["the run", "the engine", "Ctrl-C"])
