@@ -196,7 +196,7 @@ def embed(
         raise UsageError(f"`--text {text}` does not name {1 + pairs} columns", f"the task is {source.task}")
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
-        known = [embed_view.measured(file) for file in receipts or ()]
+        known = [embed_view.measured(file, source.decisive["model_sha256"]) for file in receipts or ()]
         old = embed_view.sealed_run(replaces) if replaces else None
         found = _finish(embed_view.forecast(run_options, source.make(), Path(source.folder), keys, known, old))
         console.document(found) if as_json else console.report(embed_view.table(found))

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -48,21 +48,32 @@ class Measured(NamedTuple):
     outcome: str
 
 
-def measured(file: Path) -> Measured:
-    """Return the rate of a receipt of `inferctl embed` or `inferctl bench`. Raises `InferctlError`."""
+def measured(file: Path, model_sha256: str) -> Measured:
+    """Return the rate of a receipt of `inferctl embed` or `inferctl bench`. Raises `InferctlError`.
+
+    A sample receipt of another model is accepted: its figures are invented.
+    """
     if _of_a_run(file):
         run = sealed_run(file)
+        _check_model(file, {run["model"].get("digest")}, model_sha256)
         device, what = run["machines"][0] or {}, f"measured: receipt {run['seal'][:8]}"
         rate = run["tokens"] / run["machine_s"]
         name = device.get("hardware") or device.get("name") or "unknown"
-        return Measured(name, run["model"]["precision"], rate, run["cost"], what)
+        return Measured(name, run["model"].get("precision") or "unknown", rate, run["cost"], what)
     sealed = receipt.load(file)
+    if not sealed.data.get("sample"):
+        _check_model(file, {sealed.weights_sha256, sealed.data["model"].get("original_sha256")}, model_sha256)
     found, key = capacity.served_rate(sealed), sealed.data["hardware"].get("key")
     how = "within the SLO" if found.within_slo else "closed loop"
     what = f"{'invented: sample' if sealed.data.get('sample') else f'measured, {how}:'} receipt {sealed.seal[:8]}"
     cost = _lowest(catalog.hardware(key)) if key else None
     name = key or sealed.data["hardware"].get("name") or "unknown"
     return Measured(name, sealed.precision or "unknown", found.tokens_per_s, cost, what)
+
+
+def _check_model(file: Path, known: Set[str | None], wanted: str) -> None:
+    if wanted not in known:
+        raise UsageError(f"{file} was measured with another model", "measure the model of `--model`")
 
 
 def _of_a_run(file: Path) -> bool:

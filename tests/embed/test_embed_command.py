@@ -202,9 +202,11 @@ def test_a_plan_uses_the_rates_of_receipts_and_adds_the_old_vectors(
 def test_wrong_receipts_of_a_plan_are_refused(minilm: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     sealed = json.loads((undisturbed / "receipt.json").read_text())
     (changed := tmp_path / "changed.json").write_text(json.dumps({**sealed, "machine_s": 1}))
+    other = receipt.write(tmp_path / "other.json", {**sealed, "model": {**sealed["model"], "digest": "0" * 64}}).path
     same = ["embed", str(corpus), "--model", str(minilm)]
     cases = [
         ([*same, "--dry-run", "--receipt", str(changed)], "was altered"),
+        ([*same, "--dry-run", "--receipt", str(other)], "another model"),
         ([*same, "--dry-run", "--receipt", str(corpus)], "as a receipt"),
         ([*same, "--dry-run", "--replaces", str(SAMPLE)], "is not a receipt of `inferctl embed`"),
         ([*same, "--output", str(tmp_path / "out"), "--replaces", str(changed)], "--dry-run"),
