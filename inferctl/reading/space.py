@@ -170,7 +170,7 @@ def _parts(data: Any, kind: str) -> Iterator[Any]:
 
 def _tokenizer(folder: Path, config: EmbeddingConfig) -> str:
     """Return the SHA-256 of what the tokenizer does. The server truncates and pads itself."""
-    found = read_object(folder / "tokenizer.json")
+    found = read_object(folder / (config.static or "") / "tokenizer.json")  # where the server reads it
     parts = {name: value for name, value in found.items() if name not in ("truncation", "padding", "version")}
     if "last" in config.pooling:  # see `tokenizer_files.missing_eos`
         settings = read_object(folder / "tokenizer_config.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -274,6 +275,18 @@ def test_the_head_of_sparse_weights_is_part_of_their_space(
     before, after = computed(splade)["sparse"], computed(folder)["sparse"]
     equal = np.allclose(before, after, rtol=0, atol=1e-5)
     assert (names(folder) == names(splade), equal) == (same, same)
+
+
+def test_the_tokenizer_of_static_embeddings_is_part_of_their_space(base: Any, tmp_path: Path) -> None:
+    found = []
+    for name, change in {"one": lambda _: None, "other": tokenizer(swapped_ids)}.items():
+        module = tmp_path / name / "0_StaticEmbedding"
+        module.mkdir(parents=True)
+        shutil.copy(base[0] / TOKENIZER, module)
+        change(module)
+        config = replace(embedding_config.read(base[0]), static=module.name)
+        found.append(space._tokenizer(module.parent, config))
+    assert found[0] != found[1]
 
 
 def test_variants_and_outputs_have_names_of_their_own(base: Any) -> None:
