@@ -47,9 +47,11 @@ PRETRAINING = (
 POOLER = r"(.*\.)?pooler\..*"
 # Keys of config.json that say nothing of what is computed for a vector.
 _NOT_COMPUTED = re.compile(
-    r"_.*|architectures|auto_map|.*dtype|transformers_version|torchscript|use_cache|id2label|label2id|num_labels|.*dropout.*"
+    r"_.*|architectures|auto_map|.*dtype|transformers_version|torchscript|use_cache|id2label|label2id|num_labels"
+    r"|(?!token_dropout).*dropout.*"  # that of ESM scales the vectors of words
     r"|initializer_.*|gradient_checkpointing|output_(attentions|hidden_states)|return_dict|problem_type|pooler_.*"
-    r"|finetuning_task|task_specific_params|is_matryoshka|matryoshka_dimensions|attn_implementation|.*(bos|eos)_token_id"
+    r"|finetuning_task|task_specific_params|is_matryoshka|matryoshka_dimensions|attn_implementation"
+    r"|.*(bos|eos)_token_id"
 )
 _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _PART = 2**22  # numbers of a tensor that are hashed at a time: 16 MiB

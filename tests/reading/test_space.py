@@ -289,6 +289,11 @@ def test_the_tokenizer_of_static_embeddings_is_part_of_their_space(base: Any, tm
     assert found[0] != found[1]
 
 
+def test_dropout_of_tokens_is_computed() -> None:
+    config = {"token_dropout": True, "hidden_dropout": 0.1, "model_type": "esm"}
+    assert space._computed(config) == {"token_dropout": True, "model_type": "esm"}
+
+
 def test_variants_and_outputs_have_names_of_their_own(base: Any) -> None:
     spaces = space.read(base[0], embedding_config.read(base[0]))
     whole = spaces["dense"]
