@@ -193,6 +193,7 @@ def main() -> None:
         clients.phase, began = "embedding", time.monotonic()
         process, output = subprocess.Popen(job(given.new), stderr=subprocess.DEVNULL), root / Path(given.new).name
         while len([*output.glob("part-?????.json")]) < given.documents / RANGE_ROWS / 2:
+            assert process.poll() is None, "the job ended before its kill"
             time.sleep(0.1)
         process.kill()
         process.wait()

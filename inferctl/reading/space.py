@@ -79,16 +79,10 @@ class Space:
         return replace(self, definition={**self.definition, **parts})
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the parts in which two definitions differ, with the values of both; None for a part that one lacks."""
-    parts = dict.fromkeys([*one, *other])
-    return [(part, one.get(part), other.get(part)) for part in parts if one.get(part) != other.get(part)]
-
-
 def read(folder: Path, config: EmbeddingConfig) -> dict[Output, Space]:
     """Return the spaces of all outputs of a model folder, whose configuration is `config`.
 
-    It reads the weights: 1 GiB takes about a second on one core.
+    It reads all weights.
     """
     unused = [*BUFFERS, POOLER, *(() if config.has_logits else PRETRAINING)]
     model = ModelFolder(folder)

@@ -94,6 +94,10 @@ class EncoderModel:
         return max(self._options.hang_seconds, 20 * self.batcher.latency.seconds(largest))
 
     def _engine_ready(self, info: EngineInfo) -> None:
+        if not self._spaces.done():  # the server responds to probes meanwhile
+            loop = asyncio.get_running_loop()
+            self._spaces.add_done_callback(lambda _: loop.call_soon_threadsafe(self._engine_ready, info))
+            return
         self.device = asdict(info.device)
         size = info.vocabulary_size or self.tokenizer.vocabulary_size
         vectors = {"dimensions": info.dimensions, "token_dimensions": info.token_dimensions}

@@ -12,7 +12,7 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.models import model
-from inferctl.reading import model_summary, task_config
+from inferctl.reading import embedding_config, model_summary, space, task_config
 from inferctl.serve.reference import library, reference
 from inferctl.serve.text.text_parts import InputError
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
@@ -61,6 +61,20 @@ def in_a_folder(folder: Path) -> None:
     listed = json.loads((folder / "modules.json").read_text())
     listed[0] |= {"path": place.name, "type": "sentence_transformers.models.StaticEmbedding"}
     (folder / "modules.json").write_text(json.dumps(listed))
+
+
+def test_the_space_depends_on_the_tokenizer_that_is_used(save: Save) -> None:
+    folder = save()
+    in_a_folder(folder)
+    file = folder / "0_StaticEmbedding" / "tokenizer.json"
+    spaces, rows = [], []
+    for _ in range(2):
+        spaces.append(space.read(folder, embedding_config.read(folder))["dense"].name)
+        rows.append(computed(folder)[0])
+        found = json.loads(file.read_text())
+        found["model"]["vocab"] |= {"a": found["model"]["vocab"]["##a"], "##a": found["model"]["vocab"]["a"]}
+        file.write_text(json.dumps(found))
+    assert spaces[0] != spaces[1] and not np.allclose(*rows)
 
 
 def as_model2vec(folder: Path) -> None:
