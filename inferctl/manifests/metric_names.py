@@ -30,6 +30,7 @@ REQUESTS = frozenset(
         "inferctl_engine_up",
         "inferctl_engine_restarts",
         "inferctl_model_info",
+        "inferctl_space_info",
         "inferctl_slo_seconds",
         "inferctl_thread_seconds_total",
     }
