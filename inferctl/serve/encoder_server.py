@@ -72,7 +72,7 @@ class EncoderServer(ServerLifetime):
         self._metrics = metrics = ServerMetrics({model.spec.name: model.metrics for model in models})
         limiter = Limiter(spec.access.replicas, exchanges=spec.access.broker is not None)
         self._budgets = budgets = Budgets.of(spec.access, spec.metering)
-        self._exchange = Exchange.of(spec.access, limiter, budgets, spec.name, self._revoke)
+        self._exchange = Exchange.of(spec.access, limiter, spec.name, self._revoke, budgets)
         backend = LocalBackend([model.stack for model in models], limiter, budgets)
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses

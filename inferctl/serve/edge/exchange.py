@@ -40,9 +40,15 @@ class Exchange:
     """The side of one API process. `name`: of its servers. `revoke` gets the ids of revoked keys."""
 
     def __init__(
-        self, limiter: Limiter, budgets: Budgets, folder: Path, name: str, revoke: Callable[[Iterable[str]], None]
+        self,
+        limiter: Limiter,
+        folder: Path,
+        name: str,
+        revoke: Callable[[Iterable[str]], None],
+        budgets: Budgets | None = None,
     ) -> None:
-        self._limiter, self._budgets, self._folder, self._name, self._revoke = limiter, budgets, folder, name, revoke
+        self._limiter, self._folder, self._name, self._revoke = limiter, folder, name, revoke
+        self._budgets = budgets or Budgets()
         self._this = secrets.token_hex(8)  # this start of this server
         self._address: str | None = None
         self._clocks = Clocks()
@@ -54,13 +60,13 @@ class Exchange:
         cls,
         settings: spec.Access,
         limiter: Limiter,
-        budgets: Budgets,
         name: str,
         revoke: Callable[[Iterable[str]], None],
+        budgets: Budgets,
     ) -> Exchange | None:
         """Return that of a server, None if it shares its limits with no others."""
         shares = settings.required and settings.broker
-        return cls(limiter, budgets, Path(settings.data), name, revoke) if shares else None
+        return cls(limiter, Path(settings.data), name, revoke, budgets) if shares else None
 
     async def run(self) -> None:
         """Exchange counters until this is cancelled."""

@@ -151,7 +151,7 @@ class _EdgeServer:
         self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
         work = [self._serve(), self._beat(), self._follow(), follow_ledger(budgets)]
-        if setup.access and (exchange := Exchange.of(keys, limiter, budgets, spec.name, setup.access.revoke)):
+        if setup.access and (exchange := Exchange.of(keys, limiter, spec.name, setup.access.revoke, budgets)):
             work.append(exchange.run())
         self._tasks = [asyncio.create_task(each) for each in work]
 

@@ -48,6 +48,11 @@ class BudgetFile:
         """Write values. In this order, a process that is killed in between counts too much, not too little."""
         _VALUES.pack_into(self._map, place, reserved, spent, released)
 
+    def close(self) -> None:
+        """Release the file, as the end of the process does."""
+        os.close(self._names)
+        os.close(self._values)
+
     def _grow(self) -> None:
         # Written, not only extended: a page without a block would end the process if the disk is full.
         os.pwrite(self._values, bytes(_GROWTH), self._size)

@@ -186,7 +186,7 @@ class Budgets:
         self._number = 0  # of messages with counters
         self._base, self._whole = 0, 0  # messages that have everything
         self._full, self._full_at, self._sent_at = True, -math.inf, -math.inf
-        self._confirmed = -1
+        self.others, self._confirmed = replicas - 1, -1
         self._heard: dict[str, float] = {}
         self._acks: dict[str, int] = {}
         self._acks_changed = False
@@ -348,13 +348,13 @@ class Budgets:
         else:
             spending.foreign += change
 
-    @property
-    def others(self) -> int:
-        """How many other servers may spend at the same time."""
-        return max(self._replicas - 1, len(self._live(time.monotonic()))) if self._heard else self._replicas - 1
-
-    def _live(self, now: float) -> list[str]:
-        return [run for run, at in self._heard.items() if at > now - _LIVE_S]
+    def _update(self, now: float) -> list[str]:
+        """Compute how many others there are, and what they confirmed. Returns those that are live."""
+        live = [run for run, at in self._heard.items() if at > now - _LIVE_S]
+        self.others = max(self._replicas - 1, len(live))
+        acks = sorted(self._acks.values(), reverse=True)
+        self._confirmed = acks[self.others - 1] if 0 < self.others <= len(acks) else -1
+        return live
 
     def read_totals(self, now: float) -> None:
         """Take over what the ledger has, if the relay wrote it anew. Raises `OSError` and `ValueError`."""
@@ -390,7 +390,9 @@ class Budgets:
 
     def messages(self, now: float) -> Iterator[dict[str, Any]]:
         """Yield what the other servers should know: what changed, or everything. `now`: monotonic."""
-        lacking = self._full or any(self._acks.get(run, -1) < self._whole for run in self._live(now))
+        if self._file is None:
+            return
+        lacking = any(self._acks[run] < self._whole for run in self._update(now)) or self._full
         full = lacking and now >= self._full_at + _FULL_S
         found = list(self._spendings.values() if full else self._changed)[: None if full else _PER_MESSAGE]
         if full:
@@ -440,6 +442,4 @@ class Budgets:
             self._have.pop(run, None)
         self._acks_changed |= self._have.get(run) != before
         self._acks[run] = found if type(found := acks.get(self.run)) is int else -1
-        enough = sorted(self._acks.values(), reverse=True)
-        others = self.others
-        self._confirmed = enough[others - 1] if 0 < others <= len(enough) else -1
+        self._update(now)
