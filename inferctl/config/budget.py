@@ -43,7 +43,7 @@ class Budget(NamedTuple):
 def parse(account: str, text: str) -> Budget:
     """Return the budget in a text such as `50 EUR/month Europe/Berlin soft`. Raises `ValueError`."""
     if not (found := re.fullmatch(PATTERN, text)):
-        raise ValueError(f"{text!r} is not a budget; write an amount, a currency and a period, as in `{EXAMPLE}`")
+        raise ValueError(f"{text!r} is not a budget")
     zone = found["zone"] or "UTC"
     try:
         _place(zone)

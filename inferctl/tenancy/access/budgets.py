@@ -10,6 +10,7 @@ they stay below the limit. The last request that fits for sure is admitted witho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -77,6 +78,17 @@ class BudgetUse(NamedTuple):
         if level := alert(self.spent, self.limit):
             found["alert"] = f"{level}%"
         return {f"x-inferctl-budget-{name}": value for name, value in found.items()}
+
+
+def states(needed: Iterable[Budget], totals: Iterable[Sequence[Any]], folder: Path, now: float) -> list[BudgetUse]:
+    """Return the state of budgets, of the totals of the ledger, and what servers in the folder `metering.data` know."""
+    found = Budgets()
+    for names in (folder / _FOLDER).glob("*.names"):
+        with contextlib.suppress(FileNotFoundError):  # its process ended, and another one took it over
+            for (account, label, end, run, _), values in budget_file.read(names):
+                found._merge(found._spending(account, Window(label, end)), run, values)
+    found._take_totals(totals)
+    return [_use([(budget, found._spending(budget.account, budget.window(now)))]) for budget in needed]
 
 
 def alert(spent: int, limit: int) -> int:
@@ -368,21 +380,21 @@ class Budgets:
             return
         content = json.loads(file.read_bytes())
         self._read_at = version
-        if content["totals"] == self._totals:  # most of the time
-            content["totals"] = []
-        else:
+        if content["totals"] != self._totals:  # not most of the time
             self._totals = content["totals"]
-        for account, label, end, run, spent, ended in content["totals"]:
-            if (end and now >= end + _KEPT_S) or run == self.run:
+            self._take_totals(self._totals)
+        if content["at"] >= self._started:
+            alone = not self._exchanges or now > self._started + _ALONE_S
+            self._known = self._known or alone or len(self._have) >= self._replicas - 1
+
+    def _take_totals(self, totals: Iterable[Sequence[Any]]) -> None:
+        for account, label, end, run, spent, ended in totals:
+            if run == self.run:
                 continue
             spending = self._spending(account, Window(label, end))
             self._merge(spending, run, (0, spent, 0))
             if ended:  # nothing of it is in flight any more
-                reserved = spending.runs[run][0]
-                self._merge(spending, run, (0, 0, reserved))
-        if content["at"] >= self._started:
-            alone = not self._exchanges or now > self._started + _ALONE_S
-            self._known = self._known or alone or len(self._have) >= self._replicas - 1
+                self._merge(spending, run, (0, 0, spending.runs[run][0]))
 
     def send_all(self) -> None:
         """Let the next messages have everything: the others may lack some of it."""

@@ -208,7 +208,10 @@ class Ledger:
         return watermark
 
     def usage(self, dimensions: Sequence[str], since_ms: int, until_ms: int) -> list[dict[str, Any]]:
-        """Return the sums of requests that ended from `since_ms` to before `until_ms`, by `dimensions` and in order."""
+        """Return the sums of requests from `since_ms` to before `until_ms`, by `dimensions` and in order.
+
+        A request counts at its end, one with a budget at its admission.
+        """
         columns = [DIMENSIONS[name].label(name) for name in dimensions]
         event = EVENTS.c
         errors = sa.func.sum(sa.case((event.status >= 400, event.requests), else_=0)).label("errors")
@@ -217,7 +220,8 @@ class Ledger:
         engine_us = sa.func.sum(sa.cast(sa.func.round(event.engine_ms * 1000), sa.BigInteger)).label("engine_us")
         cost = sa.func.sum(event.cost).label("cost")
         query = sa.select(*columns, errors, *sums, engine_us, cost)
-        query = query.where(event.time_ms >= since_ms, event.time_ms < until_ms)
+        at = sa.func.coalesce(event.admitted_ms, event.time_ms)
+        query = query.where(event.time_ms >= since_ms, at >= since_ms, at < until_ms)  # the first one has an index
         with self._transaction() as connection:
             found = connection.execute(query.group_by(*columns).order_by(*columns)).mappings().all()
         return [_sums(row, dimensions) for row in found if row["requests"]]
