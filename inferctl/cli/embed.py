@@ -36,6 +36,8 @@ EPILOG = """\b
 Examples:
   # Count the texts, and see what they take here and on other hardware
   inferctl embed 'docs/*.jsonl' --model ./all-MiniLM-L6-v2 --dry-run
+  # Plan a change from another model: time by a receipt, and the bytes of both stores
+  inferctl embed 'docs/*.jsonl' --model NEW --dry-run --receipt l4.json --replaces vectors/receipt.json
   # Write Parquet shards; after an interruption, the same command continues
   inferctl embed 'docs/*.jsonl' --model ./all-MiniLM-L6-v2 --output vectors
   # Read other columns of a CSV file, and write float16
@@ -116,6 +118,20 @@ def embed(
             f"With --dry-run: also estimate this. [default: the spec's, else {','.join(_HARDWARE)}]"
         ),
     ] = None,
+    receipts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--receipt",
+            metavar="FILE",
+            help="With --dry-run: also use the rate of this receipt of `inferctl bench` or `embed`; repeatable.",
+        ),
+    ] = None,
+    replaces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --dry-run: add the vectors of the old model, by the receipt of their run."
+        ),
+    ] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Send bulk requests to this server, instead of loading a model.")
     ] = None,
@@ -147,6 +163,8 @@ def embed(
     folder = output or Path()
     if output is not None:
         outputs.check_folder(output, "--output")
+    if (receipts or replaces) and not dry_run:
+        raise UsageError("--receipt and --replaces are of a plan", "pass `--dry-run` too")
     if "-" in inputs:
         spooled = str(manifest.spool(sys.stdin.buffer, folder))
         inputs = [spooled if name == "-" else name for name in inputs]
@@ -178,7 +196,9 @@ def embed(
         raise UsageError(f"`--text {text}` does not name {1 + pairs} columns", f"the task is {source.task}")
     if dry_run:
         keys = [key for each in hardware or [] for key in each.split(",")] or spec.hardware or _HARDWARE
-        found = _finish(embed_view.forecast(run_options, source.make(), Path(source.folder), keys))
+        known = [embed_view.measured(file, source.decisive["model_sha256"]) for file in receipts or ()]
+        old = embed_view.sealed_run(replaces) if replaces else None
+        found = _finish(embed_view.forecast(run_options, source.make(), Path(source.folder), keys, known, old))
         console.document(found) if as_json else console.report(embed_view.table(found))
         return
     work = job.Job(run_options, None if ray else source.make())

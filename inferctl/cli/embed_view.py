@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from inferctl.cli import console
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import InvalidRunError, UsageError
 from inferctl.core.sizes import size
 from inferctl.estimate import calibration
 from inferctl.estimate.cost import Transformer
@@ -24,6 +25,7 @@ from inferctl.estimate.forecast import Scenario, memory_problem, prices, read_co
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.facts.precision import best_precision
+from inferctl.receipts import capacity, receipt
 
 if TYPE_CHECKING:
     from inferctl.embed.computer import Computer
@@ -32,13 +34,82 @@ if TYPE_CHECKING:
 
 SCHEMA = "inferctl.embed-forecast/1"
 _SAMPLE, _MEASURED_S = 1024, 3.0
+_FIGURES = {"measured": "measured with the sample", "estimated": "estimated: at best"}
 _WINDOW_S, _LINE_S = 5.0, 30.0  # of the band of the time left; between two lines without a terminal
 
 
-async def forecast(options: RunOptions, computer: Computer, model: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Return the size of a run, and its time and cost: measured here with a sample, estimated on other hardware."""
-    from inferctl.embed import manifest
+class Measured(NamedTuple):
+    """What a receipt says: where, in which precision, the tokens per second of one machine, and its price."""
+
+    hardware: str
+    precision: str
+    tokens_per_s: float
+    price: Mapping[str, Any] | None
+    outcome: str
+
+
+def measured(file: Path, model_sha256: str) -> Measured:
+    """Return the rate of a receipt of `inferctl embed` or `inferctl bench`. Raises `InferctlError`.
+
+    A sample receipt of another model is accepted: its figures are invented.
+    """
+    if _of_a_run(file):
+        run = sealed_run(file)
+        _check_model(file, {run["model"].get("digest")}, model_sha256)
+        device, what = run["machines"][0] or {}, f"measured: receipt {run['seal'][:8]}"
+        rate = run["tokens"] / run["machine_s"]
+        name = device.get("hardware") or device.get("name") or "unknown"
+        return Measured(name, run["model"].get("precision") or "unknown", rate, run["cost"], what)
+    sealed = receipt.load(file)
+    if not sealed.data.get("sample"):
+        _check_model(file, {sealed.weights_sha256, sealed.data["model"].get("original_sha256")}, model_sha256)
+    found, key = capacity.served_rate(sealed), sealed.data["hardware"].get("key")
+    how = "within the SLO" if found.within_slo else "closed loop"
+    what = f"{'invented: sample' if sealed.data.get('sample') else f'measured, {how}:'} receipt {sealed.seal[:8]}"
+    cost = _lowest(catalog.hardware(key)) if key else None
+    name = key or sealed.data["hardware"].get("name") or "unknown"
+    return Measured(name, sealed.precision or "unknown", found.tokens_per_s, cost, what)
+
+
+def _check_model(file: Path, known: Set[str | None], wanted: str) -> None:
+    if wanted not in known:
+        raise UsageError(f"{file} was measured with another model", "measure the model of `--model`")
+
+
+def _of_a_run(file: Path) -> bool:
+    from inferctl.embed.manifest import SCHEMA as RUN
+
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("schema") == RUN)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # `receipt.load` says what is wrong
+
+
+def sealed_run(file: Path) -> dict[str, Any]:
+    """Return a receipt of `inferctl embed`. Raises `UsageError` if it is none, and `InvalidRunError` if it changed."""
+    if not _of_a_run(file):
+        raise UsageError(f"{file} is not a receipt of `inferctl embed`", "name receipt.json of its output folder")
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if data.get("seal") != receipt.seal_of(data):
+        raise InvalidRunError(f"{file} was altered after it was sealed", "repeat the run, which writes a receipt")
+    return data
+
+
+async def forecast(
+    options: RunOptions,
+    computer: Computer,
+    model: Path,
+    keys: Sequence[str],
+    known: Sequence[Measured] = (),
+    old: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the size of a run, and its time and cost: measured here with a sample, estimated on other hardware.
+
+    `known`: rates of receipts, for texts of other lengths. `old`: the receipt of the run that this one replaces.
+    """
+    from inferctl.embed import manifest, shards
     from inferctl.embed.computer import Progress, compute
+    from inferctl.models.vector_format import size as size_of_vector
 
     parts = [catalog.hardware(key) for key in dict.fromkeys(keys)]
     with console.progress("reading the inputs"):
@@ -59,6 +130,16 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
         raise UsageError(f"no sampled row can be computed: {reasons[0]}", "check the columns with `--text` and `--id`")
     here = {"hardware": "this machine", "precision": machine["precision"], "outcome": "measured"}
     rows, absent = [_row(here, plan.rows, done.rows / seconds, price(machine["device"]))], []
+    for each in known:
+        named = {"hardware": each.hardware, "precision": each.precision, "outcome": each.outcome}
+        rows.append(_row(named, plan.rows, each.tokens_per_s / statistics.fmean(lengths), each.price))
+    dense = list(options.model["outputs"]) == ["dense"]
+    each_bytes = size_of_vector(machine["dimensions"], shards.VECTOR_FORMATS[options.dtype]) if dense else 0
+    stores = {
+        "new_bytes": plan.rows * each_bytes or None,
+        "old_bytes": old and old["bytes"],
+        "old_rows": old and old["rows"],
+    }
     for part in parts:
         try:
             most = options.model["max_batch_tokens"]
@@ -81,6 +162,7 @@ async def forecast(options: RunOptions, computer: Computer, model: Path, keys: S
         },
         "hardware": rows,
         "absent": absent,
+        "vectors": stores,
     }
 
 
@@ -119,6 +201,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
         f"{rows:,} rows of {size(sum(each['bytes'] for each in found['inputs']))} in {found['ranges']:,} ranges",
         f"{sample['tokens_mean']:.0f} tokens per row on average, {sample['tokens_max']} at most; "
         f"{sample['equal'] / sample['rows']:.0%} of {sample['rows']:,} sampled rows equal others",
+        *_stores(found["vectors"]),
         *(f"a sampled row cannot be computed: {reason}" for reason in sample["errors"]),
     ]
     cells = [
@@ -128,7 +211,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
             f"{each['rows_per_s']:,.0f}",
             console.duration(3600 * each["hours"]),
             "-" if each["usd"] is None else f"{each['usd']:,.2f}",
-            "measured with the sample" if each["outcome"] == "measured" else "estimated: at best",
+            _FIGURES.get(each["outcome"], each["outcome"]),
         )
         for each in found["hardware"]
     ]
@@ -136,6 +219,15 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     absent = dict.fromkeys(f"not estimated: {each['reason']}" for each in found["absent"])
     notes = ["`inferctl estimate` explains the estimates and their prices", *absent]
     return Group(*map(Text, lines), Text(), console.table(headings, cells, ("hardware",)), Text(), *map(Text, notes))
+
+
+def _stores(vectors: Mapping[str, Any]) -> Iterator[str]:
+    new, old = vectors["new_bytes"], vectors["old_bytes"]
+    if new:
+        yield f"vectors: {size(new)}, without ids and indexes"
+    if old:
+        both = f"; both: {size(new + old)} until the old ones are deleted" if new else ""
+        yield f"vectors of the old model: {size(old)} of {vectors['old_rows']:,} rows, measured{both}"
 
 
 async def follow(work: Job, rows: int, show: Callable[[str], None]) -> None:

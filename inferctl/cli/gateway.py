@@ -23,6 +23,8 @@ Examples:
   inferctl gateway --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
   # Listen with TLS in front of all addresses of a name
   inferctl gateway --server http://embed:8080 --host 0.0.0.0 --port 8443 --tls-certificate cert.pem --tls-key key.pem
+  # Send requests whose header x-inferctl-space names a space to the servers of the new model
+  inferctl gateway --server http://old:8080 --server dense_0123456789abcdef=http://new:8080
   # Print Envoy's configuration
   inferctl gateway --server http://10.0.0.7:8080 --print-config
 """
@@ -32,7 +34,9 @@ def gateway(
     server: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="URL", help="Use this server, as http://HOST:PORT, or all addresses of a name; repeatable."
+            metavar="[SPACE=]URL",
+            help="Use this server, as http://HOST:PORT, or all addresses of a name; with SPACE, for requests that name "
+            "this vector space; repeatable.",
         ),
     ] = None,
     host: Annotated[
@@ -86,6 +90,8 @@ def gateway(
         if file and not file.is_file():
             raise UsageError(f"{file} is not a file", "name a PEM file")
     servers = list(dict.fromkeys(map(parse, server)))
+    if all(each.space for each in servers):
+        raise UsageError("each server has a space", "name the servers of other requests too: `--server URL`")
     settings = config.Settings(
         host=host,
         port=port,

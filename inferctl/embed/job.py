@@ -67,6 +67,7 @@ class Job:
         file = self.options.output / "model.json"
         write_new(file, identity)
         known = json.loads(file.read_bytes())
+        known = {"spaces": identity["spaces"], **known}  # an earlier version did not write them
         if changed := [name for name in {**known, **identity} if known.get(name) != identity.get(name)]:
             was = ", ".join(
                 f"{name} was {shown(known.get(name))} and is {shown(identity.get(name))}" for name in changed

@@ -24,7 +24,8 @@ from inferctl.core import cgroup
 from inferctl.core.errors import NotReadyError
 from inferctl.embed.computer import Input, Report, Result
 from inferctl.models.model import ModelFolder
-from inferctl.reading import task_config
+from inferctl.reading import space, task_config
+from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Output, Role
 from inferctl.reading.rows import Tokens, slices
 from inferctl.serve.api.embedding_outputs import marked
@@ -132,7 +133,8 @@ class LocalComputer:
     def __init__(self, spec: Spec, task: Task, folder: ModelFolder, options: LocalOptions) -> None:
         """Raises `UsageError` for a model that is not usable."""
         self._digest, self._revision, self._options = folder.digest, spec.model.revision, options
-        config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
+        self._folder = folder.path
+        self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         self._model = ServedModel.of(spec, config, options.truncate)
         self._tokenizer = TokenizerPool(folder.path, config)
         self._executor = ThreadPoolExecutor(max(1, min(_MOST_THREADS, cgroup.cores() // 2)), "tokenize")
@@ -149,6 +151,7 @@ class LocalComputer:
         # Each thread tokenizes a part of the texts. The library would start more threads for each part.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._running = asyncio.create_task(self._pool.run())
+        spaces = await asyncio.to_thread(self._spaces)  # while the engines start
         await self._while_running(self._engines.ready.wait())
         info, model = self._engines.info, self._model
         assert info is not None
@@ -161,6 +164,7 @@ class LocalComputer:
             "digest": self._digest,
             "precision": info.precision.effective,
             "outputs": list(self._options.outputs),
+            "spaces": spaces,
             "vocabulary_size": info.vocabulary_size or self._tokenizer.vocabulary_size,
             "labels": list(model.labels),
             "normalized": model.normalized,
@@ -168,6 +172,13 @@ class LocalComputer:
             "device": asdict(info.device),
             "matrix_rate": info.matrix_rate and info.matrix_rate.flops_per_s * self._pool.counts()["count"],
         }
+
+    def _spaces(self) -> dict[str, Any]:
+        """Return the name and the definition of the space of each output; none for another task."""
+        if not isinstance(self._config, EmbeddingConfig):
+            return {}
+        found = space.read(self._folder, self._config)
+        return {output: found[output].described for output in self._options.outputs}
 
     async def compute(self, inputs: Sequence[Input], report: Report) -> None:
         """Do what `Computer.compute` says."""

@@ -20,6 +20,7 @@ from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.embed.computer import Input, Report, Result
 from inferctl.reading.outputs import Role
 from inferctl.reading.rows import slices
+from inferctl.reading.space import HEADER
 
 # A request has about the tokens of one batch. Larger ones would keep the server's event loop from others.
 _CHARACTERS_PER_TOKEN, _MAX_CHARACTERS, _MAX_INPUTS = 4, 48 * 1024, 256
@@ -45,6 +46,9 @@ class RemoteComputer:
         """Return what the server says of itself. Part of `Computer`."""
         headers = {**self.server.access.headers, "x-priority": "bulk", "content-type": "application/json"}
         timeout, limits = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S), httpx.Limits(max_connections=None)
+        # A server with another model, for example one of several behind an address, responds with 412.
+        if spaces := _identity(self.server)["spaces"]:
+            headers[HEADER] = spaces["dense"]["name"]
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
         self._places, self._window, self._shortest_s = asyncio.Semaphore(2), 2, math.inf
         self._checking, self._responded = asyncio.Lock(), time.monotonic()
@@ -100,7 +104,7 @@ class RemoteComputer:
                 problem = f"unreachable: {error or type(error).__name__}"
             if status == 200:
                 return _divided(inputs, response.json())
-            if status in (401, 403, 404) or (status == 429 and response.headers.get("x-should-retry") == "false"):
+            if status in (401, 403, 404, 412) or (status == 429 and response.headers.get("x-should-retry") == "false"):
                 raise InferctlError(f"{self.server.url} rejects requests with {status}: {problem}")
             if status in (400, 413, 422) or failures >= _ATTEMPTS:
                 break
@@ -161,6 +165,7 @@ def _identity(server: ServerConnection) -> dict[str, Any]:
         "digest": model.get("sha256"),
         "precision": server.info.get("precision", {}).get("effective"),
         "outputs": ["dense"],
+        "spaces": {name: each for name, each in model.get("spaces", {}).items() if name == "dense"},
         "normalized": model.get("normalize"),
     }
 

@@ -23,7 +23,7 @@ from inferctl.reading.outputs import FORMS, Form, unpack
 from inferctl.reading.rows import Rows
 from inferctl.receipts.receipt import canonical, seal_of
 
-_FORMATS: dict[Dtype, VectorFormat] = {"float32": "float", "float16": "float16", "bits": "ubinary"}
+VECTOR_FORMATS: dict[Dtype, VectorFormat] = {"float32": "float", "float16": "float16", "bits": "ubinary"}
 # What `Computer.start` returned, and the options of the run.
 Identity: TypeAlias = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ def columns(rows: Rows, identity: Identity) -> dict[str, Any]:
             found["token_embeddings"] = [row.tokens.reshape(-1, token_size).astype(kind) for row in unpacked]
     if "dense" in outputs:
         vectors = np.asarray(dense, np.float32).reshape(count, size)
-        found = {"embedding": convert(vectors, _FORMATS[identity["dtype"]]), **found}
+        found = {"embedding": convert(vectors, VECTOR_FORMATS[identity["dtype"]]), **found}
     return found
 
 

@@ -16,9 +16,13 @@ from inferctl.gateway.servers import Server
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
+# By which a client names the vector space that it stores.
+_SPACE_HEADER = "x-inferctl-space"
 # The endpoints of generation, whose responses take as long as they need.
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
+# The cluster of the servers without a space.
+_OTHERS = "servers"
 _LEAST_REQUEST = {
     "@type": f"{_TYPE}.extensions.load_balancing_policies.least_request.v3.LeastRequest",
     "choice_count": 2,
@@ -58,8 +62,11 @@ class Settings:
 
 def bootstrap(settings: Settings, folder: Path, servers: Sequence[Server]) -> dict[str, Any]:
     """Return the configuration of one Envoy in front of `servers`. Its files are in `folder`: `tls/` and `admin`."""
-    listeners = [_listener(settings, folder)]
-    clusters = [_servers(settings, servers)]
+    by_space: dict[str | None, list[Server]] = {}
+    for server in servers:
+        by_space.setdefault(server.space, []).append(server)
+    listeners = [_listener(settings, folder, [space for space in by_space if space])]
+    clusters = [_servers(settings, space or _OTHERS, found) for space, found in by_space.items()]
     if settings.metrics_port is not None:
         listeners.append(_metrics_listener(settings.metrics_port))
         clusters.append(_admin_cluster(folder))
@@ -95,8 +102,8 @@ def _address(host: str, port: int) -> dict[str, Any]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _listener(settings: Settings, folder: Path) -> dict[str, Any]:
-    chain: dict[str, Any] = {"filters": [{"name": "http", "typed_config": _http(settings)}]}
+def _listener(settings: Settings, folder: Path, spaces: Sequence[str]) -> dict[str, Any]:
+    chain: dict[str, Any] = {"filters": [{"name": "http", "typed_config": _http(settings, spaces)}]}
     inspector = "http"
     if settings.certificate:
         chain["transport_socket"] = {"name": "tls", "typed_config": _tls(settings, folder)}
@@ -131,7 +138,7 @@ def _tls(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def _http(settings: Settings) -> dict[str, Any]:
+def _http(settings: Settings, spaces: Sequence[str]) -> dict[str, Any]:
     return {
         "@type": f"{_TYPE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -165,29 +172,33 @@ def _http(settings: Settings) -> dict[str, Any]:
                     # Envoy repeats bodies up to 1 MiB by default.
                     "request_body_buffer_limit": settings.max_repeated_bytes,
                     "retry_policy": _retries(),
-                    "routes": _routes(settings),
+                    "routes": [route for space in (*spaces, None) for route in _routes(settings, space)],
                 }
             ],
         },
     }
 
 
-def _routes(settings: Settings) -> list[dict[str, Any]]:
-    """Return the routes: of streams and of other requests, each for small bodies and for all others.
+def _routes(settings: Settings, space: str | None) -> list[dict[str, Any]]:
+    """Return the routes of requests that name `space`; of all others without one.
 
+    Streams and other requests have a route each for small bodies and for all others.
     Large bodies, and those of unknown size, go to a server while they arrive. It rejects clients without a key before
     it reads the body, so they cannot fill the memory of the gateway with slow uploads.
     """
     small = {"name": "content-length", "range_match": {"start": 0, "end": settings.buffered_body_bytes + 1}}
     disabled = {"buffer": {"@type": f"{_TYPE}.extensions.filters.http.buffer.v3.BufferPerRoute", "disabled": True}}
     # A stream has no limit of its own, only one of its pauses.
-    stream = {"cluster": "servers", "timeout": "0s", "idle_timeout": _seconds(settings.idle_s)}
-    other = {"cluster": "servers", "timeout": _seconds(settings.timeout_s)}
+    cluster = space or _OTHERS
+    stream = {"cluster": cluster, "timeout": "0s", "idle_timeout": _seconds(settings.idle_s)}
+    other = {"cluster": cluster, "timeout": _seconds(settings.timeout_s)}
+    # A client may name several spaces in one header.
+    named = [{"name": _SPACE_HEADER, "string_match": {"contains": space}}] if space else []
     matches = [*(({"path": path}, stream) for path in GENERATION_PATHS), ({"prefix": "/"}, other)]
     found: list[dict[str, Any]] = []
     for match, route in matches:
-        found.append({"match": {**match, "headers": [small]}, "route": route})
-        found.append({"match": match, "route": route, "typed_per_filter_config": disabled})
+        found.append({"match": {**match, "headers": [small, *named]}, "route": route})
+        found.append({"match": {**match, "headers": named}, "route": route, "typed_per_filter_config": disabled})
     return found
 
 
@@ -211,7 +222,7 @@ def _retries() -> dict[str, Any]:
     }
 
 
-def _servers(settings: Settings, servers: Sequence[Server]) -> dict[str, Any]:
+def _servers(settings: Settings, name: str, servers: Sequence[Server]) -> dict[str, Any]:
     endpoints = [{"endpoint": {"address": _address(each.host, each.port)}} for each in servers]
     check = {
         "timeout": "1s",
@@ -223,7 +234,7 @@ def _servers(settings: Settings, servers: Sequence[Server]) -> dict[str, Any]:
     }
     limit = 4096  # 1024 by default, above which Envoy itself answers 503
     return {
-        "name": "servers",
+        "name": name,
         # Envoy asks again for the addresses of a name, uses all of them, and keeps them if the name server fails.
         "cluster_type": {
             "name": "dns",
@@ -233,7 +244,7 @@ def _servers(settings: Settings, servers: Sequence[Server]) -> dict[str, Any]:
                 "dns_lookup_family": "ALL",
             },
         },
-        "load_assignment": {"cluster_name": "servers", "endpoints": [{"lb_endpoints": endpoints}]},
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
         "connect_timeout": "1s",
         "health_checks": [check],
         # Otherwise, an address that its name no longer has would be used as long as it is healthy.

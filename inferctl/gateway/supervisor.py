@@ -168,7 +168,7 @@ class Gateway:
             host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._settings.host, self._settings.host)
             url = f"{'https' if self._settings.certificate else 'http'}://{host}:{port}"
             self._notify(f"ready      {url}")
-            self._notify(f"servers    {', '.join(f'{each.host}:{each.port}' for each in self._servers)}")
+            self._notify(f"servers    {', '.join(map(str, self._servers))}")
             if not await asyncio.to_thread(admin.stat, self._admin, "cluster.servers.membership_healthy"):
                 self._notify("warning: none of the servers is ready; requests get 503 until one is ready")
             if self._announce:

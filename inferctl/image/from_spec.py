@@ -50,7 +50,7 @@ def _known(spec: Spec) -> tuple[list[WeightsFolder], dict[str, ModelImage]]:
     models, found, images = {each.name: each for each in spec.each()}, [], {}
     local = {each.name: local_folder(each) for each in weights_folders(spec)}
     for each in weights_folders(spec):
-        folder, task, size, sha256 = local[each.name], None, None, None
+        folder, task, size, sha256, space = local[each.name], None, None, None, ""
         if each.base is None:
             check_model_task(models[each.name], folder)
             task = task_of(models[each.name], folder)
@@ -59,10 +59,14 @@ def _known(spec: Spec) -> tuple[list[WeightsFolder], dict[str, ModelImage]]:
         if each.weights == "bake" and is_image(each.source):
             image = images[each.name] = model_image.inspect(each.source)
             size, sha256 = image.bytes, image.sha256
+            space = image.space if each.base is None and models[each.name].serve.max_input_tokens is None else ""
         elif folder:
             size = folder.bytes
-            sha256 = folder.digest if each.weights == "bake" and not is_hub_id(each.source) else None
-        found.append(replace(each, task=task, sha256=sha256, bytes=size))
+            if each.weights == "bake" and not is_hub_id(each.source):
+                sha256 = folder.digest
+                if task == "embed":
+                    space = model_image.space_names(folder, models[each.name].serve.max_input_tokens)
+        found.append(replace(each, task=task, sha256=sha256, bytes=size, space=space or None))
     return found, images
 
 

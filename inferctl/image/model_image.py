@@ -44,7 +44,7 @@ class ModelImage:
     """A model in a registry. `reference` is `name@digest`, `files` maps the files of the model to their bytes.
 
     `sha256` is that of `ModelFolder.digest`. `layers` are digests and bytes as the registry stores them. `config` is
-    the content of config.json, None if it is too large for a label.
+    the content of config.json, None if it is too large for a label. `space`: as of `space_names`.
     """
 
     reference: str
@@ -61,6 +61,7 @@ class ModelImage:
     source: str | None = None
     revision: str | None = None
     license: str | None = None
+    space: str = ""
 
     @property
     def bytes(self) -> int:
@@ -118,6 +119,7 @@ def labels_of(
         "library_type": folder.library_type,
         "quantization": str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
         "config": _compact(folder.config),
+        "space": space_names(folder),
     }
     found = {f"{LABEL}{name}": value for name, value in own.items() if value}
     found |= {
@@ -133,6 +135,19 @@ def labels_of(
             f"{too_long[0]} of {folder.path} is longer than the {_MAX_LABEL_BYTES:,} bytes of a label", "shorten it"
         )
     return found
+
+
+def space_names(folder: ModelFolder, max_input_tokens: int | None = None) -> str:
+    """Return the names of the spaces of an embedding model, comma separated. Others have none."""
+    if isinstance(folder, AdapterFolder) or resolve_task("auto", folder, str(folder.path)) != "embed":
+        return ""
+    from inferctl.reading import embedding_config, space  # they need numpy, which other commands do not
+
+    try:
+        found = space.read(folder.path, embedding_config.read(folder.path, max_input_tokens))
+    except UsageError:  # no server computes it, but an image can have it
+        return ""
+    return ",".join(each.name for each in found.values())
 
 
 def inspect(source: str) -> ModelImage:
@@ -168,6 +183,7 @@ def read(reference: str, labels: Mapping[str, str], layers: Sequence[tuple[str, 
     return ModelImage(
         reference=reference,
         sha256=label("sha256"),
+        space=label("space"),
         architecture=label("architecture"),
         task=label("task"),
         number_formats=label("number_formats"),

@@ -46,7 +46,7 @@ CACHE_PATH = "/model-cache"
 CONFIG_PATH = "/etc/inferctl/inferctl.yaml"
 # The label with the models and adapters of an image that has several.
 NAMES_LABEL = "io.inferctl.names"
-_LISTED = ("name", "base", "weights", "path", "revision", "task", "sha256")
+_LISTED = ("name", "base", "weights", "path", "revision", "task", "sha256", "space")
 # Overlay file systems mount at most 128 layers.
 _MAX_WEIGHT_LAYERS = 115
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
@@ -161,7 +161,7 @@ def render(
         weights = "\n".join(each.sha256 or "" for each in baked)
         content = _content(_fill("Dockerfile.j2", values), files, weights, spec.image.embed)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
-    labels = _labels(spec, base_image, stack, provenance, tag, content)
+    labels = _labels(spec, base_image, stack, provenance, tag, content, folders[0].space)
     names = _names(folders) if spec.models or len(folders) > 1 else None
     values |= {"labels": labels, "start_period": _start_period(stack, [each.bytes or math.inf for each in folders])}
     return Rendered(
@@ -251,7 +251,13 @@ def _container_config(spec: Spec, folders: Sequence[WeightsFolder], port: int) -
 
 
 def _labels(
-    spec: Spec, base_image: str, stack: Stack, provenance: Provenance, tag: str, content: str | None
+    spec: Spec,
+    base_image: str,
+    stack: Stack,
+    provenance: Provenance,
+    tag: str,
+    content: str | None,
+    space: str | None,
 ) -> dict[str, str]:
     name, _, digest = base_image.partition("@")
     labels = {
@@ -273,6 +279,7 @@ def _labels(
             "io.inferctl.model.source": source if is_image(source) or is_hub_id(source) else Path(source).name,
             "io.inferctl.model.revision": spec.model.revision,
             "io.inferctl.model.weights": spec.model.weights,
+            "io.inferctl.model.space": space,
         }
     return {key: value for key, value in labels.items() if value}
 

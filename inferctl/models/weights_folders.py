@@ -19,7 +19,8 @@ class WeightsFolder:
 
     `path`: their folder in the image of the server. `mount`: the path of their volume, whose folder `model` has them if
     it is an image. `volume`: the image that pods mount, None if they do not. `stage`: the stage and the context of a
-    build that has them. `task`, `sha256`, `bytes`: None if unknown; only weights to bake have a sha256.
+    build that has them. `task`, `sha256`, `space`, `bytes`: None if unknown; only weights to bake have a sha256, and
+    the names of the spaces of an embedding model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class WeightsFolder:
     volume: str | None = None
     task: str | None = None
     sha256: str | None = None
+    space: str | None = None
     bytes: int | None = None
 
 

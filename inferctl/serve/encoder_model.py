@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,10 @@ from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
-from inferctl.reading import task_config
+from inferctl.reading import space, task_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Output
+from inferctl.reading.space import Space
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.backend.local_backend import Stack
 from inferctl.serve.cache import vector_cache
@@ -65,7 +69,15 @@ class EncoderModel:
         self.stack = Stack(self.dispatcher, vector_cache.create(spec.cache, task, metrics, caches), spec.name)
         self.tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
         self.served = ServedModel.of(spec, self._config, options.truncate, number)
-        self.sizes = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0}
+        self.sizes: dict[str, Any] = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0, "spaces": {}}
+        # While the engine loads the weights, a thread reads them too.
+        config, self._spaces = self._config, Future[dict[Output, Space]]()
+        if isinstance(config, EmbeddingConfig):
+            thread = ThreadPoolExecutor(1, "space")
+            self._spaces = thread.submit(space.read, folder.path, config)
+            thread.shutdown(wait=False)
+        else:
+            self._spaces.set_result({})
         self.first_ready = asyncio.Event()
         self.device: dict[str, Any] | None = None
         self._engine: EngineInfo | None = None  # the first one that was ready
@@ -85,11 +97,15 @@ class EncoderModel:
         self.device = asdict(info.device)
         size = info.vocabulary_size or self.tokenizer.vocabulary_size
         vectors = {"dimensions": info.dimensions, "token_dimensions": info.token_dimensions}
-        self.sizes = vectors | {"vocabulary_size": size}
+        spaces = self._spaces.result()
+        definitions = {output: each.definition for output, each in spaces.items()}
+        self.sizes = vectors | {"vocabulary_size": size, "spaces": definitions}
         options, facts = self._options, self.tokenizer.facts
         self._info = describe.document(
             self.spec, self.folder, self._config, facts, info, options.truncate, options.image
         )
+        if spaces:
+            self._info["model"]["spaces"] = {output: each.described for output, each in spaces.items()}
         self.metrics.describe_model(self._info)
         if rate := info.matrix_rate:
             self.metrics.matrix_rate.labels(rate.source).set(rate.flops_per_s * self.pool.counts()["count"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from inferctl.config.spec import Spec
+from inferctl.reading.space import Space
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -79,8 +81,9 @@ class FrontEnd:
         """Accept no more connections."""
         self.http.close()
 
-    def set_sizes(self, number: int, sizes: Mapping[str, int]) -> None:
-        """Set what is known when an engine is ready: numbers of vectors, and tokens of the vocabulary."""
+    def set_sizes(self, number: int, sizes: Mapping[str, Any]) -> None:
+        """Set what is known when an engine is ready: numbers of vectors, tokens of the vocabulary, and spaces."""
         model = self.models[number]
         model.dimensions, model.token_dimensions = sizes["dimensions"], sizes["token_dimensions"]
         model.vocabulary_size = sizes["vocabulary_size"]
+        model.spaces = {name: Space(name, definition) for name, definition in sizes["spaces"].items()}

@@ -97,15 +97,6 @@ def test_check_estimates_the_memory_of_a_hub_model_without_its_weights(here: Pat
     assert not whole_weights(hub)
 
 
-def test_check_continues_without_the_hub_and_reports_unknown_memory(here: Path, hub: Hub, tmp_path: Path) -> None:
-    write_spec(here)
-    done = inferctl(here, online("http://127.0.0.1:9", tmp_path / "home"), "check", "--json")
-    assert done.returncode == 0, done.stderr
-    found = [one for one in json.loads(done.stdout)["findings"] if one["topic"] == "memory"]
-    assert {one["level"] for one in found} == {"warn"}
-    assert all("http://127.0.0.1:9" in one["why"] for one in found)
-
-
 @pytest.mark.parametrize(
     "model",
     [

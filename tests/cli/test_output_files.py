@@ -29,7 +29,13 @@ FILES = {
     "bench-report": "bench --url a=http://127.0.0.1:9 --report {}",
     "compare": "compare A B --output {}",
 }
-FOLDERS = {"lock": "lock --output {}", "render": "render --output {}", "init": "init {} --force"}
+ONE = Path(__file__).parents[2] / "docs" / "examples" / "kubernetes" / "one.yaml"
+FOLDERS = {
+    "lock": "lock --output {}",
+    "render": "render --output {}",
+    "init": "init {} --force",
+    "deploy": f"deploy -f {ONE} --output {{}}",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -81,10 +81,3 @@ def test_output_replaces_what_an_earlier_run_wrote(tmp_path: Path, capsys: pytes
     assert document["output"] == str(tmp_path)
     written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
     assert written == {*document["files"], "overlays/mine.yaml"}
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    assert cli.run(["deploy", *SPECS, "--output", str(file)]) == 2
-    assert "cannot be written" in capsys.readouterr().err

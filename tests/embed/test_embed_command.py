@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from inferctl.reading import embedding_config, space
 from inferctl.receipts import receipt
 from tests.processes import ServerProcess, free_port, inferctl, several, until
 
 ROWS, RANGES = 3000, 30
+# Its figures are invented.
+SAMPLE = Path(__file__).parents[2] / "docs/examples/kubernetes/receipts/embed-l4.json"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def undisturbed(corpus: Path, minilm: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Path, corpus: Path) -> None:
+def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Path, corpus: Path, minilm: Path) -> None:
     import pyarrow.parquet as pq
 
     found = [pq.read_table(file).column("id").to_pylist() for file in sorted(undisturbed.glob("*.parquet"))]
@@ -69,6 +72,8 @@ def test_all_rows_are_there_in_order_and_the_receipt_counts_them(undisturbed: Pa
     sealed = json.loads((undisturbed / "receipt.json").read_text())
     assert sealed["seal"] == receipt.seal_of(sealed)
     assert (sealed["rows"], sealed["errors"]) == (ROWS - 3, 3)
+    found = space.read(minilm, embedding_config.read(minilm))["dense"]
+    assert sealed["model"]["spaces"] == {"dense": found.described}
 
 
 @pytest.mark.parametrize("how", ["the run", "the engine", "Ctrl-C"])
@@ -169,6 +174,45 @@ def test_stdin_strict_and_a_dry_run(minilm: Path, tmp_path: Path) -> None:
         ("t4", "estimated"),
     ]
     assert "estimated" in inferctl(*dry, code=0).stdout
+    assert forecast["vectors"] == {"new_bytes": 3 * 8 * 4, "old_bytes": None, "old_rows": None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bits"])
+def test_a_plan_uses_the_rates_of_receipts_and_adds_the_old_vectors(
+    dtype: str, minilm: Path, corpus: Path, undisturbed: Path
+) -> None:
+    old = json.loads((undisturbed / "receipt.json").read_text())
+    dry = ["embed", str(corpus), "--model", str(minilm), "--engine", "echo", "--dry-run", "--hardware", "t4"]
+    known = ["--receipt", str(undisturbed / "receipt.json"), "--receipt", str(SAMPLE)]
+    found = json.loads(
+        inferctl(*dry, *known, "--replaces", str(undisturbed / "receipt.json"), "--dtype", dtype, "--json").stdout
+    )
+    _, run, bench, _ = found["hardware"]
+    tokens = found["rows"] * found["sample"]["tokens_mean"]
+    assert run["outcome"] == f"measured: receipt {old['seal'][:8]}"
+    assert run["hours"] * 3600 == pytest.approx(tokens / (old["tokens"] / old["machine_s"]))
+    assert (bench["hardware"], bench["outcome"]) == ("l4", "invented: sample receipt d5b306e8")
+    assert bench["hours"] * 3600 == pytest.approx(tokens / (240 * 250))  # requests/s within the SLO, tokens
+    assert bench["usd"] == pytest.approx(bench["hours"] * bench["price"]["usd_per_hour"])
+    # Vectors of the engine `echo` have 8 numbers.
+    each = {"float32": 4 * 8, "float16": 2 * 8, "bits": 1}[dtype]
+    assert found["vectors"] == {"new_bytes": ROWS * each, "old_bytes": old["bytes"], "old_rows": ROWS - 3}
+
+
+def test_wrong_receipts_of_a_plan_are_refused(minilm: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    sealed = json.loads((undisturbed / "receipt.json").read_text())
+    (changed := tmp_path / "changed.json").write_text(json.dumps({**sealed, "machine_s": 1}))
+    other = receipt.write(tmp_path / "other.json", {**sealed, "model": {**sealed["model"], "digest": "0" * 64}}).path
+    same = ["embed", str(corpus), "--model", str(minilm)]
+    cases = [
+        ([*same, "--dry-run", "--receipt", str(changed)], "was altered"),
+        ([*same, "--dry-run", "--receipt", str(other)], "another model"),
+        ([*same, "--dry-run", "--receipt", str(corpus)], "as a receipt"),
+        ([*same, "--dry-run", "--replaces", str(SAMPLE)], "is not a receipt of `inferctl embed`"),
+        ([*same, "--output", str(tmp_path / "out"), "--replaces", str(changed)], "--dry-run"),
+    ]
+    for (_, message), ended in zip(cases, several([command for command, _ in cases]), strict=True):
+        assert ended.returncode and message in ended.stderr, ended.stderr
 
 
 def test_a_server_gives_the_same_rows_also_if_it_is_away_for_a_while(

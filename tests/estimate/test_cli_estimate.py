@@ -288,13 +288,3 @@ def test_invalid_options_are_errors(config: str, arguments: list[str], message: 
     assert cli.run(["estimate", "--config", config, *arguments]) == 2
     out, err = capsys.readouterr()
     assert message in err and not out
-
-
-def test_each_source_of_prices_and_each_reason_is_named_once(config: str, capsys: Captured) -> None:
-    assert cli.run(["estimate", "--config", config, "--hardware", "t4,l4", "-p", "fp16", "--length", "20"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert out.startswith("estimated, not measured")
-    assert out.count("[1] ") == 3  # one source, named by the prices of both
-    assert "t4: 0.526 USD/h, aws g4dn.xlarge [1]" in out
-    for reason in ("- engine: the rows ran TensorRT", "- length: ", "t4 in fp16: based on 4 rows"):
-        assert out.count(reason) == 1

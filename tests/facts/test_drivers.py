@@ -107,24 +107,6 @@ def test_without_a_driver_the_oldest_one_of_the_gpu_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "part", "driver", "words"),
-    [
-        ("cuda13.0", "t4", 545, ("13.0", "R535, R550, R565, R570 or R575", "12.3")),
-        ("cuda13.0", "t4", 550, ("R550", "toolkit 1.17.5")),
-        ("cuda13.0", "t4", 580, ("580", "minor version")),
-        ("cuda13.0", "b200-sxm", 535, ("10.0", "570", "R570")),
-        ("cuda12.8", "t4", 545, ("CDI",)),
-        ("ngc25.12", "t4", 570, ("/usr/local/cuda/compat/lib.real",)),
-    ],
-)
-def test_a_verdict_has_the_versions_that_decide(base: str, part: str, driver: int, words: tuple[str, ...]) -> None:
-    verdict = judged(base, catalog.hardware(part), driver)
-    said = f"{verdict.what}: {verdict.why} {verdict.hint}"
-    assert [word for word in words if word not in said] == []
-    assert (verdict.hint is None) == (driver == 580)
-
-
-@pytest.mark.parametrize(
     ("change", "level", "said"),
     [
         ({"cuda_compat": None}, "error", "has no cuda-compat libraries"),

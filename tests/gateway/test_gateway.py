@@ -28,6 +28,7 @@ from inferctl.gateway import config, servers
 from tests.processes import ServerProcess, execute, free_port, until
 from tests.tenancy.key_files import add
 
+SPACE, OTHER = "dense_0123456789abcdef", "sparse_fedcba9876543210"
 BACKEND = Path(__file__).with_name("backend.py")
 ENVOY = Path(sys.executable).with_name("envoy")
 pytestmark = pytest.mark.skipif(
@@ -192,12 +193,12 @@ def test_a_stream_passes_event_by_event(quiet: tuple[str, int]) -> None:
 
 
 def test_headers_that_servers_trust_or_report_do_not_pass(quiet: tuple[str, int]) -> None:
-    given = {"x-inferctl-key-id": "forged", "authorization": "Bearer x"}
+    given = {"x-inferctl-key-id": "forged", "authorization": "Bearer x", "x-inferctl-space": "dense_0"}
     response = httpx.post(f"{quiet[0]}/v1/embeddings", json={}, headers=given)
     assert "endpoint-load-metrics" not in response.headers
     headers = response.json()["headers"]
     assert "x-inferctl-key-id" not in headers
-    assert headers["authorization"] == "Bearer x"
+    assert (headers["authorization"], headers["x-inferctl-space"]) == ("Bearer x", "dense_0")
     assert headers["x-forwarded-for"]
     assert headers["x-request-id"]
 
@@ -345,7 +346,9 @@ def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: P
 def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
     settings = config.Settings(metrics_port=9900, host="::")
     file = tmp_path / "envoy.yaml"
-    file.write_text(json.dumps(config.bootstrap(settings, tmp_path, [servers.parse("10.0.0.7:8080")])))
+    file.write_text(
+        json.dumps(config.bootstrap(settings, tmp_path, list(map(servers.parse, ("10.0.0.7:8080", f"{SPACE}=b:1")))))
+    )
     done = execute(ENVOY, "--mode", "validate", "-c", file, code=0)
     assert "deprecated" not in done.stderr.lower()
 
@@ -357,6 +360,8 @@ def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
         (["--server", "https://a:1"], "'https://a:1' is not the URL of a server"),
         (["--server", "a:99999"], "is not the URL of a server: Port out of range"),
         (["--server", "http://a:80/path"], "is not the URL of a server"),
+        (["--server", f"{SPACE}=a:1"], "each server has a space"),
+        (["--server", "dense_1=a:1"], "is not the URL of a server"),
         (["--server", "a:1", "--tls-key", "k"], "belong together"),
         (["--server", "127.0.0.1:1", "--port", "{taken}"], "the port is taken"),
         (["--server", "127.0.0.1:1", "--port", "0", "--metrics-port", "{taken}"], "one with `--metrics-port`"),
@@ -376,6 +381,27 @@ def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pyte
 def test_a_name_means_all_of_its_addresses(backends: Backends, start: Any) -> None:
     port = urllib.parse.urlsplit(backends.start("a")).port
     wait_for_servers(start("--server", f"localhost:{port}").url, {"a"})
+
+
+def test_a_space_has_servers_of_its_own(backends: Backends, start: Any) -> None:
+    old, new = backends.start("old"), backends.start("new")
+    url = start("--server", old, "--server", f"{SPACE}={new}").url
+    wait_for_servers(url, {"old"})
+
+    def server(space: str | None, body: bytes = b"{}") -> str | None:
+        headers = {} if space is None else {"X-Inferctl-Space": space}
+        response = httpx.post(f"{url}/v1/embeddings", content=body, headers=headers)
+        return response.json()["server"] if response.status_code == 200 else None
+
+    until(lambda: server(SPACE) == "new")
+    cases = [(None, "old"), (OTHER, "old"), (SPACE, "new"), (f"{OTHER}, {SPACE}", "new"), (f"{SPACE},{OTHER}", "new")]
+    assert [server(named, body) for named, _ in cases for body in (b"{}", b"x" * 100_000)] == [
+        expected for _, expected in cases for _ in range(2)
+    ]
+    backends.processes["new"].kill()
+    # The other servers have another space, so they do not stand in.
+    until(lambda: server(SPACE) is None)
+    assert server(None) == "old"
 
 
 def test_a_body_that_arrives_slowly_gets_408(behind: Any) -> None:

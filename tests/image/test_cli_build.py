@@ -60,30 +60,19 @@ def test_a_dry_run_needs_no_engine_and_prints_plan_and_dockerfile(tmp_path: Path
     assert "[base.digest]" in done.stderr
 
 
-def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
-    done = inferctl("build", "--dry-run", "--json", "--tag", "r.example.com/a/b", "--spec", spec(tmp_path))
-    plan = json.loads(done.stdout)
-    assert plan["reference"] == "r.example.com/a/b:latest"
-    assert [finding["topic"] for finding in plan["findings"]] == ["base.digest"]
-    assert plan["platforms"] == ["linux/amd64"]
-    assert plan["base"]["reference"] == "python:3.11-slim-trixie"
-    assert "FROM" in plan["dockerfile"]
-
-
-def test_a_plan_lists_each_name_once(tmp_path: Path) -> None:
-    names = ["r.example.com/a/b:1", "r.example.com/a/b:2", "s.example.com/c:1", "r.example.com/a/b:1"]
-    tags = [part for name in names for part in ("--tag", name)]
-    done = inferctl("build", "--dry-run", "--json", "--push", *tags, "--spec", spec(tmp_path))
-    plan = json.loads(done.stdout)
-    assert plan["reference"] == names[0]
-    assert plan["references"] == names[:3]
+def test_a_dry_run_as_json_is_one_document_with_each_name_once_and_the_mirror(tmp_path: Path) -> None:
+    names = ["r.example.com/a/b:latest", "r.example.com/a/b:2", "s.example.com/c:1"]
+    tags = [part for name in ("r.example.com/a/b", *names) for part in ("--tag", name)]
+    file = spec(tmp_path)
+    plan = json.loads(inferctl("build", "--dry-run", "--json", "--push", *tags, "--spec", file).stdout)
+    assert (plan["reference"], plan["references"]) == (names[0], names)
     assert plan["steps"][-2:] == ["push to r.example.com", "push to s.example.com"]
-
-
-def test_the_plan_names_the_mirror_of_the_base(tmp_path: Path) -> None:
+    assert [finding["topic"] for finding in plan["findings"]] == ["base.digest"]
+    assert (plan["platforms"], plan["base"]["reference"]) == (["linux/amd64"], "python:3.11-slim-trixie")
+    assert "FROM" in plan["dockerfile"]
     mirror = f"r.example.com/python@sha256:{'1' * 64}"
-    done = inferctl("build", "--dry-run", "--json", "--spec", spec(tmp_path, base_image=mirror))
-    plan = json.loads(done.stdout)
+    file.write_text(file.read_text().replace("base: cpu", f"base: cpu\n  base_image: {mirror}"))
+    plan = json.loads(inferctl("build", "--dry-run", "--json", "--spec", file).stdout)
     assert plan["base"] == {"key": "cpu", "reference": mirror, "digest": mirror.partition("@")[2]}
     assert plan["findings"] == []
 

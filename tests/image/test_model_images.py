@@ -24,6 +24,7 @@ from inferctl.models import fit, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder
 from inferctl.models.size import locate, size_of
+from inferctl.reading import embedding_config, space
 from tests.image import sharded
 
 DIGEST = f"sha256:{'a' * 64}"
@@ -159,6 +160,12 @@ def described(folder: Path) -> ModelImage:
     found = ModelFolder(folder)
     files = model_transfer._files(found)
     return model_image.read(f"{NAME}@{DIGEST}", model_image.labels_of(found, files, "org/m", "1" * 40, "mit"), ())
+
+
+def test_the_label_of_spaces_is_that_of_a_model_that_a_server_computes(folder: Path, minilm: Path) -> None:
+    found = space.read(minilm, embedding_config.read(minilm))
+    assert described(minilm).space == ",".join(each.name for each in found.values())
+    assert described(folder).space == ""
 
 
 def test_the_labels_say_what_the_model_is(folder: Path) -> None:

@@ -130,20 +130,6 @@ def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registr
     assert yaml.safe_load(file.read_text())["model"]["revision"] == NEWER
 
 
-def test_a_pinned_spec_renders_and_builds(registry: Registry, hub: Hub, tmp_path: Path, base_image: str) -> None:
-    name, _, digest = base_image.partition("@")
-    tagged = f"{name}:trixie-python3.11@{digest}"
-    (tmp_path / "Dockerfile").write_text(f"FROM {tagged}\n")
-    _docker("build", "--quiet", str(tmp_path))
-    file = tmp_path / "inferctl.yaml"
-    file.write_text(SPEC.replace("IMAGE", tagged))
-    done = inferctl("render", "--spec", file, "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    dockerfile = (tmp_path / "out" / "Dockerfile").read_text()
-    assert tagged in dockerfile
-    assert digest in dockerfile.partition("org.opencontainers.image.base.digest")[2]
-
-
 @pytest.mark.parametrize(("image", "code"), [(DOWN, 3), ("missing", 2), ("hub", 3)])
 def test_nothing_is_written_if_a_registry_or_the_hub_does_not_respond(
     registry: Registry, hub: Hub, tmp_path: Path, image: str, code: int

@@ -559,6 +559,8 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
     names = {"dense": "embedding", "sparse": "sparse_embedding", "tokens": "token_embeddings"}
     every = server.embed(input=TEXTS, outputs=list(names)).json()["data"]
     assert set(every[0]) == {"object", "index", *names.values()}
+    spaces = server.embed(input=TEXTS, outputs=list(names)).headers["x-inferctl-space"].split(", ")
+    assert [each.split("_")[0] for each in spaces] == list(names)
     for name, field in names.items():
         alone = server.embed(input=TEXTS, outputs=[name]).json()["data"]
         assert set(alone[0]) == {"object", "index", field}

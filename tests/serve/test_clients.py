@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -17,6 +18,15 @@ from tokenizers import Tokenizer
 from tests.conftest import TEXTS
 from tests.processes import CLIENT, ServerProcess
 from tests.tenancy.key_files import add
+
+SPACE, OTHER_SPACE = "x-inferctl-space", "dense_0123456789abcdef"
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"normalized": True},
+    {"dimensions": 8},
+    {"dimensions": 8, "normalized": False},
+    {"dimensions": 2},
+]
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +422,85 @@ def test_vectors_of_a_model_that_does_not_normalize_are_normalized_if_asked(
         same(vectors("/v1/embeddings", dimensions=dimensions), unit(raw[:, :dimensions]))
     rejected = server.embed(input="a", dimensions=5)
     assert rejected.status_code == 400 and "must be 8 or 2, got 5" in rejected.text
+    names = [server.embed(input="a", **how).headers[SPACE] for how in VARIANTS]
+    assert len(set(names)) == len(VARIANTS)
+    assert names[2] == server.embed(input="a", dimensions=8, normalized=True).headers[SPACE]
+    for name, how in zip(names, VARIANTS, strict=True):
+        statuses = [server.post("/v1/embeddings", {"input": "a", **how}, **{SPACE: each}).status_code for each in names]
+        assert statuses == [200 if each == name else 412 for each in names]
     same(vectors("/embed"), unit(raw))
     same(vectors("/embed", normalize=False), raw)
     same(vectors("/embed", dimensions=8), unit(raw[:, :8]))
     same(vectors("/embed", normalize=False, dimensions=8), raw[:, :8])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "outputs", "shape"),
+    [
+        ("/v1/embeddings", {"input": "a"}, ["dense"], {"error"}),
+        ("/v1/embeddings", {"input": "a", "outputs": ["tokens", "dense"]}, ["tokens", "dense"], {"error"}),
+        ("/v1/embeddings", {"input": "a", "dimensions": 384}, ["dense"], {"error"}),
+        ("/v1/embeddings", {"input": [[5, 6]], "encoding_format": "base64"}, ["dense"], {"error"}),
+        ("/pooling", {"input": "a", "task": "token_embed"}, ["tokens"], {"error"}),
+        ("/voyage/embeddings", {"input": "a"}, ["dense"], {"detail"}),
+        ("/jina/v1/embeddings", {"input": "a"}, ["dense"], {"detail"}),
+        ("/embed", {"inputs": "a"}, ["dense"], {"error", "error_type"}),
+        ("/", {"inputs": "a"}, ["dense"], {"error", "error_type"}),
+        ("/embed_all", {"inputs": "a"}, ["tokens"], {"error", "error_type"}),
+        ("/similarity", {"inputs": PAIR}, ["dense"], {"error", "error_type"}),
+        ("/v1/embed", {"texts": ["a"]}, ["dense"], {"message"}),
+        ("/v2/embed", {"texts": ["a"], "input_type": "search_query"}, ["dense"], {"message"}),
+        ("/tokenize", {"inputs": "a"}, [], {"error", "error_type"}),
+    ],
+)
+def test_vectors_of_a_space_that_the_client_does_not_know_are_not_computed(
+    minilm_server: ServerProcess, path: str, body: object, outputs: list[str], shape: set[str]
+) -> None:
+    spaces = minilm_server.get("/info").json()["model"]["spaces"]
+    assert minilm_server.get("/v1/models").json()["data"][0]["spaces"] == {key: spaces[key]["name"] for key in spaces}
+    names = [spaces[output]["name"] for output in outputs]
+    plain = minilm_server.post(path, body)
+    assert (plain.status_code, plain.headers.get(SPACE)) == (200, ", ".join(names) or None)
+    known = minilm_server.post(path, body, **{SPACE: ",".join([OTHER_SPACE, *reversed(names)])})
+    assert (known.status_code, known.headers.get(SPACE)) == (200, plain.headers.get(SPACE))
+    tokens = minilm_server.metric("inferctl_offered_tokens_total", basis="counted")
+    # Of two outputs, both must be known.
+    refused = minilm_server.post(path, body, **{SPACE: ", ".join([OTHER_SPACE, *names[1:]])})
+    if not outputs:  # nothing of a space is in the response
+        assert refused.status_code == 200
+        return
+    assert (refused.status_code, set(refused.json()), refused.headers[SPACE]) == (412, shape, ", ".join(names))
+    assert all(part in refused.text for part in (*names, OTHER_SPACE, "/info"))
+    assert "error_type" in shape or "error" not in shape or refused.json()["error"]["code"] == "other_space"
+    assert minilm_server.metric("inferctl_offered_tokens_total", basis="counted") == tokens
+
+
+def test_a_header_in_two_lines_is_one_list(minilm_server: ServerProcess) -> None:
+    name = minilm_server.get("/info").json()["model"]["spaces"]["dense"]["name"]
+    for lines in ([name, OTHER_SPACE], [OTHER_SPACE, name], [""]):
+        headers = [(SPACE, each) for each in lines]
+        assert httpx.post(f"{minilm_server.url}/embed", json={"inputs": "a"}, headers=headers).status_code == 200
+
+
+def test_clients_do_not_repeat_a_request_for_another_space(
+    minilm_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cohere
+    from huggingface_hub import InferenceClient, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    url, headers = minilm_server.url, {SPACE: OTHER_SPACE}
+    calls: dict[str, Callable[[], object]] = {
+        "openai": lambda: openai.OpenAI(base_url=f"{url}/v1", api_key="a", default_headers=headers).embeddings.create(
+            model="minilm", input="a"
+        ),
+        "cohere": lambda: cohere.ClientV2(api_key="a", base_url=url, httpx_client=httpx.Client(headers=headers)).embed(
+            model="minilm", texts=["a"], input_type="search_query"
+        ),
+        "hugging face": lambda: InferenceClient(model=url, headers=headers).feature_extraction("a"),
+    }
+    for name, call in calls.items():
+        before = minilm_server.metric("inferctl_requests_total", status="412")
+        with pytest.raises(Exception, match="412"):
+            call()
+        assert minilm_server.metric("inferctl_requests_total", status="412") == before + 1, name

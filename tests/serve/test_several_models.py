@@ -168,6 +168,24 @@ def test_each_name_at_each_endpoint(mix: Mix, key: str) -> None:
     assert mix.recorded(key) == +events
 
 
+def test_each_model_has_its_space_in_each_process(mix: Mix) -> None:
+    with mix.client("all") as client:
+        found = {each["id"]: each.get("spaces") for each in client.get("/v1/models").json()["data"]}
+    names = {model: found[model]["dense"] for model in ("minilm", "second")}
+    assert len(set(names.values())) == 2 and found["ranker"] is found["moods"] is None
+    assert found[ALIAS] == found["minilm"]
+    for _ in range(6):  # each connection goes to one process
+        with mix.client("all") as client:
+            for model, name in names.items():
+                for other in names.values():
+                    asked = {"model": model, "input": "a"}
+                    response = client.post("/v1/embeddings", json=asked, headers={"x-inferctl-space": other})
+                    assert response.status_code == (200 if other == name else 412)
+                    assert response.headers["x-inferctl-space"] == name
+            ranked = client.post("/v1/rerank", json=body("/v1/rerank", None), headers={"x-inferctl-space": "other"})
+            assert (ranked.status_code, "x-inferctl-space" in ranked.headers) == (200, False)
+
+
 def test_a_key_for_no_model_and_one_for_other_endpoints(mix: Mix) -> None:
     with mix.client("none") as client:
         assert client.post("/v1/embeddings", json={"input": "a", "model": "minilm"}).status_code == 403

@@ -183,7 +183,9 @@ def create(name: str, inferences: Sequence[Inference], max_requests: int) -> ASG
 
     def entry(model: ServedModel, name: str) -> dict[str, Any]:
         alias = {} if name == model.name else {"root": model.name}
-        return {"id": name, "object": "model", "created": model.created, "owned_by": "inferctl", **alias}
+        spaces = {output: each.name for output, each in model.spaces.items()}
+        found = {"id": name, "object": "model", "created": model.created, "owned_by": "inferctl", **alias}
+        return found | ({"spaces": spaces} if spaces else {})
 
     own = dict.fromkeys(endpoint.path for found in at.values() for _, endpoint in found)
     absent = f"no such endpoint; POST to {', '.join(own)}; GET /v1/models or /docs"

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from inferctl.models.vector_format import VectorFormat
 from inferctl.reading.outputs import Output
 from inferctl.reading.rows import Tokens, Vectors
+from inferctl.reading.space import HEADER
 from inferctl.serve.api.embedding_outputs import (
     SeveralOutputs,
     SparseFormat,
@@ -285,8 +286,11 @@ class EmbeddingsEndpoint:
         if "dense" in names and model.normalized and request.normalized is False:
             message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
             raise ApiError(400, message, code="invalid_value", param="normalized")
-        rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.caller.tenant))
         normalized = None if model.normalized else request.normalized
+        set_space(context, model.space_names(names, dimensions, normalized))
+        rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.caller.tenant))
+        if not context.space:  # the first engine was not ready
+            set_space(context, model.space_names(names, dimensions, normalized))
         if names == ("dense",):
             vectors = np.stack(rows) if isinstance(rows, list) else rows
             vectors = _with_dimensions(vectors, dimensions, normalized)
@@ -368,6 +372,18 @@ def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool 
         return head
     scaled: Vectors = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), np.float32(1e-12))
     return scaled
+
+
+def set_space(context: RequestContext, names: bytes) -> None:
+    """Note the spaces of the vectors of a request. Raises `ApiError` 412 if its client does not know one of them."""
+    context.space = names
+    if not (names and context.asked.spaces):
+        return
+    known = [name.strip() for name in context.asked.spaces.decode("latin-1").split(",")]
+    spaces = names.decode()
+    if any(name not in known for name in spaces.split(", ")):
+        message = f"the vectors are of the space {spaces}, not of {', '.join(known)}; GET /info has its definition"
+        raise ApiError(412, message, code="other_space", param=HEADER, headers={HEADER: spaces})
 
 
 @dataclass(frozen=True)

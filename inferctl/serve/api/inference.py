@@ -13,6 +13,7 @@ from typing import TypeAlias, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from inferctl.reading.rows import Rows, Tokens
+from inferctl.reading.space import HEADER
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.edge import read_body, unless_disconnected
@@ -30,6 +31,7 @@ _WHOLE_BODY_BYTES = 320 * 1024
 _TURN_S = 0.001  # of one response on the event loop, until others have their turn
 _PHASES = ("tokenize", "queue", "inference")
 _TIMES = {name: f"x-inferctl-{name}-ms".encode() for name in _PHASES}  # phase -> header
+_SPACE = HEADER.encode()
 T = TypeVar("T")
 Tokenize: TypeAlias = Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]]
 _large_body = threading.Lock()
@@ -138,6 +140,8 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
+    if context.space:
+        headers.append((_SPACE, context.space))
     headers += [(_TIMES[name], b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
     rest, body, turn = iter(parts), b"", time.monotonic()
     for part in rest:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import inferctl
+from inferctl.reading.space import HEADER
 from inferctl.serve.api import docs_page
 from inferctl.serve.api.endpoint import Endpoint
 from inferctl.serve.api.schemas import ErrorResponse
@@ -19,6 +20,7 @@ from inferctl.serve.api.served_model import ServedModel
 _ERRORS = {
     "400": "The request is invalid. The message names the field.",
     "404": "The model name is unknown.",
+    "412": "The vectors are of another space than those of the header `x-inferctl-space`.",
     "413": "The body is too large.",
     "415": "The content type is not JSON.",
     "429": "The server is at capacity. Retry after `Retry-After` seconds.",
@@ -31,7 +33,14 @@ _PRIORITY = {
     "description": "`interactive` (default) or `bulk`. Interactive requests run before bulk requests.",
     "schema": {"type": "string", "enum": ["interactive", "bulk", ""]},
 }
+_SPACE = {
+    "name": HEADER,
+    "in": "header",
+    "description": "Names of vector spaces, comma separated. If the vectors are of another one, the response is 412.",
+    "schema": {"type": "string"},
+}
 _HEADERS = {
+    HEADER: "The names of the spaces of the vectors, comma separated.",
     "x-request-id": "The id from the request, or a generated one.",
     "x-inferctl-tokenize-ms": "Milliseconds of tokenization.",
     "x-inferctl-queue-ms": "Milliseconds in the queue.",
@@ -161,18 +170,21 @@ def _post(path: str, at: Sequence[tuple[ServedModel, Endpoint]]) -> dict[str, An
         {"schema": _reference(*kinds) if len(kinds) == 1 else {"anyOf": [_reference(kind) for kind in kinds]}}
         for kinds in both
     )
-    error = endpoint.errors[1]
+    error, statuses = endpoint.errors[1], dict(_ERRORS)
+    vectors = any(each.name == "embeddings" for _, each in at)
+    if not vectors:
+        del headers[HEADER], statuses["412"]
     return {
         "summary": endpoint.summary,
         "operationId": f"create_{path.strip('/').replace('/', '_') or 'root'}",
-        "parameters": [_PRIORITY],
+        "parameters": [_PRIORITY, *([_SPACE] if vectors else ())],
         "requestBody": {
             "required": True,
             "content": {_JSON: {**request, "example": {"model": model.name, **endpoint.example}}},
         },
         "responses": {
             "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
-            **{status: _error(text, error) for status, text in _ERRORS.items()},
+            **{status: _error(text, error) for status, text in statuses.items()},
             "429": {**_error(_ERRORS["429"], error), "headers": {"retry-after": wait}},
         },
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Output, Role, TokensConfig
 from inferctl.reading.prompts import NO_PROMPTS, Prompts
 from inferctl.reading.rows import Vectors
+from inferctl.reading.space import Space
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.edge.errors import ApiError
 
@@ -32,8 +33,8 @@ class ServedModel:
     of a token. `held_numbers`: those of sparse weights and vectors of tokens in responses that are being sent.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
-    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready. `number`: among the models of
-    the server.
+    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready, and `spaces` is empty.
+    `number`: among the models of the server.
     """
 
     name: str
@@ -60,6 +61,8 @@ class ServedModel:
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     number: int = 0
+    spaces: Mapping[Output, Space] = field(default_factory=dict)
+    _space_names: dict[Any, bytes] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, spec: Spec, config: TaskConfig, truncate: bool, number: int = 0) -> ServedModel:
@@ -100,12 +103,18 @@ class ServedModel:
             raise unknown_model(wanted, self.names)
 
     def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:
-        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it."""
-        try:
-            return self.prompts.select(prompt, name, input_type)
-        except UsageError as error:
-            param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
-            raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it.
+
+        What another field replaces must be supported too, as the schema says.
+        """
+        given = {"input_type": {"input_type": input_type}, "prompt_name": {"name": name}, "prompt": {"prompt": prompt}}
+        text = ""
+        for param, one in [each for each in given.items() if None not in each[1].values()] or [("input_type", {})]:
+            try:
+                text = self.prompts.select(**one)
+            except UsageError as error:
+                raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+        return text
 
     def check_instruction(self, instruction: str | None) -> None:
         """Raise `ApiError` 400 if a request has an instruction, and the model reads none."""
@@ -127,6 +136,26 @@ class ServedModel:
         possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
         message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
+
+    def space_names(
+        self, outputs: Sequence[Output], dimensions: int | None = None, normalized: bool | None = None
+    ) -> bytes:
+        """Return the names of the spaces of the outputs of a request, comma separated; empty before one was ready.
+
+        `normalized`: what a request asks for of a model that does not normalize. Truncated vectors are, without it.
+        """
+        key = outputs, dimensions, normalized
+        if not self.spaces:
+            return b""
+        if (known := self._space_names.get(key)) is None:
+            usual = dimensions is not None
+            parts = {"dimensions": dimensions} if usual else {}
+            parts |= {} if normalized in (None, usual) else {"normalized": normalized}
+            found = {name: self.spaces[name] for name in outputs}
+            if "dense" in found and parts:
+                found["dense"] = found["dense"].variant(**parts)
+            known = self._space_names[key] = ", ".join(each.name for each in found.values()).encode()
+        return known
 
 
 def unknown_model(wanted: str | None, names: Sequence[str]) -> ApiError:

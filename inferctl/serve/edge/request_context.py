@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from starlette.types import Scope
 
+from inferctl.reading.space import HEADER
 from inferctl.serve.work import Caller, RejectedError, Used
 from inferctl.tenancy.access.budgets import BudgetUse
 from inferctl.tenancy.access.key_file import ApiKey
@@ -21,6 +22,7 @@ OTHER = "other"  # the name of paths that are no endpoint of a task
 BY_MODEL = "by_model"  # of a path that is another endpoint for each model, until the model is known
 _MAX_ID_LENGTH = 128
 _TRACE = b"traceparent", b"tracestate"
+_SPACE = HEADER.encode()
 _CONTEXT, _NOTES = "inferctl.request", "inferctl.notes"  # keys of a scope, and of its `state`
 
 
@@ -49,7 +51,10 @@ class ConnectionNotes:
 
 
 class Asked(NamedTuple):
-    """What the path and the headers of a request say. `priority` and `content_type`: as the client sent them."""
+    """What the path and the headers of a request say. `priority` and `content_type`: as the client sent them.
+
+    `spaces`: the names of those that the client can use, comma separated; empty for any.
+    """
 
     endpoint: str = ""
     id: bytes = b""
@@ -57,6 +62,7 @@ class Asked(NamedTuple):
     content_type: bytes = b""
     content_length: int = 0
     cache_control: bytes = b""
+    spaces: bytes = b""
     trace: Mapping[str, str] = {}
 
     @classmethod
@@ -77,6 +83,7 @@ class Asked(NamedTuple):
             found(b"content-type", b""),
             int(found(b"content-length", b"0")),
             found(b"cache-control", b""),
+            b",".join(value for name, value in scope["headers"] if name == _SPACE) if _SPACE in headers else b"",
             trace,
         )
 
@@ -91,7 +98,8 @@ class RequestContext:
     `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`:
     why a full queue would reject it. `quotas`, `budget`: what remains of those of the key. `in_vain`: tokens that were
     tokenized, and not computed. `quotas_known`: so the response may begin before the end. `key`: of the caller, if the
-    server has keys. `model`: which computes it; of a server with one, known at the end.
+    server has keys. `model`: which computes it; of a server with one, known at the end. `space`: the names of the
+    spaces of its vectors.
     """
 
     asked: Asked
@@ -108,6 +116,7 @@ class RequestContext:
     body_bytes: int = 0
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
     model: str | None = None
+    space: bytes = b""
     status: int = 0
     code: str | None = None
     inputs: int = 0

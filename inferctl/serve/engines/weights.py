@@ -17,40 +17,22 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
 from inferctl.models.untrusted import inside
+from inferctl.reading.space import BUFFERS, POOLER, PRETRAINING
 from inferctl.serve.engine_process import failures
 
-_BUFFERS = (
-    r"(.*\.)?(position_ids|token_type_ids)",  # constants that older versions of transformers stored
-    r"(.*\.)?rotary_emb\.inv_freq",  # computed from config.json
-    r"(.*\.)?num_batches_tracked",  # counts the batches of the training
-)
-# Heads that an encoder was pretrained with, which neither its vectors nor its scores use. With the architecture that
-# stores each one.
-_PRETRAINING = (
-    r"cls\..*",  # BERT, DeBERTa: masked tokens, next sentence
-    r"lm_head\..*",  # RoBERTa, XLM-R, MPNet, decoders
-    r"vocab_(transform|layer_norm|projector)\..*",  # DistilBERT
-    r"(discriminator|generator)_predictions\..*",  # ELECTRA
-    r"generator_lm_head\..*",  # ELECTRA
-    r"(predictions|sop_classifier)\..*",  # ALBERT
-    r"(lm|mask)_predictions\..*",  # DeBERTa
-)
-# An architecture that uses a pooler has one, so then its weights are not unexpected.
-_POOLER = r"(.*\.)?pooler\..*"
 # Heads of classification and question answering, which vectors do not use. `head` and `decoder`: ModernBERT.
 _HEADS = r"(classifier|pre_classifier|score|qa_outputs|head|decoder)\..*"
 # Encoders of images and sound, and the prediction of several tokens, which the next token of a text does not use.
 _OTHER_INPUTS = r"(model\.)?(vision_tower|visual|audio_tower|multi_modal_projector|mtp)\..*"
 _MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
-    "embed": (*_BUFFERS, *_PRETRAINING, _POOLER, _HEADS),
-    "generate": (*_BUFFERS, _OTHER_INPUTS),
+    "embed": (*BUFFERS, *PRETRAINING, POOLER, _HEADS),
+    "generate": (*BUFFERS, _OTHER_INPUTS),
 }
 # Of a masked language model: what BERT was pretrained with, too.
-_BESIDE_LOGITS = (*_BUFFERS, _POOLER, r"cls\.seq_relationship\..*")
+_BESIDE_LOGITS = (*BUFFERS, POOLER, r"cls\.seq_relationship\..*")
 # The projection that Stanford's ColBERT stores among the weights of the transformer.
 _PROJECTION = r"linear\.weight"
-# Embeddings are pooled from the last layer, without the model's own pooler.
-_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,)}
+_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (POOLER,)}
 # Of a message about wrong weights, which can be all of a model.
 _NAMED = 3
 # Numbers in a table of static embeddings, which a small file with a mapping can exceed.
@@ -100,7 +82,7 @@ def load(
             f"transformers cannot load {folder}: {reason[:_SHOWN]}",
             "use a model that transformers knows, with all of its files",
         ) from error
-    scores = (*_BUFFERS, *_PRETRAINING, _POOLER)
+    scores = (*BUFFERS, *PRETRAINING, POOLER)
     unexpected = _BESIDE_LOGITS if logits else _MAY_BE_UNEXPECTED.get(task, scores)
     _check_names(folder, found, _MAY_BE_MISSING.get(task, ()), (*unexpected, *([_PROJECTION] if projection else [])))
     _check_values(folder, model)

@@ -132,6 +132,7 @@ class RequestMetrics:
         self._model = gauge(
             "model_info", "The served model, always 1.", "model", "task", "sha256", "precision", "hardware"
         )
+        self._space = gauge("space_info", "The vector spaces of the served model, always 1.", "output", "space")
         objective = gauge("slo_seconds", "Service level objective of the server.", "objective")
         for name, seconds in slo.items():
             objective.labels(name).set(seconds)
@@ -204,6 +205,9 @@ class RequestMetrics:
             info["precision"]["effective"],
             device.get("hardware") or device["name"],
         ).set(1)
+        self._space.clear()
+        for output, space in info["model"].get("spaces", {}).items():
+            self._space.labels(output, space["name"]).set(1)
 
     def watch_outbox(self, recorder: EventRecorder) -> None:
         """Add the metrics of the outbox."""
