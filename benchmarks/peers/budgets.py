@@ -65,7 +65,7 @@ class Fleet:
         self.postgres.start()
         self.keys, self.ledger = self.postgres.url(), self.postgres.url()
         (folder / "prices.yaml").write_text(PRICES)
-        access = {"KEYS": self.keys, "BROKER": self.nats.url, "REPLICAS": "3"}
+        access = {"KEYS": self.keys, "BROKER": self.nats.url, "REPLICAS": "3", "OPEN": "[metrics]"}
         metering = {"MODE": "required", "LEDGER": self.ledger, "PRICES": str(folder / "prices.yaml")}
         os.environ |= {f"INFERCTL_ACCESS_{name}": value for name, value in access.items()}
         os.environ |= {f"INFERCTL_METERING_{name}": value for name, value in metering.items()}
