@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from rich.text import Text
 
 from inferctl.cli import console, options
 from inferctl.cli.key_place import Place
-from inferctl.config.spec import Access
+from inferctl.config.budget import parse
+from inferctl.config.spec import Access, Spec
 from inferctl.core.errors import InferctlError, UsageError, needs_packages
+from inferctl.tenancy.access.budgets import states
 
 if TYPE_CHECKING:
     from inferctl.tenancy.metering.report import Report
@@ -24,10 +27,13 @@ EPILOG = """\b
 Examples:
   # Requests and tokens of each team and API key in the last 30 days
   inferctl usage --by team,key --since 30d
+  # An invoice of November for each team, with a picture
+  inferctl usage --invoice invoice.html --since 2026-11-01 --until 2026-12-01 --prices prices.yaml
   # The cost of each key and day, as CSV
   inferctl usage --by key,day --since 2026-11-01 --prices prices.yaml --format csv
 """
 _SHOWN_GAPS = 5
+_BY = "key,day,model"
 _ALWAYS = ("requests", "errors")
 # Letters of a name that a narrow terminal does not break. An id of a key has 12, a day 10.
 _WHOLE = 16
@@ -49,7 +55,7 @@ def usage(
             metavar="NAMES",
             help="Group by these: key, team, day, month, model, task, endpoint, hardware, status, code, source.",
         ),
-    ] = "key,day,model",
+    ] = _BY,
     since: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Count requests from TIME on: 2026-11-01, 7d or 12h. [default: all]"),
@@ -74,6 +80,15 @@ def usage(
     format_: Annotated[
         Literal["text", "csv", "json"], typer.Option("--format", help="Print text, CSV or JSON.")
     ] = "text",
+    budgets: Annotated[
+        bool, typer.Option("--budgets", help="Print limit, spent, reserved, left and reset of all budgets instead.")
+    ] = False,
+    invoice: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write costs by --by, model and day to this .csv or .html. [default --by: team]"
+        ),
+    ] = None,
     json_: options.Json = False,
     spec_file: options.SpecFile = None,
 ) -> None:
@@ -83,24 +98,39 @@ def usage(
     killed, whose last requests may be missing.
     """
     style = "json" if json_ else format_
+    if budgets:
+        _print_budgets(options.without_model(spec_file, {**flags, "access.keys": keys_}), as_json=style == "json")
+        return
+    if invoice and invoice.suffix not in (".csv", ".html"):
+        raise UsageError(f"`--invoice {invoice}` is no CSV or HTML file", "use a name that ends with .csv or .html")
     with needs_packages("`inferctl usage`", "ledger"):
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
         from inferctl.tenancy.metering import report as reports
         from inferctl.tenancy.metering import times
 
+        if invoice:
+            by = f"{'team' if by == _BY else by},model,day"
         names = [options.known(name.strip(), ledgers.DIMENSIONS, "--by") for name in by.split(",") if name.strip()]
-        if currency and not prices:
-            raise UsageError("`--currency` requires prices", "pass `--prices FILE`")
+        spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
+        if spec.metering.prices and (invoice or currency):
+            prices = prices or Path(spec.metering.prices)
+        if (currency or invoice) and not prices:
+            option = "--invoice" if invoice else "--currency"
+            raise UsageError(f"`{option}` requires prices", "pass `--prices FILE`, or set `metering.prices`")
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
-        spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
         opened = ledgers.Ledger.read(spec.metering.ledger_url)
         known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)
         opened.close()
-    if style == "json":
+    if invoice:
+        from inferctl.cli import invoices
+
+        invoices.write(invoice, report)
+        console.note(f"wrote {invoice}: {report.total['cost']:,.2f} {report.currency}")
+    elif style == "json":
         console.document(report.to_json())
     elif style == "csv":
         console.data(report.to_csv())
@@ -121,6 +151,41 @@ def _names(access: Access, *, required: bool) -> dict[str, str]:
             raise
         console.warn(f"the names of keys are not shown: {getattr(error, 'message', error)}")
         return {}
+
+
+def _print_budgets(spec: Spec, *, as_json: bool) -> None:
+    """Print the budgets of the keys and of the spec, as the ledger and the servers of this machine know them."""
+    with needs_packages("`inferctl usage`", "ledger"):
+        from inferctl.tenancy.metering.ledger import Ledger
+    keys = [key for key in Place(options.with_keys(spec.access)).read() if key.budget and not key.revoked]
+    names = {key.id: key.name for key in keys}
+    needed = [parse(key.id, key.budget) for key in keys if key.budget]
+    needed += [parse(account, text) for account, text in spec.access.budgets.items()]
+    opened, now = Ledger.read(spec.metering.ledger_url), time.time()
+    found = states(needed, opened.budgets(now), Path(spec.metering.data), now)
+    opened.close()
+    rows = [
+        {
+            "account": budget.account,
+            "name": names.get(budget.account),
+            "window": budget.window(now).label,
+            "soft": budget.soft,
+            **{name.removeprefix("x-inferctl-budget-"): value for name, value in use.headers().items()},
+        }
+        for budget, use in zip(needed, found, strict=True)
+    ]
+    if as_json:
+        console.document({"budgets": rows})
+        return
+    table = Table("budget", "window", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    columns = ("limit", "spent", "reserved", "left", "reset", "alert")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        who = console.plain(str(row["name"] or row["account"]))
+        cells = [str(row.get(name, "-")) for name in columns]
+        table.add_row(*map(Text, (who, f"{row['window']}{' soft' if row['soft'] else ''}", *cells)))
+    console.report(table, 0)
 
 
 def _print(report: Report) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import orjson
 
 from inferctl.serve.work import ENGINE_UNAVAILABLE, INTERNAL_ERROR, LIMIT_EXCEEDED, RejectedError
+from inferctl.tenancy.access.budgets import EXCEEDED, PENDING
+from inferctl.tenancy.access.budgets import UNAVAILABLE as NO_PRICE
 from inferctl.tenancy.metering.recorder import UNAVAILABLE
 
 _MAX_MESSAGE_LENGTH = 1000
@@ -23,7 +25,14 @@ _ANTHROPIC_TYPES = {
 }
 # The status of a `reason`. All others say that the server is at capacity. That is not a 503, because proxies stop using
 # a server that returns those.
-_STATUS = {ENGINE_UNAVAILABLE: 503, UNAVAILABLE: 503, "engine_failed": 500, "non_finite": 500, INTERNAL_ERROR: 500}
+_STATUS = {
+    ENGINE_UNAVAILABLE: 503,
+    UNAVAILABLE: 503,
+    NO_PRICE: 503,
+    "engine_failed": 500,
+    "non_finite": 500,
+    INTERNAL_ERROR: 500,
+}
 
 
 class ApiError(Exception):
@@ -103,7 +112,7 @@ def at_capacity(reason: str, code: str, seconds: int = 1) -> ApiError:
 def rejection(error: RejectedError) -> ApiError:
     """Return the response to a request that is not computed."""
     code, message, seconds = error.reason, error.message, error.retry_after
-    if code == LIMIT_EXCEEDED:  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
+    if code in (LIMIT_EXCEEDED, EXCEEDED, PENDING):  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
         headers = {"x-should-retry": "false"}
         if seconds is not None:
             headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}

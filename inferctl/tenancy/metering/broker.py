@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import nats.errors
@@ -99,10 +100,18 @@ class EventBroker:
 
     async def watermarks(self, sources: list[str]) -> dict[str, int]:
         """Ask the relay with the ledger up to which number it has the events of `sources`."""
+        found: dict[str, int] = await self._ask(sources)
+        return found
+
+    async def totals(self) -> list[Any]:
+        """Ask the relay with the ledger for what it has of budgets, as of `Ledger.budgets`."""
+        found: list[Any] = await self._ask(None)
+        return found
+
+    async def _ask(self, sources: list[str] | None) -> Any:
         try:
             response = await self._nats.request(WATERMARKS, json.dumps(sources).encode(), timeout=brokers.TIMEOUT_S)
-            found: dict[str, int] = json.loads(response.data)
-            return found
+            return json.loads(response.data)
         except (nats.errors.NoRespondersError, TimeoutError) as error:  # the client's TimeoutError is one
             silent = isinstance(error, TimeoutError)
             reason = f"does not respond within {brokers.TIMEOUT_S:g} s" if silent else "is not connected"
@@ -111,14 +120,15 @@ class EventBroker:
         except (ValueError, *brokers.ERRORS) as error:
             raise self._failure(error) from None
 
-    async def answer_watermarks(self, ledger: Ledger) -> None:
-        """Answer what `watermarks` asks, from now on."""
+    async def answer(self, ledger: Ledger) -> None:
+        """Answer what `watermarks` and `totals` ask, from now on."""
 
         async def answer(message: Any) -> None:
             # Without an answer, the other side asks again.
             with contextlib.suppress(NotReadyError, ValueError, *brokers.ERRORS):
-                found = await asyncio.to_thread(ledger.watermarks, json.loads(message.data))
-                await message.respond(json.dumps(found).encode())
+                sources = json.loads(message.data)
+                ask = partial(ledger.budgets, time.time()) if sources is None else partial(ledger.watermarks, sources)
+                await message.respond(json.dumps(await asyncio.to_thread(ask)).encode())
 
         try:
             await self._nats.subscribe(WATERMARKS, queue=CONSUMER, cb=answer)
