@@ -105,7 +105,9 @@ class Exchange:
         )
         for server, counters in further.items():
             found += channel.messages(self._this, server or self._this, counters, sent_up_to, now)
-        for message in (*found, *self._budgets.messages(time.monotonic())):
+        if budgets := self._budgets.message(time.monotonic()):
+            found.append(budgets)
+        for message in found:
             writer.write(orjson.dumps(message) + b"\n")
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:

@@ -1,7 +1,6 @@
-"""What a server process knows of budgets, on disk: a SIGKILL loses nothing of it. A power failure may.
+"""What a server process spent and reserved, on disk: a SIGKILL loses nothing of it. A power failure may.
 
-<folder>/<name>.names     one line of JSON for each counter; locked by the process
-<folder>/<name>.values    three integers for each line, in shared memory of the file
+<folder>/<name>.counters    for each counter, three integers and its name in JSON; locked by the process
 """
 
 from __future__ import annotations
@@ -18,31 +17,43 @@ from pathlib import Path
 from typing import Any
 
 _VALUES = struct.Struct("=qqq")
-_GROWTH = 64 * 1024
+_RECORD = 1024
+_GROWTH = 64 * _RECORD
+
+Counter = tuple[list[Any], tuple[int, int, int]]
 
 
 class BudgetFile:
-    """The file of this process. A counter is a line of JSON, and three integers."""
+    """The file of this process, in shared memory."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `OSError`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._base = folder / secrets.token_hex(8)
-        self._values = os.open(self._base.with_suffix(".values"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size = self._count = 0
-        self._grow()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._names = os.open(self._base.with_suffix(".new"), flags, 0o600)
-        fcntl.flock(self._names, fcntl.LOCK_EX)
-        self._base.with_suffix(".new").rename(self._base.with_suffix(".names"))  # who sees it also sees the lock
+        path = folder / f"{secrets.token_hex(8)}.new"
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._size, self._free = 0, list[int]()
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        path.rename(path.with_suffix(".counters"))  # who sees it also sees the lock
 
     def add(self, name: list[Any]) -> int:
-        """Add a counter, and return where its values are. Raises `OSError`."""
-        if (self._count + 1) * _VALUES.size > self._size:
-            self._grow()
-        os.write(self._names, json.dumps(name).encode() + b"\n")
-        self._count += 1
-        return (self._count - 1) * _VALUES.size
+        """Add a counter, and return its place. Raises `OSError`, and `ValueError` for a name of about 1,000 bytes."""
+        record = bytes(_VALUES.size) + json.dumps(name, ensure_ascii=False).encode()
+        if len(record) > _RECORD:
+            raise ValueError("the name of a counter is too long")
+        if not self._free:
+            # Written, not only extended: a page without a block would end the process if the disk is full.
+            os.pwrite(self._file, bytes(_GROWTH), self._size)
+            self._free = list(range(self._size, self._size + _GROWTH, _RECORD))
+            self._size += _GROWTH
+            self._map = mmap.mmap(self._file, self._size)
+        place = self._free.pop()
+        self._map[place : place + len(record)] = record
+        return place
+
+    def remove(self, place: int) -> None:
+        """Remove a counter."""
+        self._map[place : place + _RECORD] = bytes(_RECORD)
+        self._free.append(place)
 
     def write(self, place: int, reserved: int, spent: int, released: int) -> None:
         """Write values. In this order, a process that is killed in between counts too much, not too little."""
@@ -50,31 +61,27 @@ class BudgetFile:
 
     def close(self) -> None:
         """Release the file, as the end of the process does."""
-        os.close(self._names)
-        os.close(self._values)
-
-    def _grow(self) -> None:
-        # Written, not only extended: a page without a block would end the process if the disk is full.
-        os.pwrite(self._values, bytes(_GROWTH), self._size)
-        self._size += _GROWTH
-        self._map = mmap.mmap(self._values, self._size)
+        os.close(self._file)
 
 
-def take_over(folder: Path) -> Iterator[tuple[Path, list[tuple[list[Any], tuple[int, int, int]]]]]:
-    """Yield the files of processes that ended, with their counters. They are deleted after the caller continues."""
-    for names in sorted(folder.glob("*.names")):
-        with contextlib.suppress(FileNotFoundError), names.open("rb") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            yield names, read(names)
-            for file in (names, names.with_suffix(".values")):
-                file.unlink(missing_ok=True)
+def take_over(folder: Path) -> Iterator[Counter]:
+    """Yield the counters of processes that ended. Their file is deleted after the last one."""
+    for file in sorted(folder.glob("*.counters")):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield from _read(file)
+            file.unlink(missing_ok=True)
 
 
-def read(names: Path) -> list[tuple[list[Any], tuple[int, int, int]]]:
-    """Return the counters of a file, also of one that is in use."""
-    lines = names.read_bytes().split(b"\n")[:-1]  # the last line may be incomplete
-    values = names.with_suffix(".values").read_bytes()
-    return list(zip(map(json.loads, lines), _VALUES.iter_unpack(values[: len(lines) * _VALUES.size]), strict=True))
+def read_all(folder: Path) -> Iterator[Counter]:
+    """Yield the counters of all processes, also of those that run."""
+    for file in folder.glob("*.counters"):
+        with contextlib.suppress(FileNotFoundError):  # another process took it over
+            yield from _read(file)
+
+
+def _read(file: Path) -> Iterator[Counter]:
+    content = file.read_bytes()
+    for place in range(0, len(content), _RECORD):
+        if name := content[place + _VALUES.size : place + _RECORD].rstrip(b"\0"):
+            yield json.loads(name), _VALUES.unpack_from(content, place)

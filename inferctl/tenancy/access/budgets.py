@@ -2,21 +2,20 @@
 
 There is no clock here, and no store in the path of a request: totals are in memory and in a `BudgetFile`.
 
-For each run of a server (a process), three numbers only grow: what it reserved, what of that it released, and what it
-spent. Receivers keep the maximum, so lost, doubled and reordered messages do no harm. A server counts what the others
-have not confirmed once more for each of them. Each may have spent as much, and none knows of the others: so together
-they stay below the limit. The last request that fits for sure is admitted without that, by each server once.
+For each run of a server (a process), three numbers only grow: what it reserved, what it spent, and what it released.
+Receivers keep the maximum, so lost, doubled and reordered messages do no harm. A message has all that its sender knows
+of an account, so it also confirms what the sender heard. What a server reserved, and others have not confirmed, counts
+once more for each of them. Each may have reserved as much, and none knows of the others: so together they stay below
+the limit. The last request that fits for sure is admitted without that, by each server once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +33,8 @@ TOTALS_FILE = "budgets.json"  # in `metering.data`, by the relay: what the ledge
 _FOLDER = "budgets"
 _ALERTS = (80, 100)  # percent of the limit
 _LIVE_S = 3.0  # a server that was heard within this time counts as another one
-_ALONE_S = 3.0  # so long, a server without a file waits to hear the others
-_BEAT_S, _FULL_S = 1.0, 1.0
-_PER_MESSAGE = 500
-_MOST_VERSIONS = 64
+_BEAT_S = 1.0  # a message is sent after this time at the latest, and sent again if it is not confirmed
+_PER_MESSAGE = 2000  # counters of runs, of up to 250 bytes
 _MOST = 1 << 62
 _KEPT_S = 2 * 86_400  # after the end of a window, whose last requests may still run
 _MOST_SPENDINGS = 200_000  # accounts and windows; a hostile server could send any number
@@ -72,21 +69,20 @@ class BudgetUse(NamedTuple):
         """Return the headers of a response."""
         left = max(0, self.limit - self.spent - self.reserved)
         values = {"limit": self.limit, "spent": self.spent, "reserved": self.reserved, "left": left}
-        found = {name: amount(value) for name, value in values.items()} | {"currency": self.currency}
+        found = {f"x-inferctl-budget-{name}": amount(value) for name, value in values.items()}
+        found["x-inferctl-budget-currency"] = self.currency
         if self.reset:
-            found["reset"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.reset))
+            found["x-inferctl-budget-reset"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.reset))
         if level := alert(self.spent, self.limit):
-            found["alert"] = f"{level}%"
-        return {f"x-inferctl-budget-{name}": value for name, value in found.items()}
+            found["x-inferctl-budget-alert"] = f"{level}%"
+        return found
 
 
-def states(needed: Iterable[Budget], totals: Iterable[Sequence[Any]], folder: Path, now: float) -> list[BudgetUse]:
-    """Return the state of budgets, of the totals of the ledger, and what servers in the folder `metering.data` know."""
+def states(needed: Iterable[Budget], totals: Mapping[str, Any], folder: Path, now: float) -> list[BudgetUse]:
+    """Return the state of budgets: of `Ledger.budgets`, and what servers in the folder `metering.data` know."""
     found = Budgets()
-    for names in (folder / _FOLDER).glob("*.names"):
-        with contextlib.suppress(FileNotFoundError):  # its process ended, and another one took it over
-            for (account, label, end, run, _), values in budget_file.read(names):
-                found._merge(found._spending(account, Window(label, end)), run, values)
+    for (account, label, end, run), values in budget_file.read_all(folder / _FOLDER):
+        found._merge(found._spending(account, Window(label, end)), run, values)
     found._take_totals(totals)
     return [_use([(budget, found._spending(budget.account, budget.window(now)))]) for budget in needed]
 
@@ -97,38 +93,28 @@ def alert(spent: int, limit: int) -> int:
 
 
 class Spending:
-    """One account in one window. `local`: what runs of this folder have reserved and spent, `foreign`: the others."""
+    """One account in one window. `used`: spent, or reserved by requests in flight.
 
-    __slots__ = ("account", "foreign", "local", "places", "runs", "spent", "versions", "window")
+    `runs`: what each reserved, spent and released. `places`: of this folder's runs, in the file. `gross`: what those
+    that have not ended reserved, `told`: how much of it each other server confirmed.
+    """
+
+    __slots__ = ("account", "gross", "places", "runs", "spent", "told", "used", "window")
 
     def __init__(self, account: str, window: Window) -> None:
         self.account, self.window = account, window
-        self.runs: dict[str, list[int]] = {}  # reserved, spent, released
+        self.runs: dict[str, list[int]] = {}
         self.places: dict[str, int] = {}
-        self.local = self.foreign = self.spent = 0
-        self.versions: deque[tuple[int, int]] = deque([(-1, 0)])  # message, and `local` in it
+        self.used = self.spent = self.gross = 0
+        self.told: dict[str, int] = {}
 
-    @property
-    def reserved(self) -> int:
-        """What is reserved by requests in flight."""
-        return self.local + self.foreign - self.spent
+    def unconfirmed(self, others: int) -> int:
+        """Return how much of what this folder reserved is not known to all `others`.
 
-    def unconfirmed(self, confirmed: int) -> int:
-        """Return by how much `local` exceeds what the others know, who have all messages up to `confirmed`."""
-        versions = self.versions
-        while len(versions) > 1 and versions[1][0] <= confirmed:
-            versions.popleft()
-        return max(0, self.local - min(value for _, value in versions))
-
-    def sent(self, number: int) -> None:
-        """Note that a message has what is in `local`."""
-        if self.versions[-1][1] == self.local:
-            return
-        if len(self.versions) >= _MOST_VERSIONS:  # nobody confirms: of two, keep the careful one
-            (_, one), (later, two) = self.versions[1], self.versions[2]
-            del self.versions[1]
-            self.versions[1] = later, min(one, two)
-        self.versions.append((number, self.local))
+        A release in between needs no care: what a server knows too late is then higher than what is true.
+        """
+        told = sorted(self.told.values())
+        return self.gross - (told[-others] if len(told) >= others else 0) if others else 0
 
 
 class Hold:
@@ -146,7 +132,7 @@ class Hold:
         """Replace the reservation by what the request cost, once. Returns what it cost, and the state after it."""
         if self.settled is None:
             cost = self.rate.cost(computed, cached, output)
-            self._budgets.change(self.spendings, 0, cost, self.most)
+            self._budgets.change(self.spendings, max(0, cost - self.most), cost, max(cost, self.most))
             self.settled = _use(self.spendings, cost, self.admitted, self._budgets.run)
         return self.settled
 
@@ -159,13 +145,17 @@ def _use(
     spendings: Sequence[tuple[Budget, Spending]], cost: int = 0, admitted: float = 0.0, run: str = ""
 ) -> BudgetUse:
     """Return the state of the budget with the least left."""
-    (budget, least), *others = spendings
-    for each, spending in others:
-        if each.limit - spending.spent - spending.reserved < budget.limit - least.spent - least.reserved:
-            budget, least = each, spending
+    budget, least = min(spendings, key=lambda each: each[0].limit - each[1].used) if spendings[1:] else spendings[0]
     shares = [(spending.account, *spending.window) for _, spending in spendings] if cost else []
-    numbers = budget.limit, least.spent, least.reserved, least.window.end
-    return BudgetUse(cost, budget.currency, int(1000 * admitted), run, shares, *numbers)
+    state = budget.limit, least.spent, least.used - least.spent, least.window.end
+    return BudgetUse(cost, budget.currency, int(1000 * admitted), run, shares, *state)
+
+
+def _exceeded(budget: Budget, spending: Spending, most: int) -> BudgetError:
+    use, of = _use([(budget, spending)]), budget.account if ":" in budget.account else "this key"
+    message = f"the budget of {of} is {amount(budget.limit)} {spending.window.label}, {amount(use.spent)} are spent"
+    message += f", and the request can cost {amount(most)}" if most else ""
+    return BudgetError(EXCEEDED, message, use)
 
 
 class Budgets:
@@ -184,25 +174,23 @@ class Budgets:
         exchanges: bool = False,
     ) -> None:
         self._shared = {account: parse(account, text) for account, text in shared.items()}
-        self._books, self._folder, self._replicas = books, folder, replicas
+        self._books, self._folder, self._replicas, self._exchanges = books, folder, replicas, exchanges
         self.run = ""
         self._file: BudgetFile | None = None
         self._spendings: dict[tuple[str, str], Spending] = {}
         self._hardware: dict[str | None, str] = {}
         self._rates: dict[tuple[str, str, int], Rate | None] = {}
-        self._locals: set[str] = set()  # runs of this folder
-        self._known, self._started, self._read_at = False, 0.0, -1
-        self._totals: list[Any] = []
-        self._exchanges = exchanges
+        self._known, self._started, self._read_at, self._forgot = False, 0.0, -1, 0.0
+        self._totals: Mapping[str, Any] = {}
+        self._ended: set[str] = set()  # runs of which the ledger has everything
+        # To be sent, and sent but perhaps not confirmed.
         self._changed: dict[Spending, None] = {}
-        self._number = 0  # of messages with counters
-        self._base, self._whole = 0, 0  # messages that have everything
-        self._full, self._full_at, self._sent_at = True, -math.inf, -math.inf
-        self.others, self._confirmed = replicas - 1, -1
+        self._sent: dict[Spending, None] = {}
+        self._sent_at = self._again_at = -math.inf
+        self.others = replicas - 1
         self._heard: dict[str, float] = {}
-        self._acks: dict[str, int] = {}
-        self._acks_changed = False
-        self._have: dict[str, tuple[int, int, int]] = {}  # server -> base, last message, end of everything
+        self._informed: list[str] = []  # servers that were sent everything since they were heard first
+        self._informs: set[str] = set()  # servers that did so for this one
 
     @classmethod
     def of(cls, access: Access, metering: Metering) -> Budgets:
@@ -230,11 +218,13 @@ class Budgets:
         if not self._books or self._folder is None:
             return
         self._file = BudgetFile(self._folder / _FOLDER)
-        for _, counters in budget_file.take_over(self._folder / _FOLDER):
-            self._known = True
-            for (account, label, end, each, local), values in counters:
-                if not end or now < end + _KEPT_S:
-                    self._merge(self._spending(account, Window(label, end)), each, values, local=local)
+        for (account, label, end, each), values in budget_file.take_over(self._folder / _FOLDER):
+            self._known = not self._exchanges
+            if not end or now < end + _KEPT_S:
+                spending = self._spending(account, Window(label, end))
+                if each not in spending.runs:
+                    self._new_run(spending, each)
+                self._merge(spending, each, values)
 
     def ready(self, model: str | None, hardware: str) -> None:
         """Note what computes for a model, or for all (None), on which prices depend."""
@@ -243,7 +233,7 @@ class Budgets:
 
     def of_model(self, model: str) -> tuple[Budget, ...]:
         """Return the budget that a model has."""
-        found = self._shared.get(f"model:{model}")
+        found = self._shared.get(f"model:{model}") if self._shared else None
         return (found,) if found else ()
 
     def check(self, budgets: Iterable[Budget], now: float) -> None:
@@ -251,7 +241,7 @@ class Budgets:
         for budget in budgets:
             spending = self._spending(budget.account, budget.window(now))
             if not budget.soft and spending.spent >= budget.limit:
-                raise self._exceeded(budget, spending, 0)
+                raise _exceeded(budget, spending, 0)
 
     def reserve(self, budgets: Sequence[Budget], model: str, prompt: int, output: int, now: float) -> Hold:
         """Reserve the most that a request can cost. `prompt`, `output`: its most tokens. Raises `BudgetError`."""
@@ -261,36 +251,26 @@ class Budgets:
         for budget, spending in found:
             if not budget.soft:
                 self._check(budget, spending, most)
-        hold = Hold(self, found, rate, most, now)
         self.change(found, most, 0, 0)
-        return hold
+        return Hold(self, found, rate, most, now)
 
     def _check(self, budget: Budget, spending: Spending, most: int) -> None:
         if spending.spent + most > budget.limit:
-            raise self._exceeded(budget, spending, most)
-        use = _use([(budget, spending)])
-        if not self._known:
-            raise BudgetError(PENDING, "what this budget spent is not known yet; retry after 1 s", use)
-        others, used = self.others, spending.local + spending.foreign
-        unknown = spending.unconfirmed(self._confirmed) if others else 0
-        if used + others * unknown + most * (1 + others) <= budget.limit or (
-            used + most <= budget.limit and not unknown
-        ):
-            return
-        what = "requests in flight" if used + most > budget.limit else "what other servers may have spent"
-        raise BudgetError(PENDING, f"{what} may need the rest of the budget; retry after 1 s", use)
-
-    def _exceeded(self, budget: Budget, spending: Spending, most: int) -> BudgetError:
-        use = _use([(budget, spending)])
-        of = budget.account if ":" in budget.account else "this key"
-        message = f"the budget of {of} is {amount(budget.limit)} {spending.window.label}, {amount(use.spent)} are spent"
-        message += f", and the request can cost {amount(most)}" if most else ""
-        return BudgetError(EXCEEDED, message, use)
+            raise _exceeded(budget, spending, most)
+        reason = "what this budget spent is not known yet"
+        if self._known:
+            others, unknown = self.others, spending.unconfirmed(self.others)
+            left = budget.limit - spending.used - most
+            if left >= 0 and (not unknown or left >= others * (unknown + most)):
+                return
+            what = "requests in flight" if left < 0 else "what other servers may have spent"
+            reason = f"{what} may need the rest of the budget"
+        raise BudgetError(PENDING, f"{reason}; retry after 1 s", _use([(budget, spending)]))
 
     def _rate(self, budgets: Sequence[Budget], model: str, now: float) -> Rate:
         """Return the prices of this moment. Raises `BudgetError` without them."""
         currency = budgets[0].currency
-        if any(budget.currency != currency for budget in budgets):
+        if any(budget.currency != currency for budget in budgets[1:]):
             raise BudgetError(UNAVAILABLE, "the budgets of this request have different currencies")
         if self._file is None:
             raise BudgetError(UNAVAILABLE, "a budget needs `metering.mode` and `metering.prices` on this server")
@@ -314,16 +294,10 @@ class Budgets:
     def change(self, spendings: Iterable[tuple[Budget, Spending]], reserved: int, spent: int, released: int) -> None:
         """Add to what this process reserved, spent and released."""
         for budget, spending in spendings:
-            counts = spending.runs.get(self.run)
-            if counts is None:
-                counts = self._new_run(spending, self.run, local=True)
-            counts[0] += reserved
-            counts[1] += spent
-            counts[2] += released
-            if self._file:
-                self._file.write(spending.places[self.run], *counts)
-            spending.local += reserved + spent - released
-            before, spending.spent = spending.spent, spending.spent + spent
+            if self.run not in spending.runs:
+                self._new_run(spending, self.run)
+            before = spending.spent
+            self._apply(spending, self.run, reserved, spent, released)
             if spent and (level := alert(spending.spent, budget.limit)) > alert(before, budget.limit):
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
             if self._exchanges:
@@ -335,38 +309,35 @@ class Budgets:
             found = self._spendings[account, window.label] = Spending(account, window)
         return found
 
-    def _new_run(self, spending: Spending, run: str, *, local: bool) -> list[int]:
+    def _new_run(self, spending: Spending, run: str) -> None:
+        """Note a run of this folder."""
+        spending.runs[run] = [0, 0, 0]
         if self._file:
-            account, window = spending.account, spending.window
-            spending.places[run] = self._file.add([account, window.label, window.end, run, local])
-        if local:
-            self._locals.add(run)
-        found = spending.runs[run] = [0, 0, 0]
-        return found
+            spending.places[run] = self._file.add([spending.account, *spending.window, run])
 
-    def _merge(self, spending: Spending, run: str, values: Sequence[int], *, local: bool = False) -> None:
-        """Keep the maximum of what is known of a run and of `values`."""
-        counts = spending.runs.get(run)
-        if counts is None:
-            counts = self._new_run(spending, run, local=local)
-        before = counts[0] + counts[1] - counts[2]
-        spending.spent += max(0, values[1] - counts[1])
-        counts[:] = map(max, counts, values)
-        if self._file:
-            self._file.write(spending.places[run], *counts)
-        change = counts[0] + counts[1] - counts[2] - before
-        if run in self._locals:
-            spending.local += change
-        else:
-            spending.foreign += change
+    def _apply(self, spending: Spending, run: str, reserved: int, spent: int, released: int) -> None:
+        """Add to the counters of a run."""
+        counts = spending.runs[run]
+        counts[0] += reserved
+        counts[1] += spent
+        counts[2] += released
+        spending.used += reserved + spent - released
+        spending.spent += spent
+        if (place := spending.places.get(run)) is not None:
+            spending.gross += reserved
+            assert self._file is not None
+            self._file.write(place, *counts)
 
-    def _update(self, now: float) -> list[str]:
-        """Compute how many others there are, and what they confirmed. Returns those that are live."""
-        live = [run for run, at in self._heard.items() if at > now - _LIVE_S]
-        self.others = max(self._replicas - 1, len(live))
-        acks = sorted(self._acks.values(), reverse=True)
-        self._confirmed = acks[self.others - 1] if 0 < self.others <= len(acks) else -1
-        return live
+    def _merge(self, spending: Spending, run: str, values: Sequence[int]) -> bool:
+        """Keep the maximum of what is known of a run and of `values`. Returns whether that is new."""
+        counts = spending.runs.setdefault(run, [0, 0, 0])
+        reserved, spent, released = map(max, counts, values)
+        if run in self._ended:
+            released = reserved
+        added = reserved - counts[0], spent - counts[1], released - counts[2]
+        if any(added):
+            self._apply(spending, run, *added)
+        return any(added)
 
     def read_totals(self, now: float) -> None:
         """Take over what the ledger has, if the relay wrote it anew. Raises `OSError` and `ValueError`."""
@@ -380,78 +351,89 @@ class Budgets:
             return
         content = json.loads(file.read_bytes())
         self._read_at = version
+        if now > self._forgot + 86_400:
+            self._forget(now)
         if content["totals"] != self._totals:  # not most of the time
+            self._take_totals(content["totals"])
             self._totals = content["totals"]
-            self._take_totals(self._totals)
-        if content["at"] >= self._started:
-            alone = not self._exchanges or now > self._started + _ALONE_S
-            self._known = self._known or alone or len(self._have) >= self._replicas - 1
+        self._known |= content["at"] >= self._started and (not self._exchanges or now > self._started + _LIVE_S)
 
-    def _take_totals(self, totals: Iterable[Sequence[Any]]) -> None:
-        for account, label, end, run, spent, ended in totals:
-            if run == self.run:
-                continue
-            spending = self._spending(account, Window(label, end))
-            self._merge(spending, run, (0, spent, 0))
-            if ended:  # nothing of it is in flight any more
-                self._merge(spending, run, (0, 0, spending.runs[run][0]))
+    def _take_totals(self, totals: Mapping[str, Any]) -> None:
+        for account, label, end, run, spent in totals["spent"]:
+            if run != self.run:
+                self._merge(self._spending(account, Window(label, end)), run, (0, spent, 0))
+        if new := set(totals["ended"]) - self._ended - {self.run}:
+            self._ended |= new
+            for spending in self._spendings.values():
+                for run in new & spending.runs.keys():  # nothing of it is in flight any more
+                    self._merge(spending, run, (0, 0, 0))
+                    if run in spending.places:
+                        spending.gross -= spending.runs[run][0]
+                        spending.told.clear()  # it included this run
+
+    def _forget(self, now: float) -> None:
+        """Forget windows that ended long ago."""
+        self._forgot = now
+        for kind, spending in list(self._spendings.items()):
+            if 0 < spending.window.end < now - _KEPT_S:
+                del self._spendings[kind]
+                for place in spending.places.values():
+                    assert self._file is not None
+                    self._file.remove(place)
+                self._changed.pop(spending, None)
+                self._sent.pop(spending, None)
 
     def send_all(self) -> None:
         """Let the next messages have everything: the others may lack some of it."""
-        self._full = True
+        self._changed.update(dict.fromkeys(self._spendings.values()))
 
-    def messages(self, now: float) -> Iterator[dict[str, Any]]:
-        """Yield what the other servers should know: what changed, or everything. `now`: monotonic."""
+    def message(self, now: float) -> dict[str, Any] | None:
+        """Return what the other servers should know, if there is something. `now`: monotonic."""
         if self._file is None:
-            return
-        lacking = any(self._acks[run] < self._whole for run in self._update(now)) or self._full
-        full = lacking and now >= self._full_at + _FULL_S
-        found = list(self._spendings.values() if full else self._changed)[: None if full else _PER_MESSAGE]
-        if full:
-            self._full, self._full_at = False, now
-            self._base = self._number + 1
-            self._whole = self._number + max(1, -(-len(found) // _PER_MESSAGE))
-        if not (found or full) and now < self._sent_at + _BEAT_S and not self._acks_changed:
-            return
-        self._sent_at, self._acks_changed = now, False
-        for first in range(0, max(1, len(found)), _PER_MESSAGE):
-            part = found[first : first + _PER_MESSAGE]
-            if part or full:
-                self._number += 1
-            counters = []
-            for spending in part:
-                spending.sent(self._number)
-                self._changed.pop(spending, None)
-                runs = spending.runs if full else {self.run: spending.runs[self.run]}
-                counters.append([spending.account, *spending.window, {run: [*counts] for run, counts in runs.items()}])
-            numbers = [self._base, self._number, self._whole]
-            acks = {run: last for run, (_, last, whole) in self._have.items() if last >= whole}
-            yield {"run": self.run, "numbers": numbers, "counters": counters, "acks": acks}
+            return None
+        self.others = max(self._replicas - 1, sum(at > now - _LIVE_S for at in self._heard.values()))
+        if now >= self._again_at + _BEAT_S:
+            again = {spending: None for spending in self._sent if spending.unconfirmed(self.others)}
+            self._changed, self._sent, self._again_at = self._changed | again, {}, now
+        if not self._changed and now < self._sent_at + _BEAT_S:
+            return None
+        self._sent_at, counters, size = now, [], 0
+        while self._changed and size < _PER_MESSAGE:
+            spending = next(iter(self._changed))
+            runs = {run: [*counts] for run, counts in spending.runs.items() if run not in self._ended}
+            counters.append([spending.account, *spending.window, runs])
+            del self._changed[spending]
+            self._sent[spending] = None
+            size += 1 + len(runs)
+        if not self._changed:
+            self._informed = [run for run, at in self._heard.items() if at > now - _LIVE_S]
+        return {"run": self.run, "counters": counters, "informed": self._informed}
 
     def take(self, message: Mapping[str, Any], now: float) -> None:
         """Take over a message of another server. `now`: monotonic. Raises `ValueError` and others if it is not one."""
-        run, (base, number, whole), acks = message["run"], message["numbers"], message["acks"]
-        if not isinstance(run, str) or not type(base) is type(number) is type(whole) is int:
-            raise ValueError("not a server or numbers")
+        run = message["run"]
+        if not isinstance(run, str):
+            raise ValueError("not a server")
         if run == self.run:
             return
         for account, label, end, runs in message["counters"]:
             if (account, label) not in self._spendings and len(self._spendings) >= _MOST_SPENDINGS:
                 continue
-            spending = self._spending(str(account), Window(str(label), int(end)))
+            spending, told, new = self._spending(str(account), Window(str(label), int(end))), 0, False
             for each, values in runs.items():
                 if len(values) != 3 or not all(type(value) is int and 0 <= value < _MOST for value in values):
                     raise ValueError("not a counter")
-                if each != self.run:
-                    self._merge(spending, each, values)
+                if each not in spending.places:
+                    new |= self._merge(spending, each, values)
+                elif each not in self._ended:
+                    told += min(values[0], spending.runs[each][0])
+            spending.told[run] = max(told, spending.told.get(run, 0))
+            if new:  # this confirms it
+                self._changed[spending] = None
+        if run not in self._heard:
+            self.send_all()
         self._heard[run] = now
-        known = before = self._have.get(run)
-        if known is None or known[0] != base:
-            known = (base, base - 1, whole) if number == base else None
-        if known is not None and number in (known[1], known[1] + 1):
-            self._have[run] = base, number, whole
-        else:
-            self._have.pop(run, None)
-        self._acks_changed |= self._have.get(run) != before
-        self._acks[run] = found if type(found := acks.get(self.run)) is int else -1
-        self._update(now)
+        if self.run in message["informed"]:
+            self._informs.add(run)
+            live = sum(self._heard[each] > now - _LIVE_S for each in self._informs)
+            self._known |= live >= self._replicas - 1

@@ -103,9 +103,9 @@ class EventBroker:
         found: dict[str, int] = await self._ask(sources)
         return found
 
-    async def totals(self) -> list[Any]:
+    async def totals(self) -> dict[str, Any]:
         """Ask the relay with the ledger for what it has of budgets, as of `Ledger.budgets`."""
-        found: list[Any] = await self._ask(None)
+        found: dict[str, Any] = await self._ask(None)
         return found
 
     async def _ask(self, sources: list[str] | None) -> Any:

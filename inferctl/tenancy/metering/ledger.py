@@ -85,7 +85,8 @@ DIMENSIONS: dict[str, Any] = {
 }
 SUMS = ("requests", "errors", "inputs", "input_tokens", "cached_tokens", "output_tokens", "engine_seconds")
 _SCHEMA = Schema("the ledger", Path(__file__).with_name("migrations"), "usage_version")
-BUDGETS_KEPT_S = 2 * 86_400  # windows that ended earlier are not reported
+# Windows and runs that ended earlier are not reported to servers.
+BUDGETS_KEPT_S, _ENDED_KEPT_S = 2 * 86_400, 40 * 86_400
 _EPOCH, _DAY_MS = datetime.date(1970, 1, 1), 86_400_000
 
 
@@ -226,17 +227,19 @@ class Ledger:
             found = connection.execute(query.group_by(*columns).order_by(*columns)).mappings().all()
         return [_sums(row, dimensions) for row in found if row["requests"]]
 
-    def budgets(self, now_s: float) -> list[tuple[str, str, int, str, int, bool]]:
-        """Return what runs of servers spent of the windows that have not ended long ago.
+    def budgets(self, now_s: float) -> dict[str, Any]:
+        """Return what runs of servers `spent` of the windows that have not ended long ago, and which have `ended`.
 
-        Account, label, end, run, billionths of the currency, and whether the ledger has all that the run spent.
+        `spent`: account, label, end, run, and billionths of the currency. The ledger has all that ended runs spent.
         """
-        table, ended = BUDGETS.c, SOURCES.c.ended.is_not(None).label("ended")
-        query = sa.select(table.account, table.label, table.window_end, table.run, table.spent, ended)
-        query = query.outerjoin(SOURCES, SOURCES.c.source == table.run)
-        query = query.where((table.window_end == 0) | (table.window_end > now_s - BUDGETS_KEPT_S))
+        table, sources = BUDGETS.c, SOURCES.c
+        ended = sa.select(sources.source).where(sources.ended_ms > 1000 * (now_s - _ENDED_KEPT_S))
+        spent = sa.select(table.account, table.label, table.window_end, table.run, table.spent)
+        spent = spent.where((table.window_end == 0) | (table.window_end > now_s - BUDGETS_KEPT_S))
         with self._transaction() as connection:
-            return [(*row[:5], bool(row[5])) for row in connection.execute(query)]
+            names = sorted(connection.execute(ended.where(sources.ended.is_not(None))).scalars())
+            # After that, so it has all of them.
+            return {"ended": names, "spent": sorted(tuple(row) for row in connection.execute(spent))}
 
     def gaps(self, since_ms: int, until_ms: int) -> list[Gap]:
         """Return the lost events that were noticed from `since_ms` to before `until_ms`."""

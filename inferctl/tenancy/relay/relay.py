@@ -157,7 +157,7 @@ class Relay:
             self._totals_at, self._asked_at = time.monotonic(), time.time()
         return due
 
-    def _write_totals(self, totals: list[Any]) -> None:
+    def _write_totals(self, totals: dict[str, Any]) -> None:
         """Write what the ledger has of budgets, for servers that start."""
         content = json.dumps({"at": self._asked_at, "totals": totals})
         outputs.replace(Path(self._settings.data) / TOTALS_FILE, content, sync=False)
