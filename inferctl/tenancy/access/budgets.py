@@ -81,7 +81,7 @@ class BudgetUse(NamedTuple):
 def states(needed: Iterable[Budget], totals: Mapping[str, Any], folder: Path, now: float) -> list[BudgetUse]:
     """Return the state of budgets: of `Ledger.budgets`, and what servers in the folder `metering.data` know."""
     found = Budgets()
-    for (account, label, end, run), values in budget_file.read_all(folder / _FOLDER):
+    for (account, label, end, run, _), values in budget_file.read_all(folder / _FOLDER):
         found._merge(found._spending(account, Window(label, end)), run, values)
     found._take_totals(totals)
     return [_use([(budget, found._spending(budget.account, budget.window(now)))]) for budget in needed]
@@ -95,8 +95,8 @@ def alert(spent: int, limit: int) -> int:
 class Spending:
     """One account in one window. `used`: spent, or reserved by requests in flight.
 
-    `runs`: what each reserved, spent and released. `places`: of this folder's runs, in the file. `gross`: what those
-    that have not ended reserved, `told`: how much of it each other server confirmed.
+    `runs`: what each reserved, spent and released. `places`: of these counters, in the file. `gross`: what runs of this
+    folder reserved that have not ended, `told`: how much of it each other server confirmed.
     """
 
     __slots__ = ("account", "gross", "places", "runs", "spent", "told", "used", "window")
@@ -182,10 +182,11 @@ class Budgets:
         self._rates: dict[tuple[str, str, int], Rate | None] = {}
         self._known, self._started, self._read_at, self._forgot = False, 0.0, -1, 0.0
         self._totals: Mapping[str, Any] = {}
+        self._locals: set[str] = set()  # runs of this folder
         self._ended: set[str] = set()  # runs of which the ledger has everything
-        # To be sent, and sent but perhaps not confirmed.
-        self._changed: dict[Spending, None] = {}
-        self._sent: dict[Spending, None] = {}
+        # To be sent (with runs that have ended?), and sent but perhaps not confirmed.
+        self._changed: dict[Spending, bool] = {}
+        self._sent: dict[Spending, bool] = {}
         self._sent_at = self._again_at = -math.inf
         self.others = replicas - 1
         self._heard: dict[str, float] = {}
@@ -214,17 +215,16 @@ class Budgets:
 
     def open(self, run: str, now: float) -> None:
         """Take over what earlier processes of this folder knew. `run`: the name of this one. Raises `OSError`."""
-        self.run, self._started = run, now
+        self.run, self._started, self._locals = run, now, {run}
         if not self._books or self._folder is None:
             return
         self._file = BudgetFile(self._folder / _FOLDER)
-        for (account, label, end, each), values in budget_file.take_over(self._folder / _FOLDER):
+        for (account, label, end, each, local), values in budget_file.take_over(self._folder / _FOLDER):
             self._known = not self._exchanges
             if not end or now < end + _KEPT_S:
-                spending = self._spending(account, Window(label, end))
-                if each not in spending.runs:
-                    self._new_run(spending, each)
-                self._merge(spending, each, values)
+                if local:
+                    self._locals.add(each)
+                self._merge(self._spending(account, Window(label, end)), each, values)
 
     def ready(self, model: str | None, hardware: str) -> None:
         """Note what computes for a model, or for all (None), on which prices depend."""
@@ -294,14 +294,12 @@ class Budgets:
     def change(self, spendings: Iterable[tuple[Budget, Spending]], reserved: int, spent: int, released: int) -> None:
         """Add to what this process reserved, spent and released."""
         for budget, spending in spendings:
-            if self.run not in spending.runs:
-                self._new_run(spending, self.run)
             before = spending.spent
             self._apply(spending, self.run, reserved, spent, released)
             if spent and (level := alert(spending.spent, budget.limit)) > alert(before, budget.limit):
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
             if self._exchanges:
-                self._changed[spending] = None
+                self._changed.setdefault(spending, False)
 
     def _spending(self, account: str, window: Window) -> Spending:
         found = self._spendings.get((account, window.label))
@@ -309,28 +307,31 @@ class Budgets:
             found = self._spendings[account, window.label] = Spending(account, window)
         return found
 
-    def _new_run(self, spending: Spending, run: str) -> None:
-        """Note a run of this folder."""
-        spending.runs[run] = [0, 0, 0]
-        if self._file:
-            spending.places[run] = self._file.add([spending.account, *spending.window, run])
+    def _counts(self, spending: Spending, run: str) -> list[int]:
+        """Return the counters of a run."""
+        if (found := spending.runs.get(run)) is None:
+            found = spending.runs[run] = [0, 0, 0]
+            if self._file:
+                name = [spending.account, *spending.window, run, run in self._locals]
+                spending.places[run] = self._file.add(name)
+        return found
 
     def _apply(self, spending: Spending, run: str, reserved: int, spent: int, released: int) -> None:
         """Add to the counters of a run."""
-        counts = spending.runs[run]
+        counts = self._counts(spending, run)
         counts[0] += reserved
         counts[1] += spent
         counts[2] += released
         spending.used += reserved + spent - released
         spending.spent += spent
-        if (place := spending.places.get(run)) is not None:
+        if run in self._locals:
             spending.gross += reserved
-            assert self._file is not None
-            self._file.write(place, *counts)
+        if self._file:
+            self._file.write(spending.places[run], *counts)
 
     def _merge(self, spending: Spending, run: str, values: Sequence[int]) -> bool:
         """Keep the maximum of what is known of a run and of `values`. Returns whether that is new."""
-        counts = spending.runs.setdefault(run, [0, 0, 0])
+        counts = self._counts(spending, run)
         reserved, spent, released = map(max, counts, values)
         if run in self._ended:
             released = reserved
@@ -367,7 +368,8 @@ class Budgets:
             for spending in self._spendings.values():
                 for run in new & spending.runs.keys():  # nothing of it is in flight any more
                     self._merge(spending, run, (0, 0, 0))
-                    if run in spending.places:
+                    self._changed[spending] = True
+                    if run in self._locals:
                         spending.gross -= spending.runs[run][0]
                         spending.told.clear()  # it included this run
 
@@ -385,7 +387,7 @@ class Budgets:
 
     def send_all(self) -> None:
         """Let the next messages have everything: the others may lack some of it."""
-        self._changed.update(dict.fromkeys(self._spendings.values()))
+        self._changed.update(dict.fromkeys(self._spendings.values(), True))
 
     def message(self, now: float) -> dict[str, Any] | None:
         """Return what the other servers should know, if there is something. `now`: monotonic."""
@@ -393,17 +395,17 @@ class Budgets:
             return None
         self.others = max(self._replicas - 1, sum(at > now - _LIVE_S for at in self._heard.values()))
         if now >= self._again_at + _BEAT_S:
-            again = {spending: None for spending in self._sent if spending.unconfirmed(self.others)}
-            self._changed, self._sent, self._again_at = self._changed | again, {}, now
+            again = {spending: False for spending in self._sent if spending.unconfirmed(self.others)}
+            self._changed, self._sent, self._again_at = again | self._changed, {}, now
         if not self._changed and now < self._sent_at + _BEAT_S:
             return None
         self._sent_at, counters, size = now, [], 0
         while self._changed and size < _PER_MESSAGE:
             spending = next(iter(self._changed))
-            runs = {run: [*counts] for run, counts in spending.runs.items() if run not in self._ended}
+            whole = self._changed.pop(spending)
+            runs = {run: [*counts] for run, counts in spending.runs.items() if whole or run not in self._ended}
             counters.append([spending.account, *spending.window, runs])
-            del self._changed[spending]
-            self._sent[spending] = None
+            self._sent[spending] = whole
             size += 1 + len(runs)
         if not self._changed:
             self._informed = [run for run, at in self._heard.items() if at > now - _LIVE_S]
@@ -423,13 +425,13 @@ class Budgets:
             for each, values in runs.items():
                 if len(values) != 3 or not all(type(value) is int and 0 <= value < _MOST for value in values):
                     raise ValueError("not a counter")
-                if each not in spending.places:
+                if each not in self._locals:
                     new |= self._merge(spending, each, values)
                 elif each not in self._ended:
-                    told += min(values[0], spending.runs[each][0])
+                    told += min(values[0], self._counts(spending, each)[0])
             spending.told[run] = max(told, spending.told.get(run, 0))
             if new:  # this confirms it
-                self._changed[spending] = None
+                self._changed.setdefault(spending, False)
         if run not in self._heard:
             self.send_all()
         self._heard[run] = now
