@@ -190,8 +190,10 @@ class Budgets:
         self._sent_at = self._again_at = -math.inf
         self.others = replicas - 1
         self._heard: dict[str, float] = {}
-        self._informed: list[str] = []  # servers that were sent everything since they were heard first
-        self._informs: set[str] = set()  # servers that did so for this one
+        # Messages from `_base` to `_number` had everything, or those from `_next_base` on will have it.
+        self._number, self._base, self._next_base = 0, 0, 1
+        self._received: dict[str, tuple[int, int]] = {}  # server -> first and last message without a gap
+        self._informs: set[str] = set()  # servers of which this one has everything
 
     @classmethod
     def of(cls, access: Access, metering: Metering) -> Budgets:
@@ -387,6 +389,7 @@ class Budgets:
 
     def send_all(self) -> None:
         """Let the next messages have everything: the others may lack some of it."""
+        self._next_base = self._number + 1
         self._changed.update(dict.fromkeys(self._spendings.values(), True))
 
     def message(self, now: float) -> dict[str, Any] | None:
@@ -407,15 +410,16 @@ class Budgets:
             counters.append([spending.account, *spending.window, runs])
             self._sent[spending] = whole
             size += 1 + len(runs)
-        if not self._changed:
-            self._informed = [run for run, at in self._heard.items() if at > now - _LIVE_S]
-        return {"run": self.run, "counters": counters, "informed": self._informed}
+        self._number += 1
+        if self._next_base and not self._changed:
+            self._base, self._next_base = self._next_base, 0
+        return {"run": self.run, "known": self._known, "numbers": [self._base, self._number], "counters": counters}
 
     def take(self, message: Mapping[str, Any], now: float) -> None:
         """Take over a message of another server. `now`: monotonic. Raises `ValueError` and others if it is not one."""
-        run = message["run"]
-        if not isinstance(run, str):
-            raise ValueError("not a server")
+        run, (base, number) = message["run"], message["numbers"]
+        if not isinstance(run, str) or not type(base) is type(number) is int:
+            raise ValueError("not a server or numbers")
         if run == self.run:
             return
         for account, label, end, runs in message["counters"]:
@@ -432,10 +436,12 @@ class Budgets:
             spending.told[run] = max(told, spending.told.get(run, 0))
             if new:  # this confirms it
                 self._changed.setdefault(spending, False)
-        if run not in self._heard:
-            self.send_all()
         self._heard[run] = now
-        if self.run in message["informed"]:
+        if not (message["known"] or self._next_base):
+            self.send_all()
+        first, last = self._received.get(run, (0, 0))
+        self._received[run] = first, last = (first if number == last + 1 else number), number
+        if first <= base:
             self._informs.add(run)
             live = sum(self._heard[each] > now - _LIVE_S for each in self._informs)
             self._known |= live >= self._replicas - 1
