@@ -178,7 +178,7 @@ def compare(fleet: Fleet, accounts: list[Account]) -> dict[str, Any]:
 
     def spent() -> dict[str, int]:
         totals = Counter[str]()
-        for account, _, _, _, units, _ in ledger.budgets(time.time()):
+        for account, _, _, _, units in ledger.budgets(time.time())["spent"]:
             totals[account] += units
         return totals
 

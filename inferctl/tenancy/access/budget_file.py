@@ -32,6 +32,7 @@ class BudgetFile:
         path = folder / f"{secrets.token_hex(8)}.new"
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._size, self._free = 0, list[int]()
+        self._grow()
         fcntl.flock(self._file, fcntl.LOCK_EX)
         path.rename(path.with_suffix(".counters"))  # who sees it also sees the lock
 
@@ -41,11 +42,7 @@ class BudgetFile:
         if len(record) > _RECORD:
             raise ValueError("the name of a counter is too long")
         if not self._free:
-            # Written, not only extended: a page without a block would end the process if the disk is full.
-            os.pwrite(self._file, bytes(_GROWTH), self._size)
-            self._free = list(range(self._size, self._size + _GROWTH, _RECORD))
-            self._size += _GROWTH
-            self._map = mmap.mmap(self._file, self._size)
+            self._grow()
         place = self._free.pop()
         self._map[place : place + len(record)] = record
         return place
@@ -61,7 +58,15 @@ class BudgetFile:
 
     def close(self) -> None:
         """Release the file, as the end of the process does."""
+        self._map.close()  # it has a descriptor of its own
         os.close(self._file)
+
+    def _grow(self) -> None:
+        # Written, not only extended: a page without a block would end the process if the disk is full.
+        os.pwrite(self._file, bytes(_GROWTH), self._size)
+        self._free = list(range(self._size, self._size + _GROWTH, _RECORD))
+        self._size += _GROWTH
+        self._map = mmap.mmap(self._file, self._size)
 
 
 def take_over(folder: Path) -> Iterator[Counter]:

@@ -218,7 +218,7 @@ class Fleet:
         return self.spent.total() // UNITS
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("trouble", ["none", "loss", "cut", "kills", "all"])
 def test_servers_together_stay_within_a_budget(trouble: str, seed: int, tmp_path: Path) -> None:
     """The oracle is the sum of what requests cost, which no server computes."""
