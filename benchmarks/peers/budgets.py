@@ -52,6 +52,7 @@ class Account:
     in_flight: int = 0
     uncertain: int = 0
     largest: int = 0
+    early: int = 0  # what was left at a `budget_pending`, at most
     done: int = 0  # servers in a row that rejected one token
 
 
@@ -142,6 +143,7 @@ async def send(client: httpx.AsyncClient, fleet: Fleet, account: Account, limit:
             found["FALSE 429"] += 1
         account.done += 1
     elif code == "budget_pending":
+        account.early = max(account.early, limit - account.spent - account.in_flight - account.uncertain - most)
         await asyncio.sleep(0.2)
     elif response.status_code >= 500:
         account.uncertain += most
@@ -228,6 +230,7 @@ def main() -> None:
             fleet.end()
     over = max((account.spent - limit - 2 * account.largest) / 1e9 for account in accounts)
     figures |= {"budget": limit / 1e9, "above the bound (most)": over}
+    figures |= {"left at budget_pending (most)": max(account.early for account in accounts) / 1e9}
     figures |= {"above the budget (most)": max(account.spent - limit for account in accounts) / 1e9}
     peers.table(("", "value"), list(figures.items()))
     peers.write(options.json, figures)

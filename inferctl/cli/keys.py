@@ -61,7 +61,7 @@ Examples:
   # Limit a key to embeddings, 600 requests and 100,000 tokens a minute, and 90 days
   inferctl keys create team-b --endpoint embeddings --requests-per-minute 600 \\
       --tokens-per-minute 100000 --expires 90d
-  # Limit what a key may cost in a calendar month; `--soft` only warns
+  # Limit what a key may cost in a calendar month
   inferctl keys create search --budget "50 EUR/month" --output search.key
   # Create a key for Prometheus and for `inferctl bench`, which read /metrics and /info
   inferctl keys create monitoring --admin --output monitoring.key
@@ -104,10 +104,8 @@ def create(
         int | None, typer.Option(metavar="N", min=1, help="Limit the tokens per minute. [default: the server's limit]")
     ] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(metavar="BUDGET", help=f'Limit the cost, as in "{EXAMPLE}" or "{EXAMPLE} Europe/Berlin".'),
+        str | None, typer.Option(metavar="BUDGET", help=f'Limit the cost: "{EXAMPLE}". With ` soft`, only warn.')
     ] = None,
-    soft: Annotated[bool, typer.Option("--soft", help="Only warn about the budget, and reject nothing.")] = False,
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,
@@ -143,7 +141,7 @@ def create(
         priority=priority,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
-        budget=_budget(budget, soft=soft),
+        budget=_budget(budget) if budget else None,
     )
 
     def add(found: dict[str, ApiKey]) -> ApiKey:
@@ -178,22 +176,8 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
     if not found:
         console.note(f"{place.name} has no keys")
         return
-    rows: list[tuple[str, ...]] = [
-        (
-            "id",
-            "name",
-            "team",
-            "priority",
-            "status",
-            "created",
-            "expires",
-            "scopes",
-            "requests/min",
-            "tokens/min",
-            "budget",
-        )
-    ]
-    rows += [_row(key, now) for key in found]
+    names = "id name team priority status created expires scopes requests/min tokens/min budget"
+    rows = [tuple(names.split()), *(_row(key, now) for key in found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         console.data("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -281,7 +265,6 @@ def set_budget(
     budget: Annotated[str, typer.Argument(metavar="BUDGET", help=f'Such as "{EXAMPLE}"; `none` removes it.')],
     keys_: _KeysOption = None,
     spec_file: options.SpecFile = None,
-    soft: Annotated[bool, typer.Option("--soft", help="Only warn about the budget, and reject nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Change the budget of a key, for new requests. What is spent stays.
@@ -289,7 +272,7 @@ def set_budget(
     Example: inferctl keys budget search "80 EUR/month"
     """
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
-    new = None if budget == "none" else _budget(budget, soft=soft)
+    new = None if budget == "none" else _budget(budget)
     with place.edit() as found:
         key = _find(found, _id_of(key_id), place.name, now)
         found[key.id] = key = key.model_copy(update={"budget": new})
@@ -299,18 +282,12 @@ def set_budget(
     console.note(f"the budget of {key.id} ({console.plain(key.name)}) in {place.name} is {new or 'removed'}")
 
 
-def _budget(text: str | None, *, soft: bool) -> str | None:
-    if text is None:
-        if soft:
-            raise UsageError("`--soft` has no effect without a budget", f'pass `--budget "{EXAMPLE}"`')
-        return None
-    text = f"{text} soft" if soft and not text.endswith(" soft") else text
+def _budget(text: str) -> str:
     try:
         parse("", text)
     except ValueError as error:
-        raise UsageError(
-            str(error), f'write an amount, a currency and day, week, month or total: "{EXAMPLE}"'
-        ) from None
+        hint = f'write an amount, a currency and day, week, month or total: "{EXAMPLE}"'
+        raise UsageError(str(error), hint) from None
     return text
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.cli import console, options
+from inferctl.cli import console, invoices, options
 from inferctl.cli.key_place import Place
 from inferctl.config.budget import parse
 from inferctl.config.spec import Access, Spec
@@ -28,12 +28,11 @@ Examples:
   # Requests and tokens of each team and API key in the last 30 days
   inferctl usage --by team,key --since 30d
   # An invoice of November for each team, with a picture
-  inferctl usage --invoice invoice.html --since 2026-11-01 --until 2026-12-01 --prices prices.yaml
+  inferctl usage --by team --since 2026-11-01 --until 2026-12-01 --prices prices.yaml --format html >invoice.html
   # The cost of each key and day, as CSV
   inferctl usage --by key,day --since 2026-11-01 --prices prices.yaml --format csv
 """
 _SHOWN_GAPS = 5
-_BY = "key,day,model"
 _ALWAYS = ("requests", "errors")
 # Letters of a name that a narrow terminal does not break. An id of a key has 12, a day 10.
 _WHOLE = 16
@@ -55,7 +54,7 @@ def usage(
             metavar="NAMES",
             help="Group by these: key, team, day, month, model, task, endpoint, hardware, status, code, source.",
         ),
-    ] = _BY,
+    ] = "key,day,model",
     since: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Count requests from TIME on: 2026-11-01, 7d or 12h. [default: all]"),
@@ -72,23 +71,19 @@ def usage(
         ),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compute costs with this price book (YAML).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Compute costs with this price book (YAML). [default: metering.prices]"),
     ] = None,
     currency: Annotated[
         str | None, typer.Option(metavar="CODE", help="Use the prices in this currency. [default: the only one]")
     ] = None,
     format_: Annotated[
-        Literal["text", "csv", "json"], typer.Option("--format", help="Print text, CSV or JSON.")
+        Literal["text", "csv", "json", "html"],
+        typer.Option("--format", help="Print text, CSV, JSON, or an invoice as a page (costs by --by, model and day)."),
     ] = "text",
     budgets: Annotated[
         bool, typer.Option("--budgets", help="Print limit, spent, reserved, left and reset of all budgets instead.")
     ] = False,
-    invoice: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write costs by --by, model and day to this .csv or .html. [default --by: team]"
-        ),
-    ] = None,
     json_: options.Json = False,
     spec_file: options.SpecFile = None,
 ) -> None:
@@ -98,26 +93,24 @@ def usage(
     killed, whose last requests may be missing.
     """
     style = "json" if json_ else format_
+    spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
     if budgets:
-        _print_budgets(options.without_model(spec_file, {**flags, "access.keys": keys_}), as_json=style == "json")
+        _print_budgets(spec, as_json=style == "json")
         return
-    if invoice and invoice.suffix not in (".csv", ".html"):
-        raise UsageError(f"`--invoice {invoice}` is no CSV or HTML file", "use a name that ends with .csv or .html")
     with needs_packages("`inferctl usage`", "ledger"):
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
         from inferctl.tenancy.metering import report as reports
         from inferctl.tenancy.metering import times
 
-        if invoice:
-            by = f"{'team' if by == _BY else by},model,day"
         names = [options.known(name.strip(), ledgers.DIMENSIONS, "--by") for name in by.split(",") if name.strip()]
-        spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
-        if spec.metering.prices and (invoice or currency):
-            prices = prices or Path(spec.metering.prices)
-        if (currency or invoice) and not prices:
-            option = "--invoice" if invoice else "--currency"
-            raise UsageError(f"`{option}` requires prices", "pass `--prices FILE`, or set `metering.prices`")
+        if style == "html":
+            names += ["model", "day"]
+        if not prices and spec.metering.prices:
+            prices = Path(spec.metering.prices)
+        if (currency or style == "html") and not prices:
+            option = "--currency" if currency else "--format html"
+            raise UsageError(f"`{option}` requires prices", "pass `--prices FILE`")
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
@@ -125,15 +118,12 @@ def usage(
         known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)
         opened.close()
-    if invoice:
-        from inferctl.cli import invoices
-
-        invoices.write(invoice, report)
-        console.note(f"wrote {invoice}: {report.total['cost']:,.2f} {report.currency}")
-    elif style == "json":
+    if style == "json":
         console.document(report.to_json())
     elif style == "csv":
         console.data(report.to_csv())
+    elif style == "html":
+        console.data(invoices.page(report))
     else:
         _print(report)
     _warn(report)

@@ -25,7 +25,10 @@ def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ge
     """A server with a key file, in which each test has keys of its own."""
     folder = tmp_path_factory.mktemp("keys")
     add(folder / "keys.json", "first")
-    running = launch(folder, llama, "--keys", "keys.json").wait_announced()
+    price = '{hardware: "*", currency: EUR, from: 2026-01-01, input: 1000, output: 1000}'
+    (folder / "prices.yaml").write_text(f"prices: [{price}]")
+    metering = {"INFERCTL_METERING_MODE": "on", "INFERCTL_METERING_PRICES": "prices.yaml"}
+    running = launch(folder, llama, "--keys", "keys.json", **metering).wait_announced()
     yield running
     running.kill()
 
@@ -100,6 +103,8 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str, int]] = [
     ({}, {"background": True, "container": "c"}, 400, "stateless", 1),
     ({}, {"padding": "a" * 4_200_000}, 413, "body_too_large", 1),
     ({"tokens_per_minute": 10}, {}, 429, "rate_limit_exceeded", 1),  # it never fits
+    ({"budget": "0.00001 EUR/month"}, {}, 429, "budget_exceeded", 1),
+    ({"budget": "0.00001 USD/month"}, {}, 503, "budget_unavailable", 1),
     ({}, {"script": "busy"}, 429, "queue_full", 2),
 ]
 

@@ -112,7 +112,7 @@ def at_capacity(reason: str, code: str, seconds: int = 1) -> ApiError:
 def rejection(error: RejectedError) -> ApiError:
     """Return the response to a request that is not computed."""
     code, message, seconds = error.reason, error.message, error.retry_after
-    if code in (LIMIT_EXCEEDED, EXCEEDED, PENDING):  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
+    if code in (LIMIT_EXCEEDED, EXCEEDED, PENDING, NO_PRICE):  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
         headers = {"x-should-retry": "false"}
         if seconds is not None:
             headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
