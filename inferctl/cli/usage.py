@@ -160,7 +160,7 @@ def _print_budgets(spec: Spec, *, as_json: bool) -> None:
             "name": names.get(budget.account),
             "window": budget.window(now).label,
             "soft": budget.soft,
-            **{name.removeprefix("x-inferctl-budget-"): value for name, value in use.headers().items()},
+            **use.state(),
         }
         for budget, use in zip(needed, found, strict=True)
     ]

@@ -11,6 +11,7 @@ the limit. The last request that fits for sure is admitted without that, by each
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,7 +32,6 @@ log = logging.getLogger("inferctl.access")
 EXCEEDED, PENDING, UNAVAILABLE = "budget_exceeded", "budget_pending", "budget_unavailable"
 TOTALS_FILE = "budgets.json"  # in `metering.data`, by the relay: what the ledger has
 _FOLDER = "budgets"
-_ALERTS = (80, 100)  # percent of the limit
 _LIVE_S = 3.0  # a server that was heard within this time counts as another one
 _BEAT_S = 1.0  # a message is sent after this time at the latest, and sent again if it is not confirmed
 _PER_MESSAGE = 2000  # counters of runs, of up to 250 bytes
@@ -65,17 +65,25 @@ class BudgetUse(NamedTuple):
     reserved: int
     reset: int
 
-    def headers(self) -> dict[str, str]:
-        """Return the headers of a response."""
-        left = max(0, self.limit - self.spent - self.reserved)
-        values = {"limit": self.limit, "spent": self.spent, "reserved": self.reserved, "left": left}
-        found = {f"x-inferctl-budget-{name}": amount(value) for name, value in values.items()}
-        found["x-inferctl-budget-currency"] = self.currency
-        if self.reset:
-            found["x-inferctl-budget-reset"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.reset))
-        if level := alert(self.spent, self.limit):
-            found["x-inferctl-budget-alert"] = f"{level}%"
+    def state(self) -> dict[str, str]:
+        """Return the state of the budget, as text."""
+        spent, reserved, limit = self.spent, self.reserved, self.limit
+        found = _fixed(limit, self.currency, self.reset) | {"spent": amount(spent), "reserved": amount(reserved)}
+        found["left"] = amount(max(0, limit - spent - reserved))
+        if level := alert(spent, limit):
+            found["alert"] = f"{level}%"
         return found
+
+    def headers(self) -> dict[str, str]:
+        """Return the header of a response."""
+        return {"x-inferctl-budget": ", ".join(f"{name}={value}" for name, value in self.state().items())}
+
+
+@functools.lru_cache(maxsize=4096)
+def _fixed(limit: int, currency: str, reset: int) -> dict[str, str]:
+    """Return the parts of a state that stay the same, because they are in many responses."""
+    at = {"reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(reset))} if reset else {}
+    return {"limit": amount(limit), "currency": currency} | at
 
 
 def states(needed: Iterable[Budget], totals: Mapping[str, Any], folder: Path, now: float) -> list[BudgetUse]:
@@ -88,8 +96,8 @@ def states(needed: Iterable[Budget], totals: Mapping[str, Any], folder: Path, no
 
 
 def alert(spent: int, limit: int) -> int:
-    """Return the highest of the percentages of an alert that is reached; 0 for none."""
-    return max((level for level in _ALERTS if spent * 100 >= limit * level), default=0)
+    """Return which percentage of the limit is reached: 100, 80, or 0."""
+    return 100 if spent >= limit else 80 if spent * 5 >= limit * 4 else 0
 
 
 class Spending:
@@ -272,7 +280,7 @@ class Budgets:
     def _rate(self, budgets: Sequence[Budget], model: str, now: float) -> Rate:
         """Return the prices of this moment. Raises `BudgetError` without them."""
         currency = budgets[0].currency
-        if any(budget.currency != currency for budget in budgets[1:]):
+        if budgets[1:] and any(budget.currency != currency for budget in budgets):
             raise BudgetError(UNAVAILABLE, "the budgets of this request have different currencies")
         if self._file is None:
             raise BudgetError(UNAVAILABLE, "a budget needs `metering.mode` and `metering.prices` on this server")
