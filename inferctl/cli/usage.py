@@ -160,7 +160,7 @@ def _print_budgets(spec: Spec, *, as_json: bool) -> None:
             "name": names.get(budget.account),
             "window": budget.window(now).label,
             "soft": budget.soft,
-            **use.state(),
+            **dict(part.split("=") for part in use.header().split(", ")),
         }
         for budget, use in zip(needed, found, strict=True)
     ]

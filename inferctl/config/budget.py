@@ -54,9 +54,8 @@ def parse(account: str, text: str) -> Budget:
 
 
 def amount(units: int) -> str:
-    """Return an amount of money as a decimal number with nine places."""
-    whole, rest = divmod(abs(units), UNITS)
-    return f"{'-' if units < 0 else ''}{whole}.{rest:09d}"
+    """Return an amount of money, which is not negative, as a decimal number with nine places."""
+    return "%d.%09d" % divmod(units, UNITS) if units else "0"  # noqa: UP031  # in each response, and the fastest way
 
 
 @functools.lru_cache(maxsize=1024)

@@ -314,7 +314,7 @@ class _EdgeRequest:
     def _limit_headers(self) -> dict[str, str]:
         quotas, budget = self.context.quotas, self.context.budget
         headers = edge_access.limit_headers(quotas) if quotas else {}
-        return headers | budget.headers() if budget else headers
+        return headers | {"x-inferctl-budget": budget.header()} if budget else headers
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""

@@ -65,25 +65,18 @@ class BudgetUse(NamedTuple):
     reserved: int
     reset: int
 
-    def state(self) -> dict[str, str]:
-        """Return the state of the budget, as text."""
-        spent, reserved, limit = self.spent, self.reserved, self.limit
-        found = _fixed(limit, self.currency, self.reset) | {"spent": amount(spent), "reserved": amount(reserved)}
-        found["left"] = amount(max(0, limit - spent - reserved))
-        if level := alert(spent, limit):
-            found["alert"] = f"{level}%"
-        return found
-
-    def headers(self) -> dict[str, str]:
-        """Return the header of a response."""
-        return {"x-inferctl-budget": ", ".join(f"{name}={value}" for name, value in self.state().items())}
+    def header(self) -> str:
+        """Return the value of the header of a response, such as `limit=50, spent=1.5`."""
+        left = self.limit - self.spent - self.reserved
+        start = _same_for_all(self.limit, self.currency, self.reset)
+        text = f"{start}, spent={amount(self.spent)}, reserved={amount(self.reserved)}, left={amount(max(0, left))}"
+        return f"{text}, alert={level}%" if (level := alert(self.spent, self.limit)) else text
 
 
 @functools.lru_cache(maxsize=4096)
-def _fixed(limit: int, currency: str, reset: int) -> dict[str, str]:
-    """Return the parts of a state that stay the same, because they are in many responses."""
-    at = {"reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(reset))} if reset else {}
-    return {"limit": amount(limit), "currency": currency} | at
+def _same_for_all(limit: int, currency: str, reset: int) -> str:
+    at = f", reset={time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(reset))}" if reset else ""
+    return f"limit={amount(limit)}, currency={currency}{at}"
 
 
 def states(needed: Iterable[Budget], totals: Mapping[str, Any], folder: Path, now: float) -> list[BudgetUse]:
@@ -304,9 +297,9 @@ class Budgets:
     def change(self, spendings: Iterable[tuple[Budget, Spending]], reserved: int, spent: int, released: int) -> None:
         """Add to what this process reserved, spent and released."""
         for budget, spending in spendings:
-            before = spending.spent
             self._apply(spending, self.run, reserved, spent, released)
-            if spent and (level := alert(spending.spent, budget.limit)) > alert(before, budget.limit):
+            level = alert(spending.spent, budget.limit)
+            if spent and level and level > alert(spending.spent - spent, budget.limit):
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
             if self._exchanges:
                 self._changed.setdefault(spending, False)
@@ -328,7 +321,7 @@ class Budgets:
 
     def _apply(self, spending: Spending, run: str, reserved: int, spent: int, released: int) -> None:
         """Add to the counters of a run."""
-        counts = self._counts(spending, run)
+        counts = spending.runs.get(run) or self._counts(spending, run)
         counts[0] += reserved
         counts[1] += spent
         counts[2] += released
