@@ -87,7 +87,7 @@ class Charges:
 
     def _hold(self, number: int, caller: Caller, model: str, prompt: int, output: int) -> None:
         """Reserve the most that a request can cost, of its key and its model. Raises `BudgetError`."""
-        if budgets := (*caller.budgets, *self._budgets.of_model(model)):
+        if budgets := caller.budgets + self._budgets.of_model(model):
             request = self._request(number)
             request.hold = self._budgets.reserve(budgets, model, prompt, output, time.time())
 

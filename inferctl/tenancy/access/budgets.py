@@ -100,10 +100,10 @@ class Spending:
     folder reserved that have not ended, `told`: how much of it each other server confirmed.
     """
 
-    __slots__ = ("account", "gross", "places", "runs", "spent", "told", "used", "window")
+    __slots__ = ("account", "gross", "places", "runs", "share", "spent", "told", "used", "window")
 
     def __init__(self, account: str, window: Window) -> None:
-        self.account, self.window = account, window
+        self.account, self.window, self.share = account, window, (account, *window)
         self.runs: dict[str, list[int]] = {}
         self.places: dict[str, int] = {}
         self.used = self.spent = self.gross = 0
@@ -146,10 +146,22 @@ def _use(
     spendings: Sequence[tuple[Budget, Spending]], cost: int = 0, admitted: float = 0.0, run: str = ""
 ) -> BudgetUse:
     """Return the state of the budget with the least left."""
-    budget, least = min(spendings, key=lambda each: each[0].limit - each[1].used) if spendings[1:] else spendings[0]
-    shares = [(spending.account, *spending.window) for _, spending in spendings] if cost else []
-    state = budget.limit, least.spent, least.used - least.spent, least.window.end
-    return BudgetUse(cost, budget.currency, int(1000 * admitted), run, shares, *state)
+    budget, least = spendings[0]
+    shares = [spending.share for _, spending in spendings] if cost else []
+    if len(spendings) > 1:
+        budget, least = min(spendings, key=lambda each: each[0].limit - each[1].used)
+    spent = least.spent
+    return BudgetUse(
+        cost,
+        budget.currency,
+        int(1000 * admitted),
+        run,
+        shares,
+        budget.limit,
+        spent,
+        least.used - spent,
+        least.share[2],
+    )
 
 
 def _exceeded(budget: Budget, spending: Spending, most: int) -> BudgetError:
@@ -179,6 +191,7 @@ class Budgets:
         self.run = ""
         self._file: BudgetFile | None = None
         self._spendings: dict[tuple[str, str], Spending] = {}
+        self._newest: dict[str, tuple[Budget, float, Spending]] = {}  # windows do not change within 900 s
         self._hardware: dict[str | None, str] = {}
         self._rates: dict[tuple[str, str, int], Rate | None] = {}
         self._known, self._started, self._read_at, self._forgot = False, 0.0, -1, 0.0
@@ -242,7 +255,7 @@ class Budgets:
     def check(self, budgets: Iterable[Budget], now: float) -> None:
         """Raise `BudgetError` if nothing is left of a budget, so that the body of a request need not be read."""
         for budget in budgets:
-            spending = self._spending(budget.account, budget.window(now))
+            spending = self._current(budget, now)
             if not budget.soft and spending.spent >= budget.limit:
                 raise _exceeded(budget, spending, 0)
 
@@ -250,10 +263,12 @@ class Budgets:
         """Reserve the most that a request can cost. `prompt`, `output`: its most tokens. Raises `BudgetError`."""
         rate = self._rate(budgets, model, now)
         most = rate.most(prompt, output)
-        found = [(budget, self._spending(budget.account, budget.window(now))) for budget in budgets]
-        for budget, spending in found:
-            if not budget.soft:
+        found = []
+        for budget in budgets:
+            spending = self._current(budget, now)
+            if not (budget.soft or (self._known and not self.others and spending.used + most <= budget.limit)):
                 self._check(budget, spending, most)
+            found.append((budget, spending))
         self.change(found, most, 0, 0)
         return Hold(self, found, rate, most, now)
 
@@ -278,6 +293,8 @@ class Budgets:
         if self._file is None:
             raise BudgetError(UNAVAILABLE, "a budget needs `metering.mode` and `metering.prices` on this server")
         kind = (model, currency, int(now // 86_400))
+        if rate := self._rates.get(kind):
+            return rate
         if kind not in self._rates:
             try:
                 self._rates[kind] = self._find_rate(*kind)
@@ -298,11 +315,19 @@ class Budgets:
         """Add to what this process reserved, spent and released."""
         for budget, spending in spendings:
             self._apply(spending, self.run, reserved, spent, released)
+            if not spent:
+                continue
             level = alert(spending.spent, budget.limit)
-            if spent and level and level > alert(spending.spent - spent, budget.limit):
+            if level and level > alert(spending.spent - spent, budget.limit):
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
-            if self._exchanges:
-                self._changed.setdefault(spending, False)
+
+    def _current(self, budget: Budget, now: float) -> Spending:
+        """Return the spending of a budget in the window of `now`."""
+        known = self._newest.get(budget.account)
+        if known is None or known[1] != now // 900 or known[0] != budget:
+            spending = self._spending(budget.account, budget.window(now))
+            self._newest[budget.account] = known = budget, now // 900, spending
+        return known[2]
 
     def _spending(self, account: str, window: Window) -> Spending:
         found = self._spendings.get((account, window.label))
@@ -315,7 +340,7 @@ class Budgets:
         if (found := spending.runs.get(run)) is None:
             found = spending.runs[run] = [0, 0, 0]
             if self._file:
-                name = [spending.account, *spending.window, run, run in self._locals]
+                name = [*spending.share, run, run in self._locals]
                 spending.places[run] = self._file.add(name)
         return found
 
@@ -327,8 +352,10 @@ class Budgets:
         counts[2] += released
         spending.used += reserved + spent - released
         spending.spent += spent
-        if run in self._locals:
+        if run == self.run or run in self._locals:
             spending.gross += reserved
+            if self._exchanges:
+                self._changed.setdefault(spending, False)
         if self._file:
             self._file.write(spending.places[run], *counts)
 
@@ -378,7 +405,7 @@ class Budgets:
 
     def _forget(self, now: float) -> None:
         """Forget windows that ended long ago."""
-        self._forgot = now
+        self._forgot, self._newest = now, {}
         for kind, spending in list(self._spendings.items()):
             if 0 < spending.window.end < now - _KEPT_S:
                 del self._spendings[kind]
@@ -408,7 +435,7 @@ class Budgets:
             spending = next(iter(self._changed))
             whole = self._changed.pop(spending)
             runs = {run: [*counts] for run, counts in spending.runs.items() if whole or run not in self._ended}
-            counters.append([spending.account, *spending.window, runs])
+            counters.append([*spending.share, runs])
             self._sent[spending] = whole
             size += 1 + len(runs)
         self._number += 1

@@ -92,7 +92,7 @@ class Rate(NamedTuple):
 
     def most(self, prompt: int, output: int) -> int:
         """Return the most that a request can cost."""
-        return self.cost(prompt, 0, output) if self.input >= self.cached else self.cost(0, prompt, output)
+        return -(-(max(self.input, self.cached) * prompt + self.output * output) // 1_000_000)
 
 
 @dataclass(frozen=True)
