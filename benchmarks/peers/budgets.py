@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -69,18 +70,18 @@ class Account:
 class Fleet:
     """Three servers with their folders, a broker, and a database for keys and ledger."""
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.folder, self.model, self.random = folder, model, random.Random(7)
-        self.nats, self.postgres = Nats(folder / "nats"), Postgres(folder / "pg")
-        self.nats.start()
-        self.postgres.start()
+    def __init__(
+        self, folder: Path, model: Path, nats: Nats, postgres: Postgres, setenv: Callable[[str, str], None]
+    ) -> None:
+        self.folder, self.model, self.random = folder, str(model), random.Random(7)
+        self.nats, self.postgres = nats, postgres
         self.keys, self.ledger = self.postgres.url(), self.postgres.url()
         (folder / "prices.yaml").write_text(PRICES)
         access = {"KEYS": self.keys, "BROKER": self.nats.url, "REPLICAS": "3", "OPEN": "[metrics]"}
         metering = {"MODE": "required", "LEDGER": self.ledger, "PRICES": str(folder / "prices.yaml")}
-        os.environ |= {f"INFERCTL_ACCESS_{name}": value for name, value in access.items()}
-        os.environ |= {f"INFERCTL_METERING_{name}": value for name, value in metering.items()}
-        os.environ["INFERCTL_CACHE_SIZE"] = "16MiB"
+        for section, settings in (("ACCESS", access), ("METERING", metering), ("CACHE", {"SIZE": "16MiB"})):
+            for name, value in settings.items():
+                setenv(f"INFERCTL_{section}_{name}", value)
         self.servers = [self.start(number) for number in range(3)]
         self.kills = Counter[str]()
 
@@ -121,8 +122,6 @@ class Fleet:
     def end(self) -> None:
         for server in self.servers:
             server.stop()
-        self.nats.kill()
-        self.postgres.kill()
 
 
 async def send(client: httpx.AsyncClient, fleet: Fleet, account: Account, limit: int, found: Counter[str]) -> None:
@@ -250,11 +249,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="budgets-") as folder:
         Path(folder).chmod(0o755)
-        fleet = Fleet(Path(folder), peers.MODEL)
+        nats, postgres = Nats(Path(folder) / "nats"), Postgres(Path(folder) / "pg")
+        nats.start()
+        postgres.start()
+        fleet = Fleet(Path(folder), peers.MODEL, nats, postgres, os.environ.__setitem__)
         try:
             figures, wrong = measure(fleet, options.requests, options.keys, None if options.no_kills else 3.0)
         finally:
             fleet.end()
+            nats.kill()
+            postgres.kill()
     peers.table(("", "value"), list(figures.items()))
     peers.write(options.json, figures)
     sys.exit(f"error: {', '.join(wrong)}" if wrong else None)
