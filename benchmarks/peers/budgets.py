@@ -10,7 +10,6 @@ and two requests, if a request is rejected although it fits, or if headers, ledg
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import csv
 import io
 import os
@@ -99,10 +98,10 @@ class Fleet:
         until(lambda: all(one.get("/v1/models", made[-1][1]).status_code == 200 for one in self.servers))
         return [Account(key.id, secret) for key, secret in made]
 
-    async def trouble(self, pause_s: float) -> None:
-        """Kill one part after another, and start it again."""
+    async def trouble(self, pause_s: float, accounts: list[Account], limit: int) -> None:
+        """Kill one part after another, and start it again, until 99% is spent: the rest needs all servers."""
         kinds = ["server", "relay", "broker", "ledger"]
-        while True:
+        while any(account.spent < limit * 0.99 for account in accounts):
             await asyncio.sleep(pause_s)
             kind = kinds[sum(self.kills.values()) % len(kinds)]
             self.kills[kind] += 1
@@ -161,7 +160,7 @@ async def send(client: httpx.AsyncClient, fleet: Fleet, account: Account, limit:
 
 async def spend(fleet: Fleet, accounts: list[Account], limit: int, *, pause_s: float | None) -> Counter[str]:
     found = Counter[str]()
-    trouble = asyncio.create_task(fleet.trouble(pause_s)) if pause_s else None
+    trouble = asyncio.create_task(fleet.trouble(pause_s, accounts, limit)) if pause_s else None
 
     async def work(client: httpx.AsyncClient) -> None:
         while left := [account for account in accounts if account.done < 6]:
@@ -170,11 +169,7 @@ async def spend(fleet: Fleet, accounts: list[Account], limit: int, *, pause_s: f
     async with httpx.AsyncClient(timeout=30) as client:
         await asyncio.gather(*(work(client) for _ in range(CLIENTS)))
     if trouble:
-        while not fleet.postgres.process or fleet.postgres.process.poll() is not None:
-            await asyncio.sleep(0.1)
-        trouble.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await trouble
+        await trouble
     return found
 
 
