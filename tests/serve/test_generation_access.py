@@ -143,7 +143,7 @@ def test_each_request_costs_what_its_event_says(server: Generation) -> None:
     asked = {"messages": [{"role": "user", "content": "5"}], "max_tokens": 20}
     calls: list[tuple[str, dict[str, Any], int]] = [
         ("/v1/chat/completions", {**asked, "n": 3}, 200),
-        ("/v1/responses", {"input": "5"}, 200),
+        ("/v1/responses", {"input": asked["messages"]}, 200),
         ("/v1/messages", asked, 200),
         ("/v1/messages/count_tokens", asked, 200),
         ("/tokenize", {"prompt": "a" * 50}, 200),

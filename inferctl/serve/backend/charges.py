@@ -9,7 +9,7 @@ from typing import Any
 
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.work import LIMIT_EXCEEDED, Caller, RejectedError, Used
-from inferctl.tenancy.access.budgets import PENDING, BudgetError, Budgets, BudgetUse, Hold
+from inferctl.tenancy.access.budgets import BudgetError, Budgets, BudgetUse, Hold
 from inferctl.tenancy.access.limits import NO_LIMITS, Charge, KeyUsage, Limiter, LimitError, Quotas
 
 
@@ -140,7 +140,7 @@ class Charges:
         """Return why a request is refused. It ends with that, unless engines still compute something for it."""
         if isinstance(error, BudgetError):
             self._requests[number].budget = error.use
-            error = RejectedError(error.code, str(error), 1 if error.code == PENDING else None)
+            error = RejectedError(error.code, str(error), error.retry_after)
         if isinstance(error, LimitError):
             error = RejectedError(LIMIT_EXCEEDED, str(error), error.retry_after)
         used = None if self._requests[number].use.pending else self._reported(number, 0, True)

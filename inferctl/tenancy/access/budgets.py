@@ -41,11 +41,16 @@ _MOST_SPENDINGS = 200_000  # accounts and windows; a hostile server could send a
 
 
 class BudgetError(Exception):
-    """A budget rejects a request. `code`: one of the three above. `use`: the state of the budget, if it is known."""
+    """A budget rejects a request. `code`: one of the three above. `use`: the state of the budget, if it is known.
 
-    def __init__(self, code: str, message: str, use: BudgetUse | None = None) -> None:
+    `retry_after`: seconds; None if it does not help.
+    """
+
+    def __init__(
+        self, code: str, message: str, use: BudgetUse | None = None, *, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
-        self.code, self.use = code, use
+        self.code, self.use, self.retry_after = code, use, retry_after
 
 
 class BudgetUse(NamedTuple):
@@ -275,15 +280,15 @@ class Budgets:
     def _check(self, budget: Budget, spending: Spending, most: int) -> None:
         if spending.spent + most > budget.limit:
             raise _exceeded(budget, spending, most)
-        reason = "what this budget spent is not known yet"
-        if self._known:
-            others, unknown = self.others, spending.unconfirmed(self.others)
-            left = budget.limit - spending.used - most
-            if left >= 0 and (not unknown or left >= others * (unknown + most)):
-                return
-            what = "requests in flight" if left < 0 else "what other servers may have spent"
-            reason = f"{what} may need the rest of the budget"
-        raise BudgetError(PENDING, f"{reason}; retry after 1 s", _use([(budget, spending)]))
+        if not self._known:
+            raise BudgetError(UNAVAILABLE, "what this budget spent is not known yet; retry after 1 s", retry_after=1)
+        others, unknown = self.others, spending.unconfirmed(self.others)
+        left = budget.limit - spending.used - most
+        if left >= 0 and (not unknown or left >= others * (unknown + most)):
+            return
+        what = "requests in flight" if left < 0 else "what other servers may have spent"
+        message = f"{what} may need the rest of the budget; retry after 1 s"
+        raise BudgetError(PENDING, message, _use([(budget, spending)]), retry_after=1)
 
     def _rate(self, budgets: Sequence[Budget], model: str, now: float) -> Rate:
         """Return the prices of this moment. Raises `BudgetError` without them."""
@@ -363,8 +368,6 @@ class Budgets:
         """Keep the maximum of what is known of a run and of `values`. Returns whether that is new."""
         counts = self._counts(spending, run)
         reserved, spent, released = map(max, counts, values)
-        if run in self._ended:
-            released = reserved
         added = reserved - counts[0], spent - counts[1], released - counts[2]
         if any(added):
             self._apply(spending, run, *added)
@@ -390,14 +393,19 @@ class Budgets:
         self._known |= content["at"] >= self._started and (not self._exchanges or now > self._started + _LIVE_S)
 
     def _take_totals(self, totals: Mapping[str, Any]) -> None:
+        final = {}
         for account, label, end, run, spent in totals["spent"]:
-            if run != self.run:
-                self._merge(self._spending(account, Window(label, end)), run, (0, spent, 0))
+            spending = self._spending(account, Window(label, end))
+            final[spending, run] = spent
+            if run != self.run and not (run in self._ended and run in spending.runs):
+                self._merge(spending, run, (0, spent, 0))
         if new := set(totals["ended"]) - self._ended - {self.run}:
             self._ended |= new
             for spending in self._spendings.values():
-                for run in new & spending.runs.keys():  # nothing of it is in flight any more
-                    self._merge(spending, run, (0, 0, 0))
+                for run in new & spending.runs.keys():
+                    # Nothing of it is in flight any more. Events that a SIGKILL lost are on no invoice.
+                    reserved, spent, released = spending.runs[run]
+                    self._apply(spending, run, 0, final.get((spending, run), 0) - spent, reserved - released)
                     self._changed[spending] = True
                     if run in self._locals:
                         spending.gross -= spending.runs[run][0]
@@ -457,9 +465,11 @@ class Budgets:
             for each, values in runs.items():
                 if len(values) != 3 or not all(type(value) is int and 0 <= value < _MOST for value in values):
                     raise ValueError("not a counter")
+                if each in self._ended:
+                    continue
                 if each not in self._locals:
                     new |= self._merge(spending, each, values)
-                elif each not in self._ended:
+                else:
                     told += min(values[0], self._counts(spending, each)[0])
             spending.told[run] = max(told, spending.told.get(run, 0))
             if new:  # this confirms it

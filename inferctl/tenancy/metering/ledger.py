@@ -196,8 +196,8 @@ class Ledger:
             values = list(map(itemgetter(*names), rows)) if names else rows
             connection.exec_driver_sql(str(self._insert_event), values)
         if spent:
-            names = ("account", "label", "window_end", "run", "spent")
-            sums = [dict(zip(names, (*share, cost), strict=True)) for share, cost in sorted(spent.items())]
+            columns = ("account", "label", "window_end", "run", "spent")
+            sums = [dict(zip(columns, (*share, cost), strict=True)) for share, cost in sorted(spent.items())]
             add = self._insert(BUDGETS)
             total = BUDGETS.c.spent + add.excluded.spent
             keys = ["account", "label", "run"]
