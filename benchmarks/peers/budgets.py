@@ -153,6 +153,8 @@ async def send(client: httpx.AsyncClient, fleet: Fleet, account: Account, limit:
     elif code == "budget_pending":
         account.early = max(account.early, limit - account.spent - account.in_flight - account.uncertain - most)
         await asyncio.sleep(0.2)
+    elif code == "budget_unavailable":
+        await asyncio.sleep(0.2)
     elif response.status_code >= 500:
         account.uncertain += most
         await asyncio.sleep(0.1)
