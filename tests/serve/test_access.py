@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import types
 from collections.abc import Callable
@@ -327,6 +328,11 @@ def test_a_gateway_names_the_caller(serve: Callable[..., ServerProcess], minilm:
         assert guarded.embed_with(*twice, ("authorization", f"Bearer {key}")).status_code == 401
     assert guarded.embed(key).status_code == 200
     assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
+    # A gateway may pass on the trailers of its clients.
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(guarded.server.url.rpartition(":")[2])), timeout=10) as client:
+        client.sendall(head + b"e\r\n" + b'{"input": "x"}' + b"\r\n0\r\nx-inferctl-key-id: victim\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 401 ")
 
 
 def test_the_benchmark_needs_the_key_of_an_admin(guarded: Guarded) -> None:

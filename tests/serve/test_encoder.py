@@ -316,38 +316,20 @@ def test_auto_and_cuda_use_all_gpus_and_what_is_no_device_is_an_error(
 
 @pytest.mark.parametrize(("architecture", "packs"), [("qwen3", True), ("mistral", False), ("gemma3_text", True)])
 def test_a_decoder_keeps_no_keys_and_values(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, packs: bool
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, packs: bool
 ) -> None:
     import transformers
 
-    from inferctl.serve.engines.forward import Forward
-    from inferctl.serve.engines.prepared import Sequences
-
-    caches = []
-    cache = transformers.DynamicCache.__init__
-
-    def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
-        caches.append(self)
-        cache(self, *arguments, **keywords)
-
-    monkeypatch.setattr(transformers.DynamicCache, "__init__", counted)
-    engine = encoder_engine(
-        EngineConfig(model=str(tiny(architecture, "lasttoken")), precision="fp32", device="cpu", max_batch_tokens=256)
-    )
-    assert engine.load().attention == "packed"
-    forward = engine._compute._forward
-    assert isinstance(forward, Forward)
-    forward.pack(packs)
-    forward(Sequences(sequences(5)))
-    assert caches == []
-
-
-def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
     from inferctl.serve.engines import plain as reference
+    from inferctl.serve.engines.forward import Forward
 
-    monkeypatch.delattr(transformers.DynamicCache, "__init__")
+    monkeypatch.delattr(transformers.DynamicCache, "__init__")  # a cache cannot be created
+    pack = Forward.pack
+    monkeypatch.setattr(Forward, "pack", lambda forward, on=True: pack(forward, on and packs))
+    folder = tiny(architecture, "lasttoken")
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu", max_batch_tokens=256))
+    engine.load()
+    assert engine.run(batch(sequences(5, 40))).ok.all()
     folder = tiny_models.make_cross_encoder(tmp_path, "qwen3")
     model = reference.Reference(folder, rerank_config.read(folder))
     assert model.score([(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)

@@ -357,17 +357,6 @@ def test_a_relay_ends_also_at_the_moment_of_a_change(settings: Access, monkeypat
         asyncio.run(run(turns))
 
 
-def test_a_host_that_is_gone_is_noticed(postgres: Postgres) -> None:
-    store = KeyStore.open(postgres.url())
-    with store._engine.connect() as connection:
-        driver: Any = connection.connection.dbapi_connection
-        found = driver.info.get_parameters()
-    expected = {"keepalives_idle": "5", "keepalives_interval": "3", "keepalives_count": "3"}
-    assert {name: found[name] for name in expected} == expected
-    assert found["tcp_user_timeout"] == "15000"
-    store.close()
-
-
 def test_stores_in_two_schemas_of_a_database_share_no_keys(postgres: Postgres) -> None:
     url = postgres.url()
     with sqlalchemy.create_engine(url.replace("postgresql", "postgresql+psycopg")).begin() as connection:
