@@ -346,24 +346,17 @@ def test_an_answer_of_responses_that_is_cut_off_is_complete(kind: str) -> None:
     assert f"event: response.{kind}\ndata: {{}}".encode().startswith(protocols.stream_of("responses").end)
 
 
-def test_a_cpu_is_found_without_the_import_of_torch() -> None:
+def test_the_device_is_found_and_a_cpu_without_the_import_of_torch() -> None:
     code = """
 import runpy, sys
-sys.argv[1:] = ["cpu"]
+sys.argv[1:] = ["{}"]
 runpy.run_module("inferctl.serve.generate.probe", run_name="__main__")
-assert "torch" not in sys.modules
+assert ("torch" in sys.modules) == (sys.argv[1] == "auto")
 """
-    done = python("-c", code, code=0)
-    found = DeviceProbe.from_json(done.stdout)
-    assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
-    assert found.traits.cpu_flags
-
-
-def test_a_device_is_found_with_torch() -> None:
-    done = python("-m", "inferctl.serve.generate.probe", "auto", code=0)
-    found = DeviceProbe.from_json(done.stdout)
-    assert found.device.kind == found.traits.kind
-    assert found.device.memory_bytes
+    for wanted in ("auto", "cpu"):
+        found = DeviceProbe.from_json(python("-c", code.format(wanted), code=0).stdout)
+        assert found.device.kind == found.traits.kind and found.device.memory_bytes
+    assert found.device.kind == "cpu" and found.traits.cpu_flags
 
 
 def test_the_port_answers_while_vllm_starts(start: Start) -> None:
