@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import json
 import os
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import openai
@@ -285,39 +285,18 @@ def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) 
     assert server.stop() == 0
 
 
-def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
+async def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(FAKE), "FAKE_VLLM_SECONDS": "600"}
-    processes: list[VllmProcess] = []
-    told: list[str] = []
+    vllm, unused = VllmProcess(pytest.fail), AsyncMock()
 
-    async def start_vllm() -> VllmProcess:
-        processes.append(VllmProcess(told.append))
-        await processes[-1].start(["serve", "model"], environment)
-        return processes[-1]
+    async def start() -> VllmProcess:
+        await vllm.start(["serve", "model"], environment)
+        return vllm
 
-    def supervisor(folder: Path) -> VllmSupervisor:
-        folder.mkdir()
-        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, ready, lambda: None, answer, told.append)
-
-    async def ready() -> None: ...
-
-    async def answer(_: dict[str, Any]) -> None: ...
-
-    async def restarts() -> None:
-        found = supervisor(tmp_path / "b")
-        found.was_ready = True
-        running = asyncio.create_task(found.run())
-        while len(processes) < 3:
-            await asyncio.sleep(0.1)
-        found.stop(0)
-        await running
-
+    supervisor = VllmSupervisor(start, tmp_path, 60, 1, socket.socket, unused, pytest.fail, unused, pytest.fail)
     with pytest.raises(NotReadyError, match="not ready after 1 s and was killed: it printed nothing"):
-        asyncio.run(supervisor(tmp_path / "a").run())
-    assert [process.process.returncode for process in processes] == [-signal.SIGKILL]
-    asyncio.run(restarts())
-    assert told == ["vLLM was not ready after 1 s and was killed: it printed nothing; starting it again in 0.5 s"]
-    assert None not in [process.process.returncode for process in processes]
+        await supervisor.run()
+    assert vllm.process.returncode == -signal.SIGKILL
 
 
 def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> None:
