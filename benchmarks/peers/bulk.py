@@ -134,7 +134,7 @@ def main() -> None:
     def measure(rate: float, with_bulk: bool, seed: int) -> dict[str, float]:
         with bulk(server, options.through) if with_bulk else contextlib.nullcontext():
             before, used, started = tokens(server), cpu_s(), time.monotonic()
-            with OpenLoop(server.url, [("text", each) for each in ready], rate, options.seconds, seed) as load:
+            with OpenLoop(server.url, ready, rate, options.seconds, seed) as load:
                 time.sleep(options.seconds)
                 took = time.monotonic() - started
                 found = {"tokens": (tokens(server) - before) / took, "cores": (cpu_s() - used) / took}

@@ -148,7 +148,11 @@ def send(number: int, pids: Iterable[int]) -> None:
 
 def cpu_s(pids: Iterable[int]) -> float:
     """Return the CPU seconds of processes so far, also of threads that ended, as clock_getcpuclockid(3) does."""
-    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+    used = 0.0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # the process has ended
+            used += time.clock_gettime(~pid << 3 | 2)
+    return used
 
 
 def pss_mb(pid: int) -> float:
@@ -159,11 +163,7 @@ def pss_mb(pid: int) -> float:
 
 def cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process and all below it so far."""
-    ticks = 0
-    for each in processes(pid):
-        with contextlib.suppress(OSError):  # the process has ended
-            ticks += sum(map(int, Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return cpu_s(processes(pid))
 
 
 @dataclass

@@ -116,7 +116,7 @@ def test_norms_of_one_class_with_other_options_are_told_apart() -> None:
     ],
 )
 def test_a_layer_takes_few_launches_on_a_gpu(tiny: Any, architecture: str, per_layer: int) -> None:
-    import launches
+    from tests.serve import launches
 
     counts = []
     for layers in (2, 3):
