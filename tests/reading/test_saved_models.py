@@ -506,15 +506,6 @@ def not_a_number(folder: Path) -> None:
     save_file(weights, file)
 
 
-def linked_out(name: str) -> Change:
-    def change(folder: Path) -> None:
-        outside = folder.parent / "outside"
-        shutil.move(folder / name, outside)
-        (folder / name).symlink_to(outside)
-
-    return change
-
-
 def pickled(folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
@@ -593,10 +584,6 @@ HOLES: dict[str, tuple[Change, str]] = {
     "pooling of another folder": (module_with(1, path="2_Dense"), "no configuration of a Pooling"),
     "pooling folder missing": (module_with(1, path="7_Pooling"), "no configuration of a Pooling"),
     "unknown pooling": (of_pooling({"pooling_mode": "attention"}), "attention"),
-    "path outside": (module_with(2, path="../outside"), "outside"),
-    "absolute path": (module_with(2, path="/etc"), "outside"),
-    "folder linked outside": (linked_out("2_Dense"), "outside"),
-    "weights linked outside": (linked_out("2_Dense/model.safetensors"), "outside"),
     **{
         f"prompt excluded by {value}": (
             both(

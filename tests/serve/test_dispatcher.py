@@ -338,22 +338,6 @@ async def test_a_prefetched_batch_counts_from_the_moment_a_slot_is_free() -> Non
     await asyncio.gather(*tasks)
 
 
-async def test_a_cancelled_request_does_not_run() -> None:
-    world = World()
-    first = world.request([20])
-    await run_callbacks()
-    cancelled = world.request([66], [66])
-    await run_callbacks()
-    cancelled.cancel()
-    await run_callbacks()
-    ran = [batch.tokens.tolist() for batch in world.engines[0].batches]
-    await world.drain()
-    await first
-    assert ran == [[20]]
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled
-
-
 async def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
     world = World(parallel=2)
     world.batcher.limits = QueueLimits(1_000, 10_000)
@@ -398,21 +382,6 @@ async def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
     assert sorted(len(engine.batches) for engine in world.engines) == [1, 1, 2, 2]
     await world.drain()
     await asyncio.gather(*tasks)
-
-
-async def test_without_an_engine_new_requests_fail_and_accepted_ones_wait() -> None:
-    world = World()
-    task = world.request([20])
-    await run_callbacks()
-    world.crash(world.engines[0])
-    assert not world.dispatcher.ready
-    with pytest.raises(RejectedError):
-        world.dispatcher.submit([tokens([5])])
-    await run_callbacks()
-    assert not task.done()
-    world.dispatcher.fail_all("the server ends")
-    with pytest.raises(RejectedError, match="the server ends"):
-        await task
 
 
 async def test_the_batch_limit_recovers_after_insufficient_memory() -> None:

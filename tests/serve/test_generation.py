@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import json
 import os
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import openai
@@ -285,39 +285,18 @@ def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) 
     assert server.stop() == 0
 
 
-def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
+async def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(FAKE), "FAKE_VLLM_SECONDS": "600"}
-    processes: list[VllmProcess] = []
-    told: list[str] = []
+    vllm, unused = VllmProcess(pytest.fail), AsyncMock()
 
-    async def start_vllm() -> VllmProcess:
-        processes.append(VllmProcess(told.append))
-        await processes[-1].start(["serve", "model"], environment)
-        return processes[-1]
+    async def start() -> VllmProcess:
+        await vllm.start(["serve", "model"], environment)
+        return vllm
 
-    def supervisor(folder: Path) -> VllmSupervisor:
-        folder.mkdir()
-        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, ready, lambda: None, answer, told.append)
-
-    async def ready() -> None: ...
-
-    async def answer(_: dict[str, Any]) -> None: ...
-
-    async def restarts() -> None:
-        found = supervisor(tmp_path / "b")
-        found.was_ready = True
-        running = asyncio.create_task(found.run())
-        while len(processes) < 3:
-            await asyncio.sleep(0.1)
-        found.stop(0)
-        await running
-
+    supervisor = VllmSupervisor(start, tmp_path, 60, 1, socket.socket, unused, pytest.fail, unused, pytest.fail)
     with pytest.raises(NotReadyError, match="not ready after 1 s and was killed: it printed nothing"):
-        asyncio.run(supervisor(tmp_path / "a").run())
-    assert [process.process.returncode for process in processes] == [-signal.SIGKILL]
-    asyncio.run(restarts())
-    assert told == ["vLLM was not ready after 1 s and was killed: it printed nothing; starting it again in 0.5 s"]
-    assert None not in [process.process.returncode for process in processes]
+        await supervisor.run()
+    assert vllm.process.returncode == -signal.SIGKILL
 
 
 def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> None:
@@ -346,24 +325,17 @@ def test_an_answer_of_responses_that_is_cut_off_is_complete(kind: str) -> None:
     assert f"event: response.{kind}\ndata: {{}}".encode().startswith(protocols.stream_of("responses").end)
 
 
-def test_a_cpu_is_found_without_the_import_of_torch() -> None:
+def test_the_device_is_found_and_a_cpu_without_the_import_of_torch() -> None:
     code = """
 import runpy, sys
-sys.argv[1:] = ["cpu"]
+sys.argv[1:] = ["{}"]
 runpy.run_module("inferctl.serve.generate.probe", run_name="__main__")
-assert "torch" not in sys.modules
+assert ("torch" in sys.modules) == (sys.argv[1] == "auto")
 """
-    done = python("-c", code, code=0)
-    found = DeviceProbe.from_json(done.stdout)
-    assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
-    assert found.traits.cpu_flags
-
-
-def test_a_device_is_found_with_torch() -> None:
-    done = python("-m", "inferctl.serve.generate.probe", "auto", code=0)
-    found = DeviceProbe.from_json(done.stdout)
-    assert found.device.kind == found.traits.kind
-    assert found.device.memory_bytes
+    for wanted in ("auto", "cpu"):
+        found = DeviceProbe.from_json(python("-c", code.format(wanted), code=0).stdout)
+        assert found.device.kind == found.traits.kind and found.device.memory_bytes
+    assert found.device.kind == "cpu" and found.traits.cpu_flags
 
 
 def test_the_port_answers_while_vllm_starts(start: Start) -> None:
