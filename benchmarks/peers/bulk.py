@@ -112,7 +112,7 @@ def tokens(server: peers.Server) -> float:
 
 def cpu_s() -> float:
     """Return the CPU seconds of this process, the server and the batch so far."""
-    return peers.cpu_seconds(os.getpid())
+    return peers.cpu_s(peers.processes(os.getpid()))
 
 
 def main() -> None:

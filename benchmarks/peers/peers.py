@@ -161,11 +161,6 @@ def pss_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process and all below it so far."""
-    return cpu_s(processes(pid))
-
-
 @dataclass
 class Server:
     """A running server. If `pausable`, it is stopped (SIGSTOP) while it is not measured.
@@ -193,7 +188,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of its processes so far."""
-        return cpu_seconds(self.process.pid)
+        return cpu_s(processes(self.process.pid))
 
     def end(self) -> None:
         """Let it remove what it has in shared memory, then kill what is left."""
