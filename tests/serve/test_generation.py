@@ -355,19 +355,25 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
     [
         ("ValueError: No available memory for the cache blocks.", "serve.gpu_memory_share"),
         (
-            "ValueError: the KV cache is too large. the estimated maximum model length is 77.",
-            "serve.max_context_tokens",
+            "ValueError: 9 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB). "
+            "the estimated maximum model length is 77.",
+            "lower serve.max_context_tokens",
         ),
         (
-            "RuntimeError: Insufficient space in /dev/shm for shared-memory allocation: 160 MiB required",
+            "RuntimeError: Insufficient space in /dev/shm for shared-memory allocation: 160 MiB required, 64 MiB free.",
             "--shm-size 1g",
         ),
         ("RuntimeError: Failed to find C compiler.", "[--enforce-eager]"),
-        ("ValueError: Available memory on node 0 is less than requested memory for kv (94 GiB).", "serve.kv_cache"),
+        (
+            "ValueError: Available memory on node 0 (20/23 GiB) on kv cache allocation is less than requested memory "
+            "for kv (94 GiB).",
+            "lower serve.kv_cache",
+        ),
         (
             "ValueError: Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
-            "utilization (0.9, 71.28 GiB).",
-            "serve.gpu_memory_share",
+            "utilization (0.9, 71.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other "
+            "processes.",
+            "lower serve.gpu_memory_share",
         ),
         ("torch.OutOfMemoryError: CUDA out of memory.", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "vLLM has no code"),
