@@ -153,29 +153,6 @@ def test_errors_of_the_edge_have_the_shape_of_the_path(server: ServerProcess) ->
         assert set(broken.json()) == set(large.json()) == shape
 
 
-def test_other_servers_say_that_they_cannot_classify(echo: ServerProcess) -> None:
-    assert post(echo, "/classify", input="a").json()["error"]["code"] == "unsupported_task"
-    answer = post(echo, "/predict", inputs="a")
-    assert (answer.status_code, answer.json()["error_type"]) == (404, "validation")
-
-
-def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
-    document = server.get("/openapi.json").json()
-    assert {path for path, entry in document["paths"].items() if "post" in entry} == {
-        "/classify",
-        "/pooling",
-        "/predict",
-        "/tokenize",
-        "/",
-    }
-    shapes = {
-        path: document["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]["$ref"]
-        for path in ("/classify", "/predict")
-    }
-    assert [ref.rpartition("/")[2] for ref in shapes.values()] == ["ErrorResponse", "TeiErrorResponse"]
-    assert "/predict" in server.get("/docs").text
-
-
 def test_pooling_and_info_have_the_shapes_of_vllm_and_text_embeddings_inference(server: ServerProcess) -> None:
     scores = classify(server, ["one", "one two three four"])
     body = post(server, "/pooling", input=["one", "one two three four"], task="classify").json()

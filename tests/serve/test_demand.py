@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from inferctl.batching.latency_model import LatencyModel
-from inferctl.config.spec import Slo
 from inferctl.serve.engines.echo import SLOW_TOKEN
-from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
+from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize
 from inferctl.tenancy.metering.usage_event import UsageEvent
 from tests.processes import ServerProcess, until
 
@@ -141,9 +140,3 @@ def test_the_fitted_capacity_needs_own_batches() -> None:
     assert model.tokens_per_second(64, 2) is None
     model.observe(64, 0.05)
     assert model.tokens_per_second(64, 2) == pytest.approx(2 * 64 / 0.05)
-
-
-def test_objectives_are_in_seconds() -> None:
-    slo = Slo(p99_ms=70, ttft_ms=500, itl_ms=None)
-    assert objectives(slo) == {"request_p99": 0.07, "first_token": 0.5}
-    assert objectives(Slo()) == {}  # type: ignore[call-arg]

@@ -15,9 +15,6 @@ import pytest
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import precision
 from inferctl.reading import embedding_config, rerank_config
-from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.modules import Normalize
-from inferctl.reading.outputs import TokensConfig
 from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, EngineConfig
 from inferctl.serve.observe import describe
@@ -120,15 +117,6 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
         engine._compute._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
     rows = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 777, 6], [7])]
     assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
-
-
-def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path, tmp_path: Path) -> None:
-    assert embedding_config.read(minilm) == EmbeddingConfig(("mean",), 256, (Normalize(),), tokens=TokensConfig())
-    assert embedding_config.read(minilm, max_input_tokens=64).max_tokens == 64
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
-    )
-    assert embedding_config.read(tmp_path) == EmbeddingConfig(("mean",), 512, assumed=True, tokens=TokensConfig())
 
 
 @pytest.mark.gpu

@@ -351,45 +351,41 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message", "hint"),
+    ("said", "hint"),
     [
-        ("ValueError: No available memory for the cache blocks.", "No available memory", "serve.gpu_memory_share"),
+        ("ValueError: No available memory for the cache blocks.", "serve.gpu_memory_share"),
         (
             "ValueError: 9 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB). "
             "the estimated maximum model length is 77.",
-            "estimated maximum model length is 77",
             "lower serve.max_context_tokens",
         ),
         (
             "RuntimeError: Insufficient space in /dev/shm for shared-memory allocation: 160 MiB required, 64 MiB free.",
-            "160 MiB required, 64 MiB free",
             "--shm-size 1g",
         ),
-        ("RuntimeError: Failed to find C compiler.", "Failed to find C compiler", "[--enforce-eager]"),
+        ("RuntimeError: Failed to find C compiler.", "[--enforce-eager]"),
         (
             "ValueError: Available memory on node 0 (20/23 GiB) on kv cache allocation is less than requested memory "
             "for kv (94 GiB).",
-            "less than requested memory for kv (94 GiB)",
             "lower serve.kv_cache",
         ),
         (
             "ValueError: Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
             "utilization (0.9, 71.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other "
             "processes.",
-            "less than desired GPU memory utilization (0.9, 71.28 GiB)",
             "lower serve.gpu_memory_share",
         ),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA out of memory", "smaller precision"),
-        ("Model architectures ['X'] are not supported for now.", "['X'] are not supported", "vLLM has no code"),
-        ("error: unrecognized arguments: --nonsense", "unrecognized arguments: --nonsense", "serve.vllm_options"),
-        ("RuntimeError: something else", "ended with exit code 1 before it was ready: something else", "DEBUG"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "smaller precision"),
+        ("Model architectures ['X'] are not supported for now.", "vLLM has no code"),
+        ("error: unrecognized arguments: --nonsense", "serve.vllm_options"),
+        ("RuntimeError: something else", "DEBUG"),
     ],
 )
-def test_what_vllm_prints_when_it_cannot_start_is_an_error_with_a_hint(said: str, message: str, hint: str) -> None:
+def test_what_vllm_prints_when_it_cannot_start_is_an_error_with_a_hint(said: str, hint: str) -> None:
     process = VllmProcess(pytest.fail)
     process._tail.append(said)
     error = process.failure("ended with exit code 1", 1)
-    assert message in error.message
+    assert said.rpartition("Error: ")[2] in error.message
     assert hint in (error.hint or "")
 
 

@@ -280,24 +280,6 @@ def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
     asyncio.run(_run_until(relay, copied_after_the_error))
 
 
-def test_a_relay_that_waits_for_another_one_says_so_once(
-    settings: Access, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("inferctl.tenancy.relay.access._ONLY_RELAY_S", 0.01)
-    copied, seconds = Path(settings.key_file or ""), list[float]()
-
-    def waited() -> bool:
-        if "another relay has" in caplog.text:
-            seconds.append(time.monotonic())
-        return len(seconds) > 5
-
-    with outbox.exclusive(copied.parent, f"{copied.stem}.lock"):
-        asyncio.run(_run_until(Relay(None, settings), waited))
-    assert caplog.text.count("another relay has") == 1
-    assert not copied.exists()
-    asyncio.run(_run_until(Relay(None, settings), copied.exists))
-
-
 def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
     address = store_at(tmp_path / "keys.sqlite")
     assert (tmp_path / "keys.sqlite").stat().st_mode & 0o777 == 0o600
