@@ -151,6 +151,20 @@ Report = Annotated[
 Profile = Annotated[
     bool, typer.Option("--profile", help="Also show where the time of each engine goes, at 12 sizes of batches.")
 ]
+Retrieval = Annotated[
+    Path | None,
+    typer.Option(
+        "--retrieval",
+        metavar="DIR",
+        help="Also measure how well vectors find documents: corpus.jsonl, queries.jsonl and qrels/test.tsv in DIR.",
+    ),
+]
+Dimensions = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N", min=1, help="With --retrieval: also truncate vectors to N dimensions; repeatable. [default: 256, 128]"
+    ),
+]
 
 
 def bench(
@@ -179,13 +193,15 @@ def bench(
     output: Output = Path("bench-results"),
     report: Report = None,
     profile: Profile = False,
+    retrieval: Retrieval = None,
+    dimensions: Dimensions = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
     If a benchmark is interrupted, the receipts of its complete runs are kept.
     """
-    _require_packages()
+    _require_packages(*["pytrec_eval"] * bool(retrieval))
     from inferctl.cli import bench_options, bench_setup
 
     if report is not None:
@@ -199,14 +215,14 @@ def bench(
         "load": {"workers": workers, "names": bench_options.parse_names(names)},
         "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
         "batch_tokens": batch_tokens,
-        "corpora": corpus,
+        "corpora": corpus or ([str(retrieval / "corpus.jsonl")] if retrieval else None),
         "search": {"slo_p99_ms": slo} if search else None,
         "slo_p99_ms": slo,
         "budget_s": None if budget is None else bench_options.parse_seconds(budget),
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
     new_options = bench_options.BenchOptions(
-        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access, profile
+        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access, profile, retrieval, dimensions or []
     )
     _run(bench_setup.prepare(new_options), report, json_)
 
@@ -254,12 +270,11 @@ def _write_results(benchmark: Bench, outcomes: list[Outcome], page: Path, json_:
     return result
 
 
-def _require_packages() -> None:
-    missing_packages = [name for name in ("locust", "numpy") if find_spec(name) is None]
+def _require_packages(*more: str) -> None:
+    missing_packages = [name for name in dict.fromkeys(("locust", "numpy", *more)) if find_spec(name) is None]
     if missing_packages:
-        raise NotReadyError(
-            f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint("bench")
-        )
+        extra = "retrieval" if "pytrec_eval" in missing_packages else "bench"
+        raise NotReadyError(f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint(extra))
 
 
 def _relative(path: Path) -> Path:

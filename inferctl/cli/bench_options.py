@@ -61,6 +61,8 @@ class BenchOptions:
     output: Path = Path("bench-results")
     access: AccessOptions = field(default_factory=AccessOptions)
     profile: bool = False
+    retrieval: Path | None = None
+    dimensions: list[int] = field(default_factory=list)
 
 
 def parse_seconds(text: str) -> float:

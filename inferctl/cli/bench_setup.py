@@ -15,6 +15,7 @@ from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.plan import collection
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
 from inferctl.cli import bench_checks, console, download, options
@@ -49,6 +50,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
             f"`--users {bench_options.overrides['users']}` has no effect: this load is an open loop with {rate}"
         )
     targets = _targets(plan, url_targets, bench_options)
+    judged = collection.read(bench_options.retrieval) if bench_options.retrieval else None
     needs_model = any(target.url is None for target in targets) or bench_options.model is not None
     slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     bench_checks.check_search(plan, targets, slo)
@@ -73,6 +75,11 @@ def prepare(bench_options: BenchOptions) -> Bench:
         bench_checks.check_lengths(plan)
     plan = _with_names(plan, targets, lambda: _tasks(resolved, folder), servers)
     bench_checks.check_checkpoints(targets, folder)
+    if judged and plan.load.task != "embed":
+        raise UsageError(
+            f"`--retrieval` measures embeddings, but the task of the model is {plan.load.task}",
+            "add a reranker to a benchmark of embeddings: `--rerank MODEL`",
+        )
     output = create_folder(bench_options.output, plan.name)
     command = None
     if resolved and (folder or resolved.spec.models):
@@ -87,6 +94,8 @@ def prepare(bench_options: BenchOptions) -> Bench:
         slo,
         access,
         profile=bench_options.profile,
+        collection=judged,
+        dimensions=bench_options.dimensions or (256, 128),
         model_source=resolved.spec.model.source if resolved and resolved.spec.model else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )

@@ -17,6 +17,7 @@ from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan import tokens
+from inferctl.bench.plan.collection import Collection
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
@@ -62,6 +63,8 @@ class Bench:
       receive the same prompts.
     - `environment`: this machine.
     - `profile`: whether the engine of each target is profiled after its first run.
+    - `collection`: what the servers search, after the first run of each; None for no retrieval. `dimensions`: to which
+      vectors are also truncated.
     - `model_source`, `hardware_wanted`: the source of the weights and the catalog keys of the hardware in the spec.
     """
 
@@ -76,6 +79,8 @@ class Bench:
     tokenizer: Tokenizer | None = None
     environment: Environment = field(default_factory=detect)
     profile: bool = False
+    collection: Collection | None = None
+    dimensions: Sequence[int] = ()
     model_source: str | None = None
     hardware_wanted: Sequence[str] = ()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, closed_loop, profile, quality, search
+from inferctl.bench.measure import auto_users, closed_loop, profile, quality, retrieval, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
@@ -98,6 +98,13 @@ def _measure(
                 if names and (bench.model is None or {*names} != {server.connection.model})
                 else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             )
+            if bench.collection:
+                outcome.retrieval = retrieval.measure(
+                    server.connection,
+                    bench.collection,
+                    bench.dimensions,
+                    lambda passed: notify("embedding the collection", passed),
+                )
             if server.child:
                 server.child.check()
         notify("stopping")

@@ -64,6 +64,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
             hardware["key"],
         ),
         "quality": privacy.without_folders(outcome.quality.as_dict()),
+        "retrieval": outcome.retrieval and privacy.without_folders(outcome.retrieval.as_dict()),
         "validity": privacy.without_folders(judged.validity.as_dict()),
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],

@@ -1,0 +1,270 @@
+"""How well the vectors of a server find the relevant documents of a collection.
+
+    queries, documents -> server -> vectors -> formats and dimensions -> 100 best documents -> trec_eval's measures
+
+The server computes the vectors. This process makes other formats and dimensions of the same vectors, and compares each
+query with all documents, without an index.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from inferctl.bench.load.http_json import StatusError
+from inferctl.bench.load.target import ServerConnection
+from inferctl.bench.plan.collection import Collection
+from inferctl.core.errors import InferctlError
+from inferctl.models import vector_format
+
+FORMATS = ("float32", "float16", "bfloat16", "int8", "binary")
+MEASURES = {"ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10", "recall_at_100": "recall_100"}
+DEPTH, RERANKED = 100, 20
+_BATCH, _CHUNK = 32, 64
+_WAITS_S = (1, 2, 4, 8, 16, 32)
+
+Matrix = npt.NDArray[np.float32]
+# Scores of queries (from, to) with all documents, shape (queries, documents).
+Scores = Callable[[int, int], Matrix]
+Run = dict[str, dict[str, float]]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The measures of one way to store and compare the vectors of a server.
+
+    `bytes` is the mean size of what is stored of a document. `per_query` is nDCG@10 in the order of the ids of queries.
+    The other measures are means over queries. `milliseconds` is the median time of a reranked query.
+    """
+
+    name: str
+    output: str
+    format: str
+    dimensions: int | None
+    bytes: float
+    ndcg_at_10: float
+    recall_at_10: float
+    recall_at_100: float
+    mrr_at_10: float
+    per_query: Sequence[float]
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """The measures of a server. The first variant is what the server returns, in float32.
+
+    `reason` says why there are no variants. `roles`: whether the server accepted what is a query and what a document.
+    `truncated` counts texts above the limit of the model; None if the server does not say it. `run` has the best
+    documents of the first variant by query.
+    """
+
+    collection: Mapping[str, object]
+    variants: Sequence[Variant] = ()
+    reason: str | None = None
+    roles: bool | None = None
+    truncated: int | None = None
+    run: Run = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the `retrieval` key of a receipt, without ids."""
+        return {key: value for key, value in asdict(self).items() if key != "run"}
+
+
+def measure(
+    server: ServerConnection, collection: Collection, dimensions: Sequence[int], notify: Callable[[float], None]
+) -> RetrievalResult:
+    """Return the measures of a server; `notify` receives the seconds passed. A server that fails has a `reason`."""
+    found = RetrievalResult(collection.as_dict())
+    try:
+        client = _Client(server, notify)
+        variants: list[Variant] = []
+        run: Run = {}
+        # In descending order of ids: trec_eval orders equal scores so.
+        names = sorted(collection.documents, reverse=True)
+        for output in (server.info.get("model") or {}).get("trained_outputs") or ["dense"]:
+            for prompt in (None, "") if client.has_prompts else (None,):
+                queries = client.embed(list(collection.queries.values()), "query", output, prompt)
+                documents = client.embed([collection.documents[name] for name in names], "document", output, prompt)
+                for variant, scores in _VARIANTS[output](queries, documents, () if prompt is not None else dimensions):
+                    variant = variant if prompt is None else replace(variant, name=f"{variant.name}, no prompts")
+                    best = ranked(scores, list(collection.queries), names)
+                    run = run or best
+                    variants.append(_measured(variant, best, collection))
+                    if prompt is not None:
+                        break
+        truncated = client.truncated([*collection.queries.values(), *collection.documents.values()])
+        return replace(found, variants=variants, roles=client.roles, truncated=truncated, run=run)
+    except InferctlError as error:
+        return replace(found, reason=error.message)
+
+
+def ranked(scores: Scores, queries: Sequence[str], names: Sequence[str]) -> Run:
+    """Return the 100 best documents of each query, with their scores. `names`: of the documents, in descending order.
+
+    trec_eval reads 32 bits of a score and orders equal ones by the larger id, so the rank of 100 depends on both.
+    """
+    run: Run = {}
+    for start in range(0, len(queries), _CHUNK):
+        for query, row in zip(queries[start:], scores(start, start + _CHUNK), strict=False):
+            rest = row.astype(np.float32)
+            least = np.partition(rest, -DEPTH)[-DEPTH] if len(rest) > DEPTH else -np.inf
+            (places,) = np.nonzero(rest >= least)
+            best = places[np.argsort(-rest[places], kind="stable")][:DEPTH]
+            run[query] = {names[place]: float(rest[place]) for place in best}
+    return run
+
+
+def evaluate(run: Run, judgments: Mapping[str, Mapping[str, int]]) -> dict[str, list[float]]:
+    """Return trec_eval's measures of each query, in the order of `judgments`."""
+    import pytrec_eval
+
+    first = {query: dict(list(scores.items())[:10]) for query, scores in run.items()}
+    found = pytrec_eval.RelevanceEvaluator(judgments, set(MEASURES.values())).evaluate(run)
+    ranks = pytrec_eval.RelevanceEvaluator(judgments, {"recip_rank"}).evaluate(first)
+    measures = {name: [found[query][theirs] for query in judgments] for name, theirs in MEASURES.items()}
+    return measures | {"mrr_at_10": [ranks[query]["recip_rank"] for query in judgments]}
+
+
+def _measured(variant: Variant, run: Run, collection: Collection) -> Variant:
+    found = evaluate(run, collection.judgments)
+    means = {name: round(float(np.mean(values)), 6) for name, values in found.items()}
+    return replace(variant, **means, per_query=[round(value, 6) for value in found["ndcg_at_10"]])
+
+
+def _variant(name: str, output: str, format_: str, dimensions: int | None, size: float) -> Variant:
+    return Variant(name, output, format_, dimensions, size, 0.0, 0.0, 0.0, 0.0, ())
+
+
+def _dense(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[tuple[Variant, Scores]]:
+    """Yield the cosine in each format and size; bits are compared by the number of different ones."""
+    whole = np.asarray(queries, np.float32), np.asarray(documents, np.float32)
+    full = whole[0].shape[1]
+    for size in (full, *(each for each in dimensions if each < full)):
+        for name in FORMATS:
+            left, right = (_unit(convert(_unit(each[:, :size]), name)) for each in whole)
+            number = 4 if name == "float32" else 1 if name == "int8" else 2
+            stored = vector_format.size(size, "ubinary") if name == "binary" else number * size
+            label = name if size == full else f"{name}, {size} dimensions"
+            yield _variant(label, "dense", name, size, stored), lambda a, b, x=left, y=right: x[a:b] @ y.T
+
+
+def convert(vectors: Matrix, name: str) -> Matrix:
+    """Return vectors, shape (n, dimensions), with the precision of a format of `FORMATS`, as float32.
+
+    bfloat16 rounds to the nearest even. int8 has one scale for each vector. A bit becomes 1 or -1, so that the order of
+    dot products is that of the Hamming distance.
+    """
+    if name == "float16":
+        return vector_format.convert(vectors, "float16").astype(np.float32)
+    if name == "bfloat16":
+        bits = np.ascontiguousarray(vectors).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    if name == "int8":
+        return np.rint(vectors * (127 / np.abs(vectors).max(axis=1, keepdims=True)))
+    return np.where(vectors > 0, np.float32(1), np.float32(-1)) if name == "binary" else vectors
+
+
+def _unit(vectors: Matrix) -> Matrix:
+    found: Matrix = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return found
+
+
+def _sparse(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[tuple[Variant, Scores]]:
+    """Yield the dot product of sparse weights. A weight has four bytes, and so has its token."""
+    from scipy import sparse  # a dependency of pytrec-eval-terrier
+
+    left, right = sparse.vstack(queries), sparse.vstack(documents).T.tocsc()
+    size = 8 * right.nnz / right.shape[1]
+    yield _variant("sparse", "sparse", "float32", None, size), lambda a, b: (left[a:b] @ right).toarray()
+
+
+def _tokens(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[tuple[Variant, Scores]]:
+    """Yield MaxSim: for each token of the query the highest dot product with a token of the document, added."""
+    every = np.concatenate(documents)
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+
+    def scores(first: int, last: int) -> Matrix:
+        rows = (np.maximum.reduceat(each @ every.T, starts, axis=1).sum(axis=0) for each in queries[first:last])
+        return np.stack(list(rows))
+
+    yield _variant("tokens", "tokens", "float32", every.shape[1], 4 * every.size / len(documents)), scores
+
+
+_VARIANTS = {"dense": _dense, "sparse": _sparse, "tokens": _tokens}
+
+
+class _Client:
+    """Requests vectors in batches, with the role of the texts if the server accepts it."""
+
+    def __init__(self, server: ServerConnection, notify: Callable[[float], None]) -> None:
+        self._server, self._notify, self._started = server, notify, time.monotonic()
+        self._model = server.info.get("model") or {}
+        self._own = bool(server.info.get("name"))
+        self.has_prompts = bool((self._model.get("prompts") or {}).get("names"))
+        # text-embeddings-inference ignores unknown keys of its own endpoint.
+        self.roles: bool | None = False if server.path == "/embed" else None
+
+    def embed(self, texts: Sequence[str], role: str, output: str, prompt: str | None) -> list[Any]:
+        """Return an array for each text: (dimensions,), sparse (1, vocabulary), or (tokens, dimensions)."""
+        more: dict[str, object] = {"truncate": True, "outputs": [output]} if self._own else {}
+        more |= {} if prompt is None else {"prompt": prompt}
+        found: list[Any] = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            rows = self._rows(batch, more, {"input_type": role} if prompt is None else {}, output)
+            found += [self._array(row, output) for row in rows]
+            self._notify(time.monotonic() - self._started)
+        return found
+
+    def _rows(self, batch: list[str], more: dict[str, object], role: dict[str, str], output: str) -> list[Any]:
+        if self.roles is not False:
+            try:
+                rows = patiently(lambda: self._server.embed(batch, **more, **role, output=output))
+                self.roles = self.roles or bool(role)
+                return rows
+            except StatusError as error:
+                # A server that accepted the role before rejects something else.
+                if self.roles or error.status not in (400, 415, 422):
+                    raise
+                self.roles = False
+        return patiently(lambda: self._server.embed(batch, **more, output=output))
+
+    def _array(self, row: Sequence[float], output: str) -> Any:
+        values = np.asarray(row, np.float32)
+        if not np.isfinite(values).all() or not (values.any() or output == "sparse"):
+            raise InferctlError("the server returned vectors of zeros, NaN or infinity")
+        if output == "sparse":
+            from scipy import sparse
+
+            return sparse.csr_matrix(values)
+        return values.reshape(-1, int(self._model["token_dimensions"])) if output == "tokens" else values
+
+    def truncated(self, texts: Sequence[str]) -> int | None:
+        """Return how many texts have more tokens than the model reads; None if the server does not say it."""
+        if not (limit := (self._server.info.get("limits") or {}).get("max_input_tokens")):
+            return None
+        try:
+            # A token has at least one byte.
+            longer = (text for text in texts if len(text.encode()) > limit - 2)
+            return sum(len(self._server.tokenize(text, special_tokens=True)) > limit for text in longer)
+        except InferctlError:
+            return None
+
+
+def patiently(request: Callable[[], Found]) -> Found:
+    """Return what a request returns. After 429 and 503, it is sent again up to six times, each time after longer."""
+    for wait_s in _WAITS_S:
+        try:
+            return request()
+        except StatusError as error:
+            if error.status not in (429, 503):
+                raise
+            time.sleep(wait_s)
+    return request()
