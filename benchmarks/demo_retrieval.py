@@ -13,25 +13,21 @@ MaxSim shows what such a step does, not how good it can be.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fetch_model import pip
 
 INFERCTL = [sys.executable, "-m", "inferctl"]
 
 
-def write(folder: Path, documents: Mapping[str, str], queries: Mapping[str, str], judged: Iterable[tuple[str, str]]) -> None:
+def write(
+    folder: Path, documents: Mapping[str, str], queries: Mapping[str, str], judged: Iterable[tuple[str, str]]
+) -> None:
     """Write a collection in BEIR's layout; each judged pair of query and document has the grade 1."""
     folder.joinpath("qrels").mkdir(parents=True)
     for name, texts in (("corpus", documents), ("queries", queries)):
@@ -62,6 +58,11 @@ def arxiv(folder: Path, work: Path) -> None:
         )
     used = sorted({tag for paper in papers for tag in paper["tag"]})
     parts = ("prefLabel", "altLabel", "broader_prefLabel", "broader_altLabel")
-    labels = {tag: " ".join([*(word for part in parts for word in tags[tag].get(part, ())), tags[tag]["comment"]]) for tag in used}
+    labels = {
+        tag: " ".join([*(word for part in parts for word in tags[tag].get(part, ())), tags[tag]["comment"]])
+        for tag in used
+    }
     queries = {paper["document"]: f"{paper['arxiv_title']} {paper['arxiv_summary']}" for paper in papers}
-    write(folder, labels, queries, ((paper["document"], tag) for paper in papers for tag in dict.fromkeys(paper["tag"])))
+    write(
+        folder, labels, queries, ((paper["document"], tag) for paper in papers for tag in dict.fromkeys(paper["tag"]))
+    )

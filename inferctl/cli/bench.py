@@ -162,14 +162,31 @@ Retrieval = Annotated[
 Dimensions = Annotated[
     list[int] | None,
     typer.Option(
-        metavar="N", min=1, help="With --retrieval: also truncate vectors to N dimensions; repeatable. [default: 256, 128]"
+        metavar="N",
+        min=1,
+        help="With --retrieval: also truncate vectors to N dimensions; repeatable. [default: 256, 128]",
+    ),
+]
+Rerank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="With --retrieval: also rank the 20 best documents again with this model or URL."
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SOURCE",
+        help="Use this model folder, hub id or `oci://` image; repeat to compare models.",
     ),
 ]
 
 
 def bench(
     spec_file: options.SpecFile = None,
-    model: options.ModelSource = None,
+    model: Models = None,
     plan: PlanName = None,
     precision: Precisions = None,
     batch_tokens: BatchTokens = None,
@@ -195,6 +212,7 @@ def bench(
     profile: Profile = False,
     retrieval: Retrieval = None,
     dimensions: Dimensions = None,
+    rerank: Rerank = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
@@ -205,7 +223,10 @@ def bench(
     from inferctl.cli import bench_options, bench_setup
 
     if report is not None:
-        inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
+        inputs = [
+            options.spec_path(spec_file),
+            *(Path(name) for name in (plan, *(model or []), *(corpus or [])) if name),
+        ]
         outputs.check(report, "--report", parents=True, inputs=inputs)
     overrides: Overrides = {
         "users": users,
@@ -222,7 +243,19 @@ def bench(
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
     new_options = bench_options.BenchOptions(
-        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access, profile, retrieval, dimensions or []
+        spec_file,
+        model or [],
+        plan,
+        precision or [],
+        url or [],
+        overrides,
+        slo,
+        output,
+        access,
+        profile,
+        retrieval,
+        rerank,
+        dimensions or [],
     )
     _run(bench_setup.prepare(new_options), report, json_)
 

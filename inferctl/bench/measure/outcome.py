@@ -24,7 +24,7 @@ class BenchTarget:
     """A benchmark target: a server that inferctl starts, or the `url` of a running one.
 
     inferctl starts a server in `precision` with `max_batch_tokens`, of the model or of its prepared `checkpoint` (a
-    folder). `corpus` and the keys of `load` replace the plan's.
+    folder). `model` is its source, if the benchmark has several. `corpus` and the keys of `load` replace the plan's.
     """
 
     name: str
@@ -34,6 +34,7 @@ class BenchTarget:
     corpus: str | None = None
     load: Mapping[str, Any] | None = None
     checkpoint: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,36 @@ def measure(
         return replace(found, reason=error.message)
 
 
+def reranked(
+    server: ServerConnection,
+    collection: Collection,
+    found: RetrievalResult,
+    scores: dict[tuple[str, str], float],
+    notify: Callable[[float], None],
+) -> RetrievalResult:
+    """Return a result with one more variant: its 20 best documents in the order of a reranker, then the others.
+
+    `scores` keeps those of pairs of query and document. Raises `InferctlError` if the reranker fails.
+    """
+    run: Run = {}
+    times, started = list[float](), time.monotonic()
+    for query, text in collection.queries.items():
+        best = list(found.run[query])
+        first, begun = best[:RERANKED], time.monotonic()
+        if new := [document for document in first if (query, document) not in scores]:
+            texts = [text, *(collection.documents[document] for document in new)]
+            scores |= dict(
+                zip(((query, each) for each in new), patiently(lambda x=texts: server.rerank(x)), strict=True)
+            )
+            times += [time.monotonic() - begun] * (len(new) == RERANKED)
+        first.sort(key=lambda document: (scores[query, document], document), reverse=True)
+        run[query] = {document: float(DEPTH - place) for place, document in enumerate(first + best[RERANKED:])}
+        notify(time.monotonic() - started)
+    milliseconds = round(1000 * float(np.median(times)), 2) if times else None
+    variant = replace(found.variants[0], name=f"reranked, {RERANKED} best", milliseconds=milliseconds)
+    return replace(found, variants=[*found.variants, _measured(variant, run, collection)])
+
+
 def ranked(scores: Scores, queries: Sequence[str], names: Sequence[str]) -> Run:
     """Return the 100 best documents of each query, with their scores. `names`: of the documents, in descending order.
 

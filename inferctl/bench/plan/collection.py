@@ -102,7 +102,9 @@ def _texts(file: Path) -> dict[str, tuple[str, str]]:
             continue
         try:
             entry = json.loads(line)
-            key, *parts = (str(entry[name] or "") for name in ("_id", "title", "text") if name != "title" or name in entry)
+            key, *parts = (
+                str(entry[name] or "") for name in ("_id", "title", "text") if name != "title" or name in entry
+            )
         except (ValueError, RecursionError, KeyError, TypeError):
             raise UsageError(f"{file}:{number}: the line is not a text with an id", _LAYOUT) from None
         if key in found:
@@ -122,10 +124,14 @@ def _grades(file: Path, queries: dict[str, str], documents: dict[str, tuple[str,
         try:
             query, document, grade = row[0], row[1], int(row[2])
         except (ValueError, IndexError):
-            raise UsageError(f"{file}:{number}: the line is not query-id, corpus-id and a whole score", _LAYOUT) from None
+            raise UsageError(
+                f"{file}:{number}: the line is not query-id, corpus-id and a whole score", _LAYOUT
+            ) from None
         for kind, key, texts in (("query", query, queries), ("document", document, documents)):
             if key not in texts:
-                raise UsageError(f"{file}:{number}: the judged {kind} {key!r} has no text", "add it, or remove the line")
+                raise UsageError(
+                    f"{file}:{number}: the judged {kind} {key!r} has no text", "add it, or remove the line"
+                )
         grades.setdefault(query, {})[document] = grade
     return grades
 

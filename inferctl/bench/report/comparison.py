@@ -18,6 +18,7 @@ _STYLES = {"regression": "bold red", "not enough evidence": "yellow", "improveme
 _LABELS = {
     "requests_per_s": "requests/s",
     "recall_at_10": "recall@10",
+    "ndcg_at_10": "nDCG@10",
     "cosine_p1": "cosine p1",
     "kendall": "Kendall's tau",
     "score_difference": "score difference",
@@ -212,7 +213,7 @@ def _change(metric: MetricResult) -> str:
 def _number(metric: MetricResult, value: float | None) -> str:
     if value is None:
         return "-"
-    if metric.limits:
+    if metric.limits and not metric.points:
         return f"{value:.4f}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
