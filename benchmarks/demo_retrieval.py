@@ -14,6 +14,8 @@ MaxSim shows what such a step does, not how good it can be.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -66,3 +68,40 @@ def arxiv(folder: Path, work: Path) -> None:
     write(
         folder, labels, queries, ((paper["document"], tag) for paper in papers for tag in dict.fromkeys(paper["tag"]))
     )
+
+
+def static(folder: Path, work: Path) -> Path:
+    """Write the table and the tokenizer of wordllama as a StaticEmbedding model of sentence-transformers."""
+    pip("download", "--dest", str(work), "wordllama==0.4.0.post1")
+    (wheel,) = work.glob("wordllama*.whl")
+    (folder / "0_StaticEmbedding").mkdir(parents=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for source, name in (
+            ("wordllama/weights/l2_supercat_256.safetensors", "model.safetensors"),
+            ("wordllama/tokenizers/l2_supercat_tokenizer_config.json", "tokenizer.json"),
+        ):
+            (folder / "0_StaticEmbedding" / name).write_bytes(archive.read(source))
+    return _modules(folder, "0_StaticEmbedding", "static_embedding.StaticEmbedding")
+
+
+def late_interaction(folder: Path, model: Path) -> Path:
+    """Write MiniLM as a model with one vector per token: its states, normalized."""
+    shutil.copytree(model, folder, copy_function=os.link)
+    settings = folder / "config_sentence_transformers.json"
+    settings.unlink(missing_ok=True)
+    settings.write_text(json.dumps({"model_type": "MultiVectorEncoder"}))
+    (folder / "modules.json").unlink()
+    (folder / "1_Normalize").mkdir()
+    (folder / "1_Normalize" / "config.json").write_text(json.dumps({"module_input_name": "token_embeddings"}))
+    return _modules(folder, "", "transformer.Transformer")
+
+
+def _modules(folder: Path, path: str, first: str) -> Path:
+    kinds = ((path, first), ("1_Normalize", "normalize.Normalize"))
+    package = "sentence_transformers.base.modules"
+    modules = [
+        {"idx": number, "name": str(number), "path": place, "type": f"{package}.{kind}"}
+        for number, (place, kind) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder

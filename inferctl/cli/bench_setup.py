@@ -217,7 +217,7 @@ def _models(first: Path | None, task: Task, bench_options: BenchOptions) -> dict
     found = {bench_options.models[0]: first}
     for source in bench_options.models[1:]:
         files = download.fetch(source, None)
-        if (other := model_folder.resolve_task(None, files, source)) != task:
+        if (other := model_folder.resolve_task("auto", files, source)) != task:
             raise UsageError(f"the models have different tasks: {task} and {other} ({source})", "measure one task")
         found[source] = files.path.resolve()
     return found

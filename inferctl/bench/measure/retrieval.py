@@ -89,9 +89,12 @@ def measure(
         # In descending order of ids: trec_eval orders equal scores so.
         names = sorted(collection.documents, reverse=True)
         for output in (server.info.get("model") or {}).get("trained_outputs") or ["dense"]:
-            for prompt in (None, "") if client.has_prompts else (None,):
-                queries = client.embed(list(collection.queries.values()), "query", output, prompt)
-                documents = client.embed([collection.documents[name] for name in names], "document", output, prompt)
+            texts = list(collection.queries.values()), [collection.documents[name] for name in names]
+            for prompt in (None, "") if client.has_prompts(output, *texts) else (None,):
+                queries, documents = (
+                    client.embed(part, role, output, prompt)
+                    for part, role in zip(texts, ("query", "document"), strict=True)
+                )
                 for variant, scores in _VARIANTS[output](queries, documents, () if prompt is not None else dimensions):
                     variant = variant if prompt is None else replace(variant, name=f"{variant.name}, no prompts")
                     best = ranked(scores, list(collection.queries), names)
@@ -131,7 +134,7 @@ def reranked(
         run[query] = {document: float(DEPTH - place) for place, document in enumerate(first + best[RERANKED:])}
         notify(time.monotonic() - started)
     milliseconds = round(1000 * float(np.median(times)), 2) if times else None
-    variant = replace(found.variants[0], name=f"reranked, {RERANKED} best", milliseconds=milliseconds)
+    variant = replace(found.variants[0], name="reranked", milliseconds=milliseconds)
     return replace(found, variants=[*found.variants, _measured(variant, run, collection)])
 
 
@@ -181,7 +184,7 @@ def _dense(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[
             left, right = (_unit(convert(_unit(each[:, :size]), name)) for each in whole)
             number = 4 if name == "float32" else 1 if name == "int8" else 2
             stored = vector_format.size(size, "ubinary") if name == "binary" else number * size
-            label = name if size == full else f"{name}, {size} dimensions"
+            label = name if size == full else f"{name}-{size}"
             yield _variant(label, "dense", name, size, stored), lambda a, b, x=left, y=right: x[a:b] @ y.T
 
 
@@ -237,7 +240,6 @@ class _Client:
         self._server, self._notify, self._started = server, notify, time.monotonic()
         self._model = server.info.get("model") or {}
         self._own = bool(server.info.get("name"))
-        self.has_prompts = bool((self._model.get("prompts") or {}).get("names"))
         # text-embeddings-inference ignores unknown keys of its own endpoint.
         self.roles: bool | None = False if server.path == "/embed" else None
 
@@ -252,6 +254,16 @@ class _Client:
             found += [self._array(row, output) for row in rows]
             self._notify(time.monotonic() - self._started)
         return found
+
+    def has_prompts(self, output: str, queries: list[str], documents: list[str]) -> bool:
+        """Return whether a prompt changes a query or a document."""
+        if not (self._model.get("prompts") or {}).get("names"):
+            return False
+        return any(
+            with_prompt.shape != without.shape or abs(with_prompt - without).max() > 1e-3
+            for role, texts in (("query", queries), ("document", documents))
+            for (with_prompt,), (without,) in [[self.embed(texts[:1], role, output, prompt) for prompt in (None, "")]]
+        )
 
     def _rows(self, batch: list[str], more: dict[str, object], role: dict[str, str], output: str) -> list[Any]:
         if self.roles is not False:

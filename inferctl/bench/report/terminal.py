@@ -11,7 +11,7 @@ from rich.text import Text
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
-from inferctl.bench.report import search_findings
+from inferctl.bench.report import retrieval, search_findings
 from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import PARTS, unit_of
 from inferctl.bench.report.result import Result
@@ -58,6 +58,8 @@ def render(result: Result) -> RenderableType:
     if measured:
         sections = (names, hardware, searches, stages, costs, profiles)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
+    if result.retrieval:
+        blocks.append(found_documents(result.retrieval))
     if missing:
         blocks.append(without_figures(missing))
     for block in blocks:
@@ -194,6 +196,19 @@ def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         title = f"{row.configuration}: share of the matrix rate (limit), and of the cores' time by part (%)"
         grids.append(_titled(title, grid))
     return Group(*grids) if grids else None
+
+
+def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
+    """Return nDCG@10 and the bytes of a document for each configuration and kind of vectors."""
+    grid = _grid(*retrieval.HEADINGS[1:])
+    grid.columns[1].justify = "left"
+    for row in rows:
+        name, *texts = retrieval.cells(row)
+        grid.add_row(name if row.first else "", *texts)
+    family = len(rows) - 1
+    return _titled(
+        f"retrieval: nDCG@10 in points, change with its interval (95%, all {family} together), recall@100", grid
+    )
 
 
 def _titled(title: str, grid: Table) -> Group:
