@@ -10,6 +10,8 @@ from typing import Any
 from inferctl.bench import student_t
 from inferctl.bench.judge import retrieval, verdict
 from inferctl.bench.judge.retrieval import Difference
+from inferctl.bench.measure.retrieval import FORMATS
+from inferctl.bench.report import caveats
 from inferctl.bench.report.chart import Chart, Json, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
@@ -24,8 +26,8 @@ HTML_HEADINGS = (
 class RetrievalRow:
     """One way to find documents: a configuration with one kind of vectors.
 
-    `first`: the first kind of this configuration. `interval`: of nDCG@10 over queries (95%, in points). `difference`: to
-    the first row, whose intervals hold for all rows together; None for that row. `cost`: the cost of a million texts in
+    `first`: the first kind of this configuration. `interval`: of nDCG@10 over queries (95%, in points). `difference`:
+    of a first kind to that of the first configuration, of others to the first kind; intervals hold for all together. `cost`: the cost of a million texts in
     USD with its interval if the hardware has a price, else None. `rate`: requests/s with its interval.
     """
 
@@ -46,6 +48,15 @@ class RetrievalRow:
     def label(self) -> str:
         return self.configuration if self.first else f"{self.variant['name']} of {self.configuration}"
 
+    @property
+    def is_compact(self) -> bool:
+        """Whether these are the first vectors in another format or with fewer dimensions."""
+        return not self.first and self.variant["name"].partition("-")[0] in FORMATS
+
+    @property
+    def is_reranked(self) -> bool:
+        return self.variant["milliseconds"] is not None
+
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `retrieval` key of a result."""
         shown = {key: value for key, value in self.variant.items() if key != "per_query"}
@@ -62,22 +73,15 @@ def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
             if not number or receipt.weights_sha256 not in models or variant["milliseconds"]:
                 listed.append((receipt, variant, not number))
         models.add(receipt.weights_sha256)
-    family = max(1, len(listed) - 1)
-    base = listed[0][1]["per_query"] if listed else ()
-    return [
-        RetrievalRow(
-            receipt.name,
-            variant,
-            first,
-            _interval(variant["per_query"]),
-            retrieval.difference(base, variant["per_query"], retrieval.MARGIN, verdict.ERROR_RATE / family)
-            if number
-            else None,
-            _cost(receipt),
-            _rate(receipt.data["summary"]),
-        )
-        for number, (receipt, variant, first) in enumerate(listed)
-    ]
+    rate = verdict.ERROR_RATE / max(1, len(listed) - 1)
+    found: list[RetrievalRow] = []
+    for receipt, variant, first in listed:
+        base = listed[0][1] if first else receipt.data["retrieval"]["variants"][0]
+        values = variant["per_query"]
+        change = retrieval.difference(base["per_query"], values, retrieval.MARGIN, rate) if found else None
+        place = _cost(receipt), _rate(receipt.data["summary"])
+        found.append(RetrievalRow(receipt.name, variant, first, _interval(values), change, *place))
+    return found
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -118,41 +122,50 @@ def sentences(found: Sequence[RetrievalRow], receipts: Sequence[Receipt]) -> lis
     queries = f"{collection['queries']:,} {'weak' if collection['weak'] else 'judged'} queries of {collection['name']}"
     low, high = base.interval
     first = f"nDCG@10 of {base.label} is {base.ndcg:.1f} points ({low:.1f} to {high:.1f}) on {queries}"
-    smaller = [row for row in others if row.configuration == base.configuration and not _is_reranked(row)]
+    smaller = [row for row in others if row.configuration == base.configuration and row.is_compact]
     kept = [row for row in smaller if row.difference and row.difference.outcome in ("no regression", "improvement")]
     best = min(kept, key=lambda row: float(row.variant["bytes"]), default=None)
     if best and best.variant["bytes"] < base.variant["bytes"]:
         saved = 1 - best.variant["bytes"] / base.variant["bytes"]
         first += f"; its {best.variant['name']} vectors {_changed(best)} and save {saved:.0%} of the bytes"
-    compared = [row for row in others if row.first or _is_reranked(row)]
-    texts = [f"{first}.", *(f"{_sentence(row, base)}." for row in compared), *texts]
+    texts.insert(0, f"{first}.")
+    for row in others:
+        if row.first:
+            texts.append(f"{_sentence(row, base.label)}.")
+        elif row.is_reranked:
+            texts.append(f"{_sentence(row, row.configuration)}.")
     if collection["weak"]:
         texts.append("The queries are titles or first lines of the documents: weak evidence for real queries.")
-    for receipt in receipts:
-        part = receipt.data.get("retrieval") or {}
-        if part.get("truncated"):
-            texts.append(f"{receipt.name} reads only the start of {part['truncated']:,} texts, which are too long.")
-        if part.get("roles") is False:
-            texts.append(f"{receipt.name} does not accept `input_type`: queries and documents are embedded alike.")
+    sections = [(receipt.name, receipt.data.get("retrieval") or {}) for receipt in receipts]
+    total = collection["queries"] + collection["documents"]
+    texts += [
+        f"{text} ({names})."
+        for text, names in caveats.by_text(
+            (f"Only the start of {part['truncated']:,} of {total:,} texts is read, because they are too long", name)
+            for name, part in sections
+            if part.get("truncated")
+        )
+    ]
+    texts += [
+        f"{name} does not accept `input_type`: queries and documents are embedded alike."
+        for name, part in sections
+        if part.get("roles") is False
+    ]
     return texts
 
 
-def _is_reranked(row: RetrievalRow) -> bool:
-    return str(row.variant["name"]).startswith("reranked")
-
-
-def _sentence(row: RetrievalRow, base: RetrievalRow) -> str:
+def _sentence(row: RetrievalRow, base: str) -> str:
     found = row.difference
     assert found
-    label = f"{row.configuration}, reranked" if _is_reranked(row) else row.label
+    label = f"{row.configuration}, reranked" if row.is_reranked else row.label
     if found.outcome == "regression":
-        return f"{label} is worse than {base.label}: it {_changed(row)}"
+        return f"{label} is worse than {base}: it {_changed(row)}"
     if found.outcome == "improvement":
-        return f"{label} is better than {base.label}: it {_changed(row)}"
+        return f"{label} is better than {base}: it {_changed(row)}"
     if found.outcome == "no regression":
-        return f"{label} is within {retrieval.MARGIN:g} point of {base.label} or better: it {_changed(row)}"
+        return f"{label} is within {retrieval.MARGIN:g} point of {base} or better: it {_changed(row)}"
     needed = f"; 1 point needs about {found.queries_needed:,} judged queries" if found.queries_needed else ""
-    return f"{label} is not shown to be better or worse than {base.label}: {_points(found)} points{needed}"
+    return f"{label} is not shown to be better or worse than {base}: {_points(found)} points{needed}"
 
 
 def _changed(row: RetrievalRow) -> str:
@@ -160,7 +173,7 @@ def _changed(row: RetrievalRow) -> str:
     found = row.difference
     assert found
     verb, sign = ("gain", 1) if found.points > 0 else ("lose", -1)
-    verb += "s" if row.first or _is_reranked(row) else ""
+    verb += "s" if row.first or row.is_reranked else ""
     ends = sorted((sign * found.low, sign * found.high))
     return f"{verb} {abs(found.points):.1f} points ({ends[0]:.1f} to {ends[1]:.1f})"
 

@@ -199,16 +199,14 @@ def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
 
 
 def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
-    """Return nDCG@10 and the bytes of a document for each configuration and kind of vectors."""
+    """Return nDCG@10 and bytes of each configuration, and of all kinds of vectors of the first one."""
     grid = _grid(*retrieval.HEADINGS[1:])
     grid.columns[1].justify = "left"
     for row in rows:
-        name, *texts = retrieval.cells(row)
-        grid.add_row(name if row.first else "", *texts)
-    family = len(rows) - 1
-    return _titled(
-        f"retrieval: nDCG@10 in points, change with its interval (95%, all {family} together), recall@100", grid
-    )
+        if row.configuration == rows[0].configuration or not row.is_compact:
+            name, *texts = retrieval.cells(row)
+            grid.add_row(name if row.first else "", *texts)
+    return _titled("nDCG@10 (points); change: to the first row, or to the config's first vectors", grid)
 
 
 def _titled(title: str, grid: Table) -> Group:
