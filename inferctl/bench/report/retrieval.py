@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -232,21 +233,18 @@ def _chart(
     points = sorted(
         zip(places, found, strict=True), key=lambda point: (point[0][0] * (1 if lower else -1), -point[1].ndcg)
     )
-    efficient: list[tuple[float, float]] = []
-    labels: dict[tuple[float, int], list[str]] = {}
-    for (x, *_), row in points:
-        if not efficient or row.ndcg > efficient[-1][1]:
-            efficient.append((x, row.ndcg))
-        name = row.configuration if axis != "bytes of a document" else str(row.variant["name"])
-        labels.setdefault((x, round(row.ndcg)), []).append(name)
-    texts = [", ".join(labels.pop((x, round(row.ndcg)), [])) for (x, *_), row in points]
+    efficient: list[RetrievalRow] = []
+    for _, row in points:
+        if not efficient or row.ndcg > efficient[-1].ndcg:
+            efficient.append(row)
+    line = [(x, row.ndcg) for (x, *_), row in points if row in efficient]
     error = {"type": "data", "symmetric": False, "thickness": 1}
     markers: Json = {
         "type": "scatter",
         "mode": "markers+text",
         "showlegend": False,
-        "text": texts,
-        "textposition": "top right" if lower else "top left",
+        "text": [row.label if row in efficient else "" for _, row in points],
+        "textposition": "top right",
         "marker": {"size": 9, "color": [colors[row.configuration] for _, row in points]},
         "x": [x for (x, *_), _ in points],
         "y": [row.ndcg for _, row in points],
@@ -263,20 +261,29 @@ def _chart(
         "customdata": [row.label for _, row in points],
         "hovertemplate": "%{customdata}: %{y:.1f} points at %{x:.4~g}<extra></extra>",
     }
-    line: Json = {
+    joined: Json = {
         "type": "scatter",
         "mode": "lines",
         "name": "efficient",
         "line": {"color": "#8c8c8c", "width": 1.5, "dash": "dash"},
-        "x": [x for x, _ in efficient],
-        "y": [y for _, y in efficient],
+        "x": [x for x, _ in line],
+        "y": [y for _, y in line],
         "hoverinfo": "skip",
     }
+    ends = [math.log10(edge(point[0][0] for point in points)) for edge in (min, max)] if points else [0, 1]
     layout: Json = {
-        "xaxis": {"type": "log", "title": {"text": axis}, **ticks(markers["x"])},
+        "xaxis": {
+            "type": "log",
+            "title": {"text": axis},
+            **ticks(markers["x"]),
+            "range": [ends[0] - 0.15, ends[1] + 0.3],
+        },
         "yaxis": {"title": {"text": "nDCG@10 (points)"}},
         "hovermode": "closest",
         "height": 420,
     }
-    text = "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, nDCG over queries."
-    return Chart(title, text, [line, markers], layout)
+    text = (
+        "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, of nDCG over queries. "
+        "Colors as in the table of results."
+    )
+    return Chart(title, text, [joined, markers], layout)
