@@ -43,7 +43,7 @@ _THRESHOLD_HELP = (
     "Set the smallest change that counts, for all metrics or as METRIC=PERCENT; repeatable. "
     f"[default: {_default_thresholds()}]"
 )
-_METRIC_HELP = f"Judge only {', '.join(METRICS)} or {REJECTED}; repeatable. [default: all]"
+_METRIC_HELP = f"Judge only {', '.join(METRICS)}, {REJECTED} or {retrieval.NAME}; repeatable. [default: all]"
 
 
 def compare(
@@ -142,7 +142,7 @@ def _options(
         thresholds=shares,
         floor_ms=floor_ms,
         floor_ndcg=floor_ndcg,
-        metrics=[options.known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
+        metrics=[options.known(name, (*METRICS, REJECTED, retrieval.NAME), "--metric") for name in metric or []],
         allow=[options.known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
     )
 

@@ -65,7 +65,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
     Raises `UsageError` if a pair has none of the metrics that were requested.
     """
     for pair in pairs:
-        if options.metrics and REJECTED not in options.metrics and not options.selected(pair):
+        if options.metrics and not {REJECTED, retrieval.NAME} & {*options.metrics} and not options.selected(pair):
             known = [name for name, metric in METRICS.items() if pair.old.task in metric.tasks]
             raise UsageError(
                 f"{pair.name} has no figure {' or '.join(options.metrics)}: its task is {pair.old.task}",
@@ -87,7 +87,9 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
     rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
     rows = [_beside_noise(pair, row) for row in [*rows, *_judge_rejected(pair, options, family)]]
-    rows += quality_drop.judge(pair, options.allow) + retrieval.judge(pair, options.floor_ndcg, family)
+    rows += quality_drop.judge(pair, options.allow) + retrieval.judge(
+        pair, options.floor_ndcg, family, required=retrieval.NAME in options.metrics
+    )
     outcomes = {row.outcome for row in rows}
     order: tuple[PairOutcome, ...] = ("regression", "not enough evidence", "improvement")
     return PairResult(

@@ -50,13 +50,16 @@ def difference(old: Sequence[float], new: Sequence[float], margin: float, error_
     return Difference(outcome, *rounded, math.ceil((z * spread) ** 2) or None, reason)
 
 
-def judge(pair: ReceiptPair, margin: float, family: int) -> list[MetricResult]:
-    """Return the verdict on the first variant of a pair, as a list of one; empty if no receipt has any."""
+def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list[MetricResult]:
+    """Return the verdict on the first variant of a pair, as a list of one.
+
+    It is empty if no receipt has any, unless it is `required`.
+    """
     old, new = _sections(pair)
-    if not old and not new:
+    if not (old or new or required):
         return []
     if reason := _missing(old, new):
-        return [MetricResult(NAME, "%", "not enough evidence" if old else "not compared", reason)]
+        return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
     needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.reason else ""

@@ -78,11 +78,15 @@ class RetrievalResult:
         return {key: value for key, value in asdict(self).items() if key != "run"}
 
 
+def unmeasured(collection: Collection, reason: str) -> RetrievalResult:
+    """Return the result for a server of which no measure is known."""
+    return RetrievalResult(collection.as_dict(), reason=reason)
+
+
 def measure(
     server: ServerConnection, collection: Collection, dimensions: Sequence[int], notify: Callable[[float], None]
 ) -> RetrievalResult:
     """Return the measures of a server; `notify` receives the seconds passed. A server that fails has a `reason`."""
-    found = RetrievalResult(collection.as_dict())
     try:
         client = _Client(server, notify)
         variants: list[Variant] = []
@@ -104,9 +108,9 @@ def measure(
                     if prompt is not None:
                         break
         truncated = client.truncated([*collection.queries.values(), *collection.documents.values()])
-        return replace(found, variants=variants, roles=client.roles, truncated=truncated, run=run)
+        return RetrievalResult(collection.as_dict(), variants, None, client.roles, truncated, run)
     except InferctlError as error:
-        return replace(found, reason=error.message)
+        return unmeasured(collection, error.message)
 
 
 def reranked(

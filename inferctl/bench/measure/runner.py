@@ -103,6 +103,7 @@ def _measure(
                 else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             )
             if bench.collection:
+                outcome.retrieval = retrieval.unmeasured(bench.collection, "the measurement was interrupted")
                 outcome.retrieval = retrieval.measure(
                     server.connection,
                     bench.collection,

@@ -134,6 +134,9 @@ def footnotes(result: CompareResult) -> Iterator[str]:
         yield "change: new against old. Values are (geometric) means over runs. `bench` pools all requests"
     if any(result.metrics_with("not enough evidence")):
         yield "inconclusive: not enough evidence for a verdict"
+    ndcg = [metric.limits for pair in result.pairs for metric in pair.metrics if metric.points and metric.limits]
+    if ndcg:
+        yield f"nDCG@10: points, over the same queries; a loss of up to {ndcg[0].drop_allowed:g} is tolerated"
     judged = {metric.name: metric for pair in result.pairs for metric in pair.metrics if metric.interval}
     if not judged:
         return

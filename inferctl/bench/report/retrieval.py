@@ -46,13 +46,17 @@ class RetrievalRow:
         return float(100 * self.variant[retrieval.NAME])
 
     @property
+    def vectors(self) -> str:
+        return str(self.variant["name"])
+
+    @property
     def label(self) -> str:
-        return self.configuration if self.first else f"{self.variant['name']} of {self.configuration}"
+        return self.configuration if self.first else f"{self.vectors} of {self.configuration}"
 
     @property
     def is_compact(self) -> bool:
         """Whether these are the first vectors in another format or with fewer dimensions."""
-        return not self.first and self.variant["name"].partition("-")[0] in FORMATS
+        return not self.first and self.vectors.partition("-")[0] in FORMATS
 
     @property
     def is_reranked(self) -> bool:
@@ -128,7 +132,7 @@ def sentences(found: Sequence[RetrievalRow], receipts: Sequence[Receipt]) -> lis
     best = min(kept, key=lambda row: float(row.variant["bytes"]), default=None)
     if best and best.variant["bytes"] < base.variant["bytes"]:
         saved = 1 - best.variant["bytes"] / base.variant["bytes"]
-        first += f"; its {best.variant['name']} vectors {_changed(best)} and save {saved:.0%} of the bytes"
+        first += f"; its {best.vectors} vectors {_changed(best)} and save {saved:.0%} of the bytes"
     texts.insert(0, f"{first}.")
     for row in others:
         if row.first:
@@ -187,7 +191,7 @@ def cells(row: RetrievalRow) -> list[str]:
     """Return the texts of `HEADINGS`."""
     change = _points(row.difference) if row.difference else "reference"
     sizes = f"{row.variant['bytes']:,.0f}", f"{row.ndcg:.1f}"
-    return [row.configuration, row.variant["name"], *sizes, change, f"{row.variant['recall_at_100']:.3f}"]
+    return [row.configuration, row.vectors, *sizes, change, f"{row.variant['recall_at_100']:.3f}"]
 
 
 def html_cells(row: RetrievalRow) -> list[tuple[str, str]]:
@@ -197,7 +201,7 @@ def html_cells(row: RetrievalRow) -> list[tuple[str, str]]:
     time = f"{variant['milliseconds']:g} ms per query" if variant["milliseconds"] else ""
     return [
         (row.configuration, ""),
-        (variant["name"], time),
+        (row.vectors, time),
         (f"{variant['bytes']:,.0f}", ""),
         (f"{row.ndcg:.2f}", "{:.1f} – {:.1f}".format(*row.interval)),
         (f"{found.points:+.2f}", f"{found.low:+.2f} – {found.high:+.2f}") if found else ("reference", ""),
@@ -217,8 +221,8 @@ def charts(found: Sequence[RetrievalRow], colors: Mapping[str, str]) -> dict[str
         title, places, lower = "requests/s", [row.rate for row in first], False
     sizes = [(float(row.variant["bytes"]),) * 3 for row in found]
     return {
-        "retrieval": _chart("Quality and cost", title, places, first, lower, colors),
-        "vectors": _chart("Quality and size", "bytes of a document", sizes, found, True, colors),
+        "retrieval": _chart("Quality and cost", title, places, first, lower, "configuration", colors),
+        "vectors": _chart("Quality and size", "bytes of a document", sizes, found, True, "vectors", colors),
     }
 
 
@@ -228,6 +232,7 @@ def _chart(
     places: Sequence[tuple[float, float, float]],
     found: Sequence[RetrievalRow],
     lower: bool,
+    label: str,
     colors: Mapping[str, str],
 ) -> Chart:
     points = sorted(
@@ -243,7 +248,7 @@ def _chart(
         "type": "scatter",
         "mode": "markers+text",
         "showlegend": False,
-        "text": [row.label if row in efficient else "" for _, row in points],
+        "text": [str(getattr(row, label)) if row in efficient else "" for _, row in points],
         "textposition": "top right",
         "marker": {"size": 9, "color": [colors[row.configuration] for _, row in points]},
         "x": [x for (x, *_), _ in points],

@@ -1,0 +1,335 @@
+"""Retrieval on judged collections: reading, measures, statistics, and complete benchmarks with the answering server."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_samples import SHORT_PLAN, bench, ran
+from compare_samples import receipts_of, run_values
+from test_schemas import check
+
+from inferctl import cli
+from inferctl.bench.judge import compare as comparing
+from inferctl.bench.judge import retrieval as judging
+from inferctl.bench.judge.comparable import ReceiptPair
+from inferctl.bench.load.http_json import StatusError
+from inferctl.bench.measure import retrieval
+from inferctl.bench.measure.bench import Progress
+from inferctl.bench.plan import collection
+from inferctl.bench.report.receipts import write_all
+from inferctl.core.errors import UsageError
+
+pytest.importorskip("pytrec_eval")
+
+WORDS = [f"word{number}" for number in range(60)]
+
+
+def folder_of(path: Path, **files: str) -> Path:
+    """Write files with `_` for a slash and the suffix that each has, and return their folder."""
+    for name, text in files.items():
+        file = path / {"qrels": "qrels/test.tsv", "flat": "qrels.tsv"}.get(name, f"{name}.jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(**texts: str | tuple[str, str]) -> str:
+    """Return a JSON line for each text, or for each pair of title and text."""
+    pairs = {key: ("", text) if isinstance(text, str) else text for key, text in texts.items()}
+    return "".join(json.dumps({"_id": key, "title": pair[0], "text": pair[1]}) + "\n" for key, pair in pairs.items())
+
+
+def qrels(*rows: str) -> str:
+    return "\n".join(["query-id corpus-id score", *rows]).replace(" ", "\t") + "\n"
+
+
+DOCUMENTS, QUERIES = lines(b="two", a=("One", "text"), c=""), lines(p="first", q="second", r="third")
+
+
+def test_a_collection_has_joined_titles_and_only_queries_with_a_relevant_document(tmp_path: Path) -> None:
+    files = {"corpus": DOCUMENTS, "queries": QUERIES, "flat": qrels("q b 2", "q a 0", "p b 0")}
+    found = collection.read(folder_of(tmp_path / "mine", **files))
+    assert found.documents == {"a": "One text", "b": "two"}
+    assert (found.queries, found.judgments) == ({"q": "second"}, {"q": {"a": 0, "b": 2}})
+    assert (found.name, found.weak, found.left_out, found.empty) == ("mine", False, 2, 1)
+    moved = collection.read(folder_of(tmp_path / "other", **{**files, "flat": qrels("q b 1", "q a 0")}))
+    assert moved.sha256 != found.sha256
+
+
+def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Path) -> None:
+    corpus = lines(a=("Red", "apple"), b="Blue sky\nis wide\nand far", c=("Red", "car"), d="one line")
+    found = collection.read(folder_of(tmp_path, corpus=corpus))
+    assert found.weak
+    assert found.documents == {"a": "apple", "b": "is wide\nand far", "c": "car", "d": "one line"}
+    assert {found.queries[key]: set(grades) for key, grades in found.judgments.items()} == {
+        "Red": {"a", "c"},
+        "Blue sky": {"b"},
+    }
+    many = lines(**{f"d{number:04}": (f"title {number}", "text") for number in range(2500)})
+    found = collection.read(folder_of(tmp_path, corpus=many))
+    assert len(found.queries) <= collection.MOST_WEAK
+    assert len(found.queries) + found.left_out == 2500
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "cannot read"),
+        ({"corpus": ""}, "no texts"),
+        ({"corpus": '{"_id": "a"}\n'}, "corpus.jsonl:1"),
+        ({"corpus": lines(a="x") + lines(a="y")}, "corpus.jsonl:2"),
+        ({"corpus": lines(a="one line")}, "a query can be made"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES}, "test.tsv"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "no relevant document"),
+        (
+            {"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 1", "q z 1")},
+            "test.tsv:3: the judged document",
+        ),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("z b 1")}, "test.tsv:2: the judged query"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b high")}, "test.tsv:2"),
+    ],
+)
+def test_a_contradictory_collection_is_an_error(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace(".", r"\.")):
+        collection.read(folder_of(tmp_path, **files))
+
+
+def test_measures_equal_those_of_other_implementations(request: pytest.FixtureRequest) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    scores, grades = draw.normal(size=(40, 300)).astype(np.float32), draw.integers(0, 4, (40, 300))
+    names = [f"d{number:03}" for number in reversed(range(300))]
+    queries = [f"q{number:02}" for number in range(40)]
+    judged = {query: dict(zip(names, map(int, row), strict=True)) for query, row in zip(queries, grades, strict=True)}
+    run = retrieval.ranked(lambda a, b: scores[a:b], queries, names)
+    found = retrieval.evaluate(run, judged)
+    order = np.argsort(-scores, axis=1)
+    relevant = np.take_along_axis(grades, order, axis=1) > 0
+    ndcg = [metrics.ndcg_score([row], [each], k=10) for row, each in zip(grades, scores, strict=True)]
+    first = np.where(relevant[:, :10].any(axis=1), 1 / (1 + relevant[:, :10].argmax(axis=1)), 0)
+    expected = {"ndcg_at_10": ndcg, "mrr_at_10": first}
+    for k in (10, 100):
+        expected[f"recall_at_{k}"] = relevant[:, :k].sum(axis=1) / relevant.sum(axis=1)
+    assert {*expected} == {*found}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7])
+def test_ties_are_cut_in_the_order_of_trec_eval(levels: int) -> None:
+    import pytrec_eval
+
+    draw = np.random.default_rng(levels)
+    scores, grades = draw.integers(0, levels, (30, 400)), draw.integers(0, 2, (30, 400))
+    names, queries = [f"{number:03}" for number in reversed(range(400))], [f"q{number:02}" for number in range(30)]
+    judged = {query: dict(zip(names, map(int, row), strict=True)) for query, row in zip(queries, grades, strict=True)}
+    run = retrieval.ranked(lambda a, b: scores[a:b].astype(np.float32), queries, names)
+    assert {len(best) for best in run.values()} == {retrieval.DEPTH}
+    whole = {query: dict(zip(names, map(float, row), strict=True)) for query, row in zip(queries, scores, strict=True)}
+    uncut = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut_10", "recall_100", "recip_rank"}).evaluate(whole)
+    found = retrieval.evaluate(run, judged)
+    assert found["ndcg_at_10"] == [uncut[query]["ndcg_cut_10"] for query in queries]
+    assert found["recall_at_100"] == [uncut[query]["recall_100"] for query in queries]
+    ranks = [uncut[query]["recip_rank"] for query in queries]
+    assert found["mrr_at_10"] == [rank if rank >= 0.1 else 0.0 for rank in ranks]
+
+
+def test_formats_have_the_numbers_of_other_implementations() -> None:
+    torch = pytest.importorskip("torch")
+    vectors = np.random.default_rng(0).normal(size=(50, 37)).astype(np.float32)
+    for name in ("float16", "bfloat16"):
+        expected = torch.from_numpy(vectors).to(getattr(torch, name)).float().numpy()
+        np.testing.assert_array_equal(retrieval.convert(vectors, name), expected)
+    whole = retrieval.convert(vectors, "int8")
+    assert np.abs(whole).max(axis=1).tolist() == [127.0] * 50
+    assert (
+        np.abs(whole / 127 * np.abs(vectors).max(axis=1, keepdims=True) - vectors).max()
+        <= np.abs(vectors).max() / 254 * 1.01
+    )
+    bits = retrieval.convert(vectors, "binary")
+    hamming = (bits[:, None] != bits[None]).sum(axis=2)
+    np.testing.assert_array_equal(bits @ bits.T, 37 - 2 * hamming)
+    np.testing.assert_array_equal(bits > 0, np.unpackbits(np.packbits(vectors > 0, axis=1), axis=1, count=37))
+
+
+def test_maxsim_and_sparse_scores_are_those_of_their_definitions() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    draw = np.random.default_rng(0)
+    queries, documents = ([draw.normal(size=(n, 8)).astype(np.float32) for n in sizes] for sizes in ((3, 1), (5, 2, 9)))
+    ((variant, scores),) = retrieval._VARIANTS["tokens"](queries, documents, ())
+    expected = [[(q @ d.T).max(axis=1).sum() for d in documents] for q in queries]
+    np.testing.assert_allclose(scores(0, 2), expected, rtol=1e-5)
+    assert variant.bytes == 4 * 8 * 16 / 3
+    queries, documents = (np.maximum(draw.normal(size=(n, 50)), 0).astype(np.float32) for n in (4, 6))
+    rows = [[sparse.csr_matrix(row) for row in each] for each in (queries, documents)]
+    ((variant, scores),) = retrieval._VARIANTS["sparse"](*rows, ())
+    np.testing.assert_allclose(scores(1, 3), (queries @ documents.T)[1:3], rtol=1e-5)
+    assert variant.bytes == 8 * np.count_nonzero(documents) / 6
+
+
+def test_too_many_requests_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retrieval.time, "sleep", waits.append)
+    responses = [StatusError(429, "slow"), StatusError(503, "starting"), "vectors"]
+
+    def request() -> str:
+        response = responses.pop(0)
+        if isinstance(response, StatusError):
+            raise response
+        return response
+
+    assert retrieval.patiently(request) == "vectors"
+    assert waits == sorted(waits)
+    assert len(waits) == 2
+    with pytest.raises(StatusError):
+        responses[:] = [StatusError(400, "wrong")]
+        retrieval.patiently(request)
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def judged(path: Path, queries: int = 60) -> Path:
+    """Return a collection whose queries share words with their relevant document."""
+    draw = random.Random(0)
+    texts = {f"d{number:02}": words(draw, 12) for number in range(queries)}
+    asked = {
+        f"q{number:02}": " ".join([*text.split()[:5], words(draw, 3)]) for number, text in enumerate(texts.values())
+    }
+    rows = [f"q{number:02} d{number:02} 1" for number in range(queries)]
+    return folder_of(path, corpus=lines(**texts), queries=lines(**asked), qrels=qrels(*rows))
+
+
+@pytest.fixture
+def compared(answering: Callable[..., str], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the result of a benchmark of a server and of a worse one, with a reranker."""
+    urls = [
+        f"--url={name}={answering('--median-ms', '1', '--drift', drift)}"
+        for name, drift in (("good", "0"), ("bad", "3"))
+    ]
+    rerank = answering("--median-ms", "1", "--task", "rerank")
+    line = ["bench", *urls, "--retrieval", str(judged(tmp_path / "mine")), "--rerank", rerank, "--dimensions", "16"]
+    assert cli.run([*line, "--plan", SHORT_PLAN, "--output", str(tmp_path / "results")]) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def test_a_benchmark_shows_quality_next_to_speed_and_compare_judges_it(
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, result = compared
+    check("bench", result)
+    rows = {(row["configuration"], row["name"]): row for row in result["retrieval"]}
+    good, bad = rows["good", "float32"], rows["bad", "float32"]
+    assert {"float32", "float16", "bfloat16", "int8", "binary", "int8-16", "reranked"} <= {name for _, name in rows}
+    assert (good["bytes"], rows["good", "int8-16"]["bytes"], rows["good", "binary"]["bytes"]) == (128, 16, 4)
+    assert good["ndcg_at_10"] > bad["ndcg_at_10"] > 0
+    assert bad["difference"]["outcome"] == "regression"
+    assert bad["difference"]["low"] <= bad["difference"]["points"] <= bad["difference"]["high"] < 0
+    assert bad["difference"]["points"] == pytest.approx(100 * (bad["ndcg_at_10"] - good["ndcg_at_10"]), abs=1e-3)
+    # The reranker has the scores of the good server, so it cannot change its order.
+    assert rows["good", "reranked"]["ndcg_at_10"] == pytest.approx(good["ndcg_at_10"], abs=1e-6)
+    assert rows["bad", "reranked"]["difference"]["points"] > 0
+    assert "nDCG@10" in result["finding"]
+    page, printed = (folder / "report.html").read_text(), capsys.readouterr().out
+    assert "Quality and cost" in page
+    assert "int8-16" in printed
+    receipts = [folder / "receipts" / f"{name}.json" for name in ("good", "bad")]
+    for receipt in receipts:
+        check("receipt", json.loads(receipt.read_text()))
+        assert "word1" not in receipt.read_text()
+    arguments = [*map(str, receipts), "--metric", "ndcg_at_10", "--json"]
+    assert cli.run(["compare", *arguments]) == 1
+    found = json.loads(capsys.readouterr().out)
+    check("compare", found)
+    verdicts = {metric["name"]: metric for pair in found["configurations"] for metric in pair["metrics"]}
+    assert verdicts["ndcg_at_10"]["outcome"] == "regression"
+    assert verdicts["ndcg_at_10"]["difference"] == bad["difference"]["points"]
+    assert cli.run(["compare", *arguments, "--floor-ndcg", "99"]) in (0, 4)
+
+
+def test_an_interrupted_measurement_is_no_measurement(tmp_path: Path) -> None:
+    work = replace(bench(tmp_path, "fp32"), collection=collection.read(judged(tmp_path / "mine", 40)))
+
+    def notify(progress: Progress) -> None:
+        if progress.phase == "embedding the collection":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ran(work, notify, lambda outcome: write_all(work, [outcome]))
+    kept = json.loads((tmp_path / "receipts" / "fp32.json").read_text())
+    assert (kept["retrieval"]["variants"], "interrupted" in kept["retrieval"]["reason"]) == ([], True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("--task rerank", "the task of the model is rerank"), ("--rerank", "`--rerank` needs a collection")],
+)
+def test_retrieval_of_something_else_is_an_error(
+    answering: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    options = line.split() if line.startswith("--task") else []
+    more = ["--retrieval", str(judged(tmp_path / "mine", 5))] if options else ["--rerank", "http://127.0.0.1:1"]
+    assert cli.run(["bench", f"--url=a={answering(*options)}", *more, "--plan", SHORT_PLAN]) == 2
+    assert message in capsys.readouterr().err
+
+
+def values_of(draw: np.random.Generator, count: int, gain: float = 0.0, shared: float = 0.7) -> list[list[float]]:
+    """Return nDCG of the same queries by two systems of equal quality, the second one `gain` better; most are 0 or 1."""
+    ranks = draw.geometric(0.25, (3, count))
+    systems = [np.where(draw.random(count) < shared, ranks[2], ranks[side]) for side in (0, 1)]
+    found = [np.where(each <= 10, 1 / np.log2(1 + each), 0.0) for each in systems]
+    return [found[0].tolist(), (found[1] + gain).tolist()]
+
+
+@pytest.mark.parametrize("queries", [50, 300])
+def test_equal_systems_get_false_verdicts_in_at_most_5_percent_of_comparisons(queries: int) -> None:
+    draw = np.random.default_rng(queries)
+    outcomes = [judging.difference(*values_of(draw, queries), 0.0, 0.05).outcome for _ in range(400)]
+    assert (
+        sum(outcome in ("regression", "improvement") for outcome in outcomes)
+        <= 0.05 * 400 + 2 * (400 * 0.05 * 0.95) ** 0.5
+    )
+
+
+def test_the_queries_needed_show_a_difference_with_the_power_that_they_promise() -> None:
+    """For 3 points, a ninth of the queries that one point needs."""
+    draw = np.random.default_rng(1)
+    needed = judging.difference(*values_of(draw, 20_000), 1.0, 0.05).queries_needed
+    assert needed
+    found = [judging.difference(*values_of(draw, -(-needed // 9), -0.03), 1.0, 0.05) for _ in range(400)]
+    power = sum(each.outcome == "regression" for each in found) / len(found)
+    assert abs(power - 0.8) < NormalDist().inv_cdf(0.999) * (0.16 / len(found)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "outcome", "reason"),
+    [
+        ([0.5] * 100, [0.5] * 100, "no regression", ""),
+        ([0.5] * 100, None, "not enough evidence", "without `--retrieval`"),
+        (None, [0.5] * 100, "not compared", "without `--retrieval`"),
+        ([0.5, 0.4] * 10, [0.1, 0.0] * 10, "not enough evidence", "20 queries"),
+        ([0.5] * 100, [0.5] * 99, "not enough evidence", "collections differ"),
+        ([0.1, 0.9] * 50, [0.9, 0.1] * 50, "not enough evidence", "needs about"),
+    ],
+)
+def test_compare_says_why_there_is_no_verdict(
+    tmp_path: Path, old: list[float] | None, new: list[float] | None, outcome: str, reason: str
+) -> None:
+    sides = receipts_of(tmp_path, *[run_values(8, [1, 1.01, 0.99])] * 2)
+    for side, values in zip(sides, (old, new), strict=True):
+        first = {"per_query": values, "ndcg_at_10": values and sum(values) / len(values)}
+        side.data["retrieval"] = values and {"collection": {"sha256": str(len(values))}, "variants": [first]}
+    (pair,) = comparing.compare([ReceiptPair(*sides)], [], comparing.CompareOptions()).pairs
+    (metric,) = (each for each in pair.metrics if each.name == judging.NAME)
+    assert metric.outcome == outcome
+    assert reason in metric.reason
