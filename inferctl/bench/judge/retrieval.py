@@ -62,13 +62,13 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
         return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
-    needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.reason else ""
+    needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.queries_needed else ""
     return [
         MetricResult(
             NAME,
             "%",
             found.outcome,
-            found.reason + needed,
+            found.reason and found.reason + needed,
             *(round(100 * side[NAME], 4) for side in (first, second)),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),
             limits=QualityTolerance(margin),

@@ -75,7 +75,7 @@ def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
     models = set[str | None]()
     for receipt in receipts:
         for number, variant in enumerate((receipt.data.get("retrieval") or {}).get("variants") or ()):
-            if not number or receipt.weights_sha256 not in models or variant["milliseconds"]:
+            if not number or receipt.weights_sha256 not in models or variant["milliseconds"] is not None:
                 listed.append((receipt, variant, not number))
         models.add(receipt.weights_sha256)
     rate = verdict.ERROR_RATE / max(1, len(listed) - 1)
