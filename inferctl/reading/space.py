@@ -79,6 +79,21 @@ class Space:
         return replace(self, definition={**self.definition, **parts})
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the parts in which two definitions differ, with both values, None for a part that one lacks.
+
+    An object in a definition is compared part by part: `config.hidden_act`.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for part in dict.fromkeys([*one, *other]):
+        values = one.get(part), other.get(part)
+        if isinstance(values[0], Mapping) and isinstance(values[1], Mapping):
+            found |= {f"{part}.{inner}": pair for inner, pair in differences(*values).items()}
+        elif values[0] != values[1]:
+            found[part] = values
+    return found
+
+
 def read(folder: Path, config: EmbeddingConfig) -> dict[Output, Space]:
     """Return the spaces of all outputs of a model folder, whose configuration is `config`.
 
