@@ -144,7 +144,8 @@ def _files(folder: Path) -> list[Path]:
 def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
     """Return the SHA-256 of names, shapes and values of the tensors, in the order of their names.
 
-    Equal values are equal in all formats of numbers.
+    Equal values are equal in all formats of numbers. A prefix that all names have in common, such as `bert.`, does not
+    count: transformers writes it for a model with a head.
     """
     ignored, calls = re.compile("|".join(unused) or "(?!)"), {}
     with ThreadPoolExecutor(2) as threads:  # SHA-256 runs without the lock of the interpreter
@@ -154,7 +155,9 @@ def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
             for name, entry in tensors(file):
                 if not ignored.fullmatch(name):
                     calls[name] = threads.submit(_tensor, file, start, entry)
-        return _digest({name: call.result() for name, call in sorted(calls.items())})
+        first = {name.partition(".")[0] for name in calls}
+        cut = len(first.pop()) + 1 if len(first) == 1 and len(calls) > 1 else 0
+        return _digest({name[cut:]: call.result() for name, call in sorted(calls.items())})
 
 
 def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
