@@ -16,11 +16,13 @@ from inferctl.reading.outputs import Form, mark
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.reading import saved_models
 from tests.reading.saved_models import TEXTS, WIDTH
+from tests.reading.test_outputs import multi_vector
 from tests.reading.test_saved_models import MEAN, dense, edit, normalized, pooled
 
 Change: TypeAlias = Callable[[Path], Any]
 WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
 LIBRARY, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
+MASK = "2_MultiVectorMask/config.json"
 
 
 def values(change: Callable[[dict[str, Any]], Any], file: str = WEIGHTS, **options: Any) -> Change:
@@ -196,18 +198,18 @@ OTHER: dict[str, Change] = {
 
 
 # The parts in which the definitions differ, where they are not the weights.
-PARTS: dict[str, set[str]] = {
-    **dict.fromkeys([name for name in OTHER if "Dense" in name or "Normalize" in name], {"layers"}),
-    **dict.fromkeys(["cls pooling", "max pooling", "weighted mean"], {"pooling"}),
-    **dict.fromkeys(["upper case", "accents", "ids of two tokens", "long words", "no special tokens"], {"tokenizer"}),
-    "truncated vectors": {"truncate_dim"},
-    "prompt of queries": {"prompts.query"},
-    "prompt of documents": {"prompts.document"},
-    "default prompt": {"default_prompt"},
-    "shorter texts": {"max_tokens"},
-    "heads of attention": {"config.num_attention_heads"},
-    "activation": {"config.hidden_act"},
-    "epsilon of norms": {"config.layer_norm_eps"},
+PARTS: dict[str, str] = {
+    **dict.fromkeys([name for name in OTHER if "Dense" in name or "Normalize" in name], "layers"),
+    **dict.fromkeys(["cls pooling", "max pooling", "weighted mean"], "pooling"),
+    **dict.fromkeys(["upper case", "accents", "ids of two tokens", "long words", "no special tokens"], "tokenizer"),
+    "truncated vectors": "truncate_dim",
+    "prompt of queries": "prompts.query",
+    "prompt of documents": "prompts.document",
+    "default prompt": "default_prompt",
+    "shorter texts": "max_tokens",
+    "heads of attention": "config.num_attention_heads",
+    "activation": "config.hidden_act",
+    "epsilon of norms": "config.layer_norm_eps",
 }
 
 
@@ -234,7 +236,10 @@ def computed(folder: Path, limit: int | None = None) -> dict[str, Any]:
     pool.close()
     if config.pooling:
         return {"dense": reference.embed(rows)}
-    found = [reference.outputs(row, mark(Form.SPARSE)) for row in rows]
+    form = Form.SPARSE if config.sparse else Form.TOKENS
+    found = [reference.outputs(row, mark(form)) for row in rows]
+    if config.tokens:
+        return {"tokens": np.concatenate([outputs.tokens for outputs in found])}
     sparse = np.zeros((len(rows), reference.vocabulary_size), np.float32)
     for row, outputs in zip(sparse, found, strict=True):
         row[outputs.ids] = outputs.weights
@@ -261,6 +266,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     return folder, spaces(folder), computed(folder)["dense"]
 
 
+@pytest.fixture(scope="module")
+def colbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return multi_vector(tmp_path_factory.mktemp("colbert"), "bert", ["the"], {})
+
+
 @pytest.mark.parametrize(("name", "same"), [(name, each is SAME) for each in (SAME, OTHER) for name in each])
 def test_a_name_changes_if_the_vectors_do(base: Any, tmp_path: Path, name: str, same: bool) -> None:
     folder = tmp_path / "changed"
@@ -270,7 +280,7 @@ def test_a_name_changes_if_the_vectors_do(base: Any, tmp_path: Path, name: str, 
     equal = found.shape == base[2].shape and np.allclose(found, base[2], rtol=0, atol=1e-5)
     old, new = base[1]["dense"], spaces(folder)["dense"]
     assert (old.name == new.name, equal) == (same, same)
-    assert set(space.differences(old.definition, new.definition)) == (set() if same else PARTS.get(name, {"weights"}))
+    assert set(space.differences(old.definition, new.definition)) == (set() if same else {PARTS.get(name, "weights")})
 
 
 @pytest.mark.parametrize(("limit", "same"), [(6, False), (128, True)])
@@ -297,6 +307,24 @@ def test_the_head_of_sparse_weights_is_part_of_their_space(
     before, after = computed(splade)["sparse"], computed(folder)["sparse"]
     equal = np.allclose(before, after, rtol=0, atol=1e-5)
     assert (names(folder) == names(splade), equal) == (same, same)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (setting(CONFIG, torch_dtype="float16"), True),
+        (setting(MASK, skiplist_words=["the", ","]), False),  # one text has a comma
+        (shifted("linear.weight", 0.1, "1_Dense/model.safetensors"), False),
+        (setting(LIBRARY, prompts={"query": "[D] ", "document": "[D] "}), False),
+    ],
+)
+def test_vectors_of_tokens_have_a_space(colbert: Path, tmp_path: Path, change: Change, same: bool) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(colbert, folder)
+    change(folder)
+    before, after = computed(colbert)["tokens"], computed(folder)["tokens"]
+    equal = before.shape == after.shape and np.allclose(before, after, rtol=0, atol=1e-5)
+    assert (names(folder) == names(colbert), equal) == (same, same)
 
 
 def test_the_dropout_of_tokens_of_esm_is_computed(tmp_path: Path) -> None:
