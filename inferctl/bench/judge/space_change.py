@@ -79,7 +79,7 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
     if count < _FEWEST:
         return None
     before = nearest(_similarities(old, old.documents))
-    reembedded = _share(shared(before, nearest(_similarities(new, new.documents))))
+    reembedded = share(shared(before, nearest(_similarities(new, new.documents))))
     sizes = old.dimensions, new.dimensions
     if sizes[0] != sizes[1] or (old.per_token is None) != (new.per_token is None):
         reason = f"vectors have {sizes[0]} dimensions and {sizes[1]}"
@@ -91,7 +91,7 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
         old.documents[::2],
         new.documents[1::2],
     )
-    mixed = _share(shared(before, nearest(_similarities(new, store))))
+    mixed = share(shared(before, nearest(_similarities(new, store))))
     if old.per_token is None:
         pairs = [(old.queries, new.queries), (old.documents, new.documents)]
         # Sparse weights of a text without tokens are zero on both sides.
@@ -124,7 +124,7 @@ def _similarities(vectors: Vectors, store: Matrix) -> npt.NDArray[np.float64]:
     return unit(vectors.queries) @ unit(store).T
 
 
-def _share(values: Sequence[float] | npt.NDArray[np.float64]) -> Share:
+def share(values: Sequence[float] | npt.NDArray[np.float64]) -> Share:
     """Return the mean of shares with the interval of Wilson at their effective sample size.
 
     It is that of the binomial distribution with the same variance (E. L. Korn and B. I. Graubard, Survey Methodology
