@@ -106,16 +106,6 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
     return SpaceChange(count, sizes, lowest, median, mixed, reembedded, least_kept, verdict, reason)
 
 
-def texts_needed(change: SpaceChange) -> int | None:
-    """Return about how many texts would decide an inconclusive change; None if none is known to be enough."""
-    if change.verdict != "not enough evidence" or change.mixed is None:
-        return None
-    distance = abs(change.mixed.value - change.least_kept)
-    half = (change.mixed.high - change.mixed.low) / 2
-    needed = math.ceil(change.texts * (half / distance) ** 2) if distance else math.inf
-    return int(needed) if needed <= 100_000 else None
-
-
 def _similarities(vectors: Vectors, store: Matrix) -> npt.NDArray[np.float64]:
     if vectors.per_token is not None:
         return max_similarities(vectors.queries, store, vectors.per_token).astype(np.float64)
