@@ -154,7 +154,8 @@ def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], Serv
     from inferctl.image.running_container import exit_error, free_port, wait_ready
 
     engine = image = None
-    reference, why = full_reference(reference), "the image is not on this machine"
+    reference = reference if reference.startswith("sha256:") else full_reference(reference)
+    why = "the image is not on this machine"
     try:
         engine = DockerEngine.connect()
         image = engine.image(reference)
