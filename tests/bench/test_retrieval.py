@@ -54,12 +54,15 @@ DOCUMENTS, QUERIES = lines(b="two", a=("One", "text"), c=""), lines(p="first", q
 
 
 def test_a_collection_has_joined_titles_and_only_queries_with_a_relevant_document(tmp_path: Path) -> None:
-    files = {"corpus": DOCUMENTS, "queries": QUERIES, "flat": qrels("q b 2", "q a 0", "p b 0")}
+    files = {"corpus": DOCUMENTS, "queries": QUERIES, "flat": qrels("q b 2", "q a 0", "p a 1", "r b 0")}
     found = collection.read(folder_of(tmp_path / "mine", **files))
     assert found.documents == {"a": "One text", "b": "two"}
-    assert (found.queries, found.judgments) == ({"q": "second"}, {"q": {"a": 0, "b": 2}})
-    assert (found.name, found.weak, found.left_out, found.empty) == ("mine", False, 2, 1)
-    moved = collection.read(folder_of(tmp_path / "other", **{**files, "flat": qrels("q b 1", "q a 0")}))
+    assert (found.queries, found.judgments) == (
+        {"p": "first", "q": "second"},
+        {"p": {"a": 1}, "q": {"a": 0, "b": 2}},
+    )
+    assert (found.name, found.weak, found.left_out, found.empty) == ("mine", False, 1, 1)
+    moved = collection.read(folder_of(tmp_path / "other", **{**files, "flat": qrels("q b 1", "q a 0", "p a 1")}))
     assert moved.sha256 != found.sha256
 
 
@@ -87,7 +90,7 @@ def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Pa
         ({"corpus": lines(a="x") + lines(a="y")}, "corpus.jsonl:2"),
         ({"corpus": lines(a="one line")}, "a query can be made"),
         ({"corpus": DOCUMENTS, "queries": QUERIES}, "test.tsv"),
-        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "no relevant document"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "no two queries"),
         (
             {"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 1", "q z 1")},
             "test.tsv:3: the judged document",

@@ -59,8 +59,8 @@ def read(folder: Path) -> Collection:
     file = next((each for each in known if each.exists()), known[0])
     grades = _grades(file, queries, documents)
     judgments = {key: dict(sorted(grades[key].items())) for key in sorted(grades) if max(grades[key].values()) > 0}
-    if not judgments:
-        raise UsageError(f"{file} has no relevant document: no score is above 0", f"add judgments: {_LAYOUT}")
+    if len(judgments) < 2:
+        raise UsageError(f"{file} has no two queries with a score above 0", f"add judgments: {_LAYOUT}")
     texts = {key: _joined(*parts) for key, parts in sorted(documents.items()) if any(parts)}
     asked = {key: queries[key] for key in judgments}
     left_out, empty = len(queries) - len(asked), len(documents) - len(texts)
@@ -76,9 +76,9 @@ def _weak(name: str, documents: dict[str, tuple[str, str]]) -> Collection:
         texts[key] = rest.strip() or first
         if first and rest.strip():
             relevant.setdefault(first.strip(), {})[key] = 1
-    if not relevant:
+    if len(relevant) < 2:
         raise UsageError(
-            f"no document of {name} has a title or several lines, of which a query can be made",
+            f"no two documents of {name} have a title or several lines, of which a query can be made",
             f"add queries and judgments: {_LAYOUT}",
         )
     chosen = list(relevant.items())[:: -(-len(relevant) // MOST_WEAK)]
