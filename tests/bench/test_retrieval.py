@@ -88,7 +88,7 @@ def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Pa
         ({"corpus": ""}, "no texts"),
         ({"corpus": '{"_id": "a"}\n'}, "corpus.jsonl:1"),
         ({"corpus": lines(a="x") + lines(a="y")}, "corpus.jsonl:2"),
-        ({"corpus": lines(a="one line")}, "a query can be made"),
+        ({"corpus": lines(a="one line")}, "no two queries"),
         ({"corpus": DOCUMENTS, "queries": QUERIES}, "test.tsv"),
         ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "no two queries"),
         (
