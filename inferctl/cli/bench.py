@@ -28,6 +28,8 @@ Examples:
   inferctl bench -p bf16 --search --slo 100
   # Measure every combination of batch limit and corpus
   inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed
+  # Compare two models by their retrieval on your own texts, next to speed
+  inferctl bench -m DIR -m OTHER-DIR -p fp32 -p bf16 --retrieval COLLECTION
   # Measure a running server
   inferctl bench --url t4=http://10.0.0.7:8080
   # Measure a running server that requires an API key

@@ -46,8 +46,10 @@ def difference(old: Sequence[float], new: Sequence[float], margin: float, error_
     outcome, reason = found.outcome, found.reason
     if len(losses) < MIN_QUERIES:
         outcome, reason = "not enough evidence", f"{len(losses)} queries are judged: {MIN_QUERIES} are needed at least"
-    rounded = (round(value, 4) + 0.0 for value in (-found.change, -found.high, -found.low, found.worst_case))
-    return Difference(outcome, *rounded, math.ceil((z * spread) ** 2) or None, reason)
+    # Adding 0.0 makes -0.0 positive.
+    points, low, high = (round(-loss, 4) + 0.0 for loss in (found.change, found.high, found.low))
+    needed = math.ceil((z * spread) ** 2) or None
+    return Difference(outcome, points, low, high, round(found.worst_case, 4), needed, reason)
 
 
 def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list[MetricResult]:
@@ -69,7 +71,8 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
             "%",
             found.outcome,
             found.reason and found.reason + needed,
-            *(round(100 * side[NAME], 4) for side in (first, second)),
+            round(100 * first[NAME], 4),
+            round(100 * second[NAME], 4),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),
             limits=QualityTolerance(margin),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ MEASURES = {"ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10", "recall_at
 DEPTH, RERANKED = 100, 20
 _BATCH, _CHUNK = 32, 64
 _WAITS_S = (1, 2, 4, 8, 16, 32)
+_NO_PROMPT: dict[str, object] = {"prompt": ""}
 
 Matrix = npt.NDArray[np.float32]
 # Scores of queries (from, to) with all documents, shape (queries, documents).
@@ -49,11 +51,11 @@ class Variant:
     format: str
     dimensions: int | None
     bytes: float
-    ndcg_at_10: float
-    recall_at_10: float
-    recall_at_100: float
-    mrr_at_10: float
-    per_query: Sequence[float]
+    ndcg_at_10: float = 0.0
+    recall_at_10: float = 0.0
+    recall_at_100: float = 0.0
+    mrr_at_10: float = 0.0
+    per_query: Sequence[float] = ()
     milliseconds: float | None = None
 
 
@@ -88,26 +90,24 @@ def measure(
 ) -> RetrievalResult:
     """Return the measures of a server; `notify` receives the seconds passed. A server that fails has a `reason`."""
     try:
-        client = _Client(server, notify)
+        client, run = _Client(server, notify), Run()
         variants: list[Variant] = []
-        run: Run = {}
         # In descending order of ids: trec_eval orders equal scores so.
         names = sorted(collection.documents, reverse=True)
+        texts = list(collection.queries.values()), [collection.documents[name] for name in names]
+        roles: list[dict[str, object]] = [{"input_type": "query"}, {"input_type": "document"}]
         for output in (server.info.get("model") or {}).get("trained_outputs") or ["dense"]:
-            texts = list(collection.queries.values()), [collection.documents[name] for name in names]
-            for prompt in (None, "") if client.has_prompts(output, *texts) else (None,):
-                queries, documents = (
-                    client.embed(part, role, output, prompt)
-                    for part, role in zip(texts, ("query", "document"), strict=True)
-                )
-                for variant, scores in _VARIANTS[output](queries, documents, () if prompt is not None else dimensions):
-                    variant = variant if prompt is None else replace(variant, name=f"{variant.name}, no prompts")
+            for prompted in (True, False) if client.has_prompts(output, roles, texts) else (True,):
+                hows = roles if prompted else [_NO_PROMPT] * 2
+                vectors = [client.embed(part, output, how) for part, how in zip(texts, hows, strict=True)]
+                for variant, scores in _VARIANTS[output](*vectors, dimensions):
                     best = ranked(scores, list(collection.queries), names)
                     run = run or best
-                    variants.append(_measured(variant, best, collection))
-                    if prompt is not None:
+                    name = variant.name if prompted else f"{variant.name}, no prompts"
+                    variants.append(_measured(replace(variant, name=name), best, collection))
+                    if not prompted:
                         break
-        truncated = client.truncated([*collection.queries.values(), *collection.documents.values()])
+        truncated = client.truncated([*texts[0], *texts[1]])
         return RetrievalResult(collection.as_dict(), variants, None, client.roles, truncated, run)
     except InferctlError as error:
         return unmeasured(collection, error.message)
@@ -131,9 +131,8 @@ def reranked(
         first, begun = best[:RERANKED], time.monotonic()
         if new := [document for document in first if (query, document) not in scores]:
             texts = [text, *(collection.documents[document] for document in new)]
-            scores |= dict(
-                zip(((query, each) for each in new), patiently(lambda x=texts: server.rerank(x)), strict=True)
-            )
+            found_scores = patiently(partial(server.rerank, texts))
+            scores |= {(query, each): score for each, score in zip(new, found_scores, strict=True)}
             times += [time.monotonic() - begun] * (len(new) == RERANKED)
         first.sort(key=lambda document: (scores[query, document], document), reverse=True)
         run[query] = {document: float(DEPTH - place) for place, document in enumerate(first + best[RERANKED:])}
@@ -176,21 +175,23 @@ def _measured(variant: Variant, run: Run, collection: Collection) -> Variant:
     return replace(variant, **means, per_query=[round(value, 6) for value in found["ndcg_at_10"]])
 
 
-def _variant(name: str, output: str, format_: str, dimensions: int | None, size: float) -> Variant:
-    return Variant(name, output, format_, dimensions, size, 0.0, 0.0, 0.0, 0.0, ())
-
-
 def _dense(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[tuple[Variant, Scores]]:
     """Yield the cosine in each format and size; bits are compared by the number of different ones."""
-    whole = np.asarray(queries, np.float32), np.asarray(documents, np.float32)
-    full = whole[0].shape[1]
+    full = len(queries[0])
+    if {len(row) for row in (*queries, *documents)} != {full}:
+        raise InferctlError("the server returned vectors of different sizes")
+    whole = np.stack(queries), np.stack(documents)
     for size in (full, *(each for each in dimensions if each < full)):
         for name in FORMATS if size == full else ("float32", "int8", "binary"):
             left, right = (_unit(convert(_unit(each[:, :size]), name)) for each in whole)
             number = 4 if name == "float32" else 1 if name == "int8" else 2
             stored = vector_format.size(size, "ubinary") if name == "binary" else number * size
             label = name if size == full else f"{name}-{size}"
-            yield _variant(label, "dense", name, size, stored), lambda a, b, x=left, y=right: x[a:b] @ y.T
+            yield Variant(label, "dense", name, size, stored), partial(_products, left, right)
+
+
+def _products(left: Matrix, right: Matrix, first: int, last: int) -> Matrix:
+    return left[first:last] @ right.T
 
 
 def convert(vectors: Matrix, name: str) -> Matrix:
@@ -220,7 +221,7 @@ def _sparse(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator
 
     left, right = sparse.vstack(queries), sparse.vstack(documents).T.tocsc()
     size = 8 * right.nnz / right.shape[1]
-    yield _variant("sparse", "sparse", "float32", None, size), lambda a, b: (left[a:b] @ right).toarray()
+    yield Variant("sparse", "sparse", "float32", None, size), lambda a, b: (left[a:b] @ right).toarray()
 
 
 def _tokens(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[tuple[Variant, Scores]]:
@@ -232,7 +233,7 @@ def _tokens(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator
         rows = (np.maximum.reduceat(each @ every.T, starts, axis=1).sum(axis=0) for each in queries[first:last])
         return np.stack(list(rows))
 
-    yield _variant("tokens", "tokens", "float32", every.shape[1], 4 * every.size / len(documents)), scores
+    yield Variant("tokens", "tokens", "float32", every.shape[1], 4 * every.size / len(documents)), scores
 
 
 _VARIANTS = {"dense": _dense, "sparse": _sparse, "tokens": _tokens}
@@ -248,40 +249,39 @@ class _Client:
         # text-embeddings-inference ignores unknown keys of its own endpoint.
         self.roles: bool | None = False if server.path == "/embed" else None
 
-    def embed(self, texts: Sequence[str], role: str, output: str, prompt: str | None) -> list[Any]:
+    def embed(self, texts: Sequence[str], output: str, how: dict[str, object]) -> list[Any]:
         """Return an array for each text: (dimensions,), sparse (1, vocabulary), or (tokens, dimensions)."""
         more: dict[str, object] = {"truncate": True, "outputs": [output]} if self._own else {}
-        more |= {} if prompt is None else {"prompt": prompt}
         found: list[Any] = []
         for start in range(0, len(texts), _BATCH):
-            batch = list(texts[start : start + _BATCH])
-            rows = self._rows(batch, more, {"input_type": role} if prompt is None else {}, output)
+            rows = self._rows(list(texts[start : start + _BATCH]), output, more | how)
             found += [self._array(row, output) for row in rows]
             self._notify(time.monotonic() - self._started)
         return found
 
-    def has_prompts(self, output: str, queries: list[str], documents: list[str]) -> bool:
-        """Return whether a prompt changes a query or a document."""
+    def has_prompts(self, output: str, roles: list[dict[str, object]], texts: Sequence[list[str]]) -> bool:
+        """Return whether a prompt changes the first query or document."""
         if not (self._model.get("prompts") or {}).get("names"):
             return False
-        return any(
-            with_prompt.shape != without.shape or abs(with_prompt - without).max() > 1e-3
-            for role, texts in (("query", queries), ("document", documents))
-            for (with_prompt,), (without,) in [[self.embed(texts[:1], role, output, prompt) for prompt in (None, "")]]
+        pairs = (
+            [self.embed(part[:1], output, how)[0] for how in (role, _NO_PROMPT)]
+            for role, part in zip(roles, texts, strict=True)
         )
+        return any(first.shape != second.shape or abs(first - second).max() > 1e-3 for first, second in pairs)
 
-    def _rows(self, batch: list[str], more: dict[str, object], role: dict[str, str], output: str) -> list[Any]:
-        if self.roles is not False:
-            try:
-                rows = patiently(lambda: self._server.embed(batch, **more, **role, output=output))
-                self.roles = self.roles or bool(role)
-                return rows
-            except StatusError as error:
-                # A server that accepted the role before rejects something else.
-                if self.roles or error.status not in (400, 415, 422):
-                    raise
-                self.roles = False
-        return patiently(lambda: self._server.embed(batch, **more, output=output))
+    def _rows(self, batch: list[str], output: str, more: dict[str, object]) -> list[Any]:
+        if self.roles is False:
+            more = {key: value for key, value in more.items() if key != "input_type"}
+        try:
+            rows = patiently(partial(self._server.embed, batch, output=output, **more))
+        except StatusError as error:
+            # A server that accepted the role before rejects something else.
+            if self.roles is not None or error.status not in (400, 415, 422):
+                raise
+            self.roles = False
+            return self._rows(batch, output, more)
+        self.roles = self.roles is not False
+        return rows
 
     def _array(self, row: Sequence[float], output: str) -> Any:
         values = np.asarray(row, np.float32)

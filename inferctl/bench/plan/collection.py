@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,96 +48,79 @@ class Collection:
 
 def read(folder: Path) -> Collection:
     """Return the collection in `folder`. Raises `UsageError` for a missing, empty or contradictory file."""
-    documents = _texts(folder / "corpus.jsonl")
-    name = folder.resolve().name
-    if not (folder / "queries.jsonl").exists():
-        return _weak(name, documents)
-    queries = {key: _joined(title, text) for key, (title, text) in _texts(folder / "queries.jsonl").items()}
-    known = [folder / "qrels" / "test.tsv", folder / "qrels.tsv"]
-    file = next((each for each in known if each.exists()), known[0])
-    grades = _grades(file, queries, documents)
-    judgments = {key: dict(sorted(grades[key].items())) for key in sorted(grades) if max(grades[key].values()) > 0}
-    if not judgments:
-        raise UsageError(f"{file} has no relevant document: no score is above 0", f"add judgments: {_LAYOUT}")
-    texts = {key: _joined(*parts) for key, parts in sorted(documents.items()) if any(parts)}
-    asked = {key: queries[key] for key in judgments}
-    left_out, empty = len(queries) - len(asked), len(documents) - len(texts)
-    return Collection(name, texts, asked, judgments, left_out=left_out, empty=empty)
+    parts = _texts(folder / "corpus.jsonl")
+    weak = not (folder / "queries.jsonl").exists()
+    if weak:
+        documents, queries, grades, file = *_weak(parts), folder / "corpus.jsonl"
+    else:
+        # As BEIR and MTEB join them.
+        documents = {key: f"{title} {text}".strip() for key, (title, text) in parts.items()}
+        queries = {key: text for key, (_, text) in _texts(folder / "queries.jsonl").items()}
+        known = [folder / "qrels" / "test.tsv", folder / "qrels.tsv"]
+        file = next((each for each in known if each.exists()), known[0])
+        grades = _grades(file, queries, documents)
+    relevant = [key for key in sorted(grades) if max(grades[key].values()) > 0]
+    if len(relevant) < 2:
+        raise UsageError(f"{file} gives no two queries with a relevant document", f"add judgments: {_LAYOUT}")
+    chosen = relevant[:: -(-len(relevant) // MOST_WEAK)] if weak else relevant
+    texts = {key: text for key, text in sorted(documents.items()) if text}
+    left_out, empty = len(queries) - len(chosen), len(documents) - len(texts)
+    kept, judged = {key: queries[key] for key in chosen}, {key: dict(sorted(grades[key].items())) for key in chosen}
+    return Collection(folder.resolve().name, texts, kept, judged, weak, left_out, empty)
 
 
-def _weak(name: str, documents: dict[str, tuple[str, str]]) -> Collection:
-    """Return documents without their titles or, if they have none, without their first lines: these are the queries."""
-    texts: dict[str, str] = {}
-    relevant: dict[str, dict[str, int]] = {}
-    for key, (title, text) in sorted(documents.items()):
+def _weak(parts: dict[str, tuple[str, str]]) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """Return documents without their titles or, if they have none, without their first lines; these as queries; grades.
+
+    A query has the id of its first document, and all documents with this title are relevant.
+    """
+    texts, ids = dict[str, str](), dict[str, str]()
+    grades: dict[str, dict[str, int]] = {}
+    for key, (title, text) in sorted(parts.items()):
         first, _, rest = (title, "", text) if title else text.partition("\n")
         texts[key] = rest.strip() or first
         if first and rest.strip():
-            relevant.setdefault(first.strip(), {})[key] = 1
-    if not relevant:
-        raise UsageError(
-            f"no document of {name} has a title or several lines, of which a query can be made",
-            f"add queries and judgments: {_LAYOUT}",
-        )
-    chosen = list(relevant.items())[:: -(-len(relevant) // MOST_WEAK)]
-    queries = {next(iter(grades)): query for query, grades in chosen}
-    judgments = {next(iter(grades)): grades for _, grades in chosen}
-    texts = {key: text for key, text in texts.items() if text}
-    left_out, empty = len(relevant) - len(chosen), len(documents) - len(texts)
-    return Collection(name, texts, queries, judgments, True, left_out, empty)
-
-
-def _joined(title: str, text: str) -> str:
-    """Return title and text as BEIR and MTEB join them."""
-    return f"{title} {text}".strip()
+            grades.setdefault(ids.setdefault(first.strip(), key), {})[key] = 1
+    return texts, {key: query for query, key in ids.items()}, grades
 
 
 def _texts(file: Path) -> dict[str, tuple[str, str]]:
     """Return title and text by id. Raises `UsageError`."""
     found: dict[str, tuple[str, str]] = {}
-    for number, line in enumerate(_content(file).split("\n"), 1):
-        if not line.strip():
-            continue
+    for place, line in _lines(file):
         try:
             entry = json.loads(line)
-            key, *parts = (
-                str(entry[name] or "") for name in ("_id", "title", "text") if name != "title" or name in entry
-            )
+            key, title, text = str(entry["_id"]), str(entry.get("title") or ""), str(entry["text"])
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise UsageError(f"{file}:{number}: the line is not a text with an id", _LAYOUT) from None
+            raise UsageError(f"{place}: the line is not a text with an id", _LAYOUT) from None
         if key in found:
-            raise UsageError(f"{file}:{number}: a second text has the id {key!r}", "give each text an id of its own")
-        found[key] = (parts[0].strip() if len(parts) > 1 else "", parts[-1].strip())
-    if not any(any(parts) for parts in found.values()):
+            raise UsageError(f"{place}: a second text has the id {key!r}", "give each text an id of its own")
+        found[key] = title.strip(), text.strip()
+    if not any(map(any, found.values())):
         raise UsageError(f"{file} has no texts", _LAYOUT)
     return found
 
 
-def _grades(file: Path, queries: dict[str, str], documents: dict[str, tuple[str, str]]) -> dict[str, dict[str, int]]:
+def _grades(file: Path, queries: dict[str, str], documents: dict[str, str]) -> dict[str, dict[str, int]]:
     """Return the grades by query and document. Raises `UsageError`, also for ids that have no text."""
     grades: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(csv.reader(io.StringIO(_content(file)), delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-        if number == 1 or not row:  # the header
-            continue
+    for place, line in _lines(file)[1:]:  # below the header
         try:
-            query, document, grade = row[0], row[1], int(row[2])
-        except (ValueError, IndexError):
-            raise UsageError(
-                f"{file}:{number}: the line is not query-id, corpus-id and a whole score", _LAYOUT
-            ) from None
+            query, document, grade = line.split("\t")
+            grades.setdefault(query, {})[document] = int(grade)
+        except ValueError:
+            raise UsageError(f"{place}: the line is not query-id, corpus-id and a whole score", _LAYOUT) from None
         for kind, key, texts in (("query", query, queries), ("document", document, documents)):
             if key not in texts:
-                raise UsageError(
-                    f"{file}:{number}: the judged {kind} {key!r} has no text", "add it, or remove the line"
-                )
-        grades.setdefault(query, {})[document] = grade
+                raise UsageError(f"{place}: the judged {kind} {key!r} has no text", "add it, or remove the line")
     return grades
 
 
-def _content(file: Path) -> str:
+def _lines(file: Path) -> list[tuple[str, str]]:
+    """Return the lines that are not blank, each with its place."""
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}", _LAYOUT) from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8: {error.reason}", "convert the file, for example with `iconv`") from None
+        # splitlines() would also split at U+2028, which JSON strings may contain.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}", _LAYOUT) from None
+    return [(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]

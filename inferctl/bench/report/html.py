@@ -68,8 +68,8 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     return environment.get_template("report.html.j2").render(
         result=document,
         rows=rows,
-        retrieval_headings=retrieval.HTML_HEADINGS,
-        retrieval_rows=[retrieval.html_cells(row) for row in result.retrieval],
+        retrieval_headings=retrieval.HEADINGS,
+        retrieval_rows=[retrieval.cells(row) for row in result.retrieval],
         costs=[row for row in rows if row["receipt"]],
         cost_columns=terminal.cost_columns(measured, result.load.task),
         sent=terminal.received(measured),

@@ -1,14 +1,13 @@
-"""The quality of retrieval next to what it costs: rows, sentences, table and charts."""
+"""The quality of retrieval next to what it costs: rows, sentences, cells and charts."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.bench import student_t
 from inferctl.bench.judge import retrieval, verdict
 from inferctl.bench.judge.retrieval import Difference
 from inferctl.bench.measure.retrieval import FORMATS
@@ -16,34 +15,30 @@ from inferctl.bench.report import caveats
 from inferctl.bench.report.chart import Chart, Json, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
-HEADINGS = ("config", "vectors", "bytes", "nDCG", "change (interval)", "R@100")
-HTML_HEADINGS = (
-    *("configuration", "vectors", "bytes of a document", "nDCG@10 (points)", "change (points)", "verdict"),
-    *("recall@10", "recall@100", "MRR@10", "queries for 1 point"),
+HEADINGS = (
+    *("configuration", "vectors", "bytes", "nDCG@10", "change", "recall@100", "recall@10", "MRR@10"),
+    *("verdict", "queries for 1 point"),
 )
+# Low end, value and high end.
+Range = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class RetrievalRow:
     """One way to find documents: a configuration with one kind of vectors.
 
-    `first`: the first kind of this configuration. `interval`: of nDCG@10 over queries (95%, in points). `difference`:
-    of a first kind to that of the first configuration, of others to the first kind; intervals hold for all together. `cost`: the cost of a million texts in
-    USD with its interval if the hardware has a price, else None. `rate`: requests/s with its interval.
+    `first`: the first kind of this configuration. `ndcg`: nDCG@10 with its 95% interval over queries, in points.
+    `difference`: of a first kind to that of the first configuration, of others to the first kind; the intervals hold
+    for all rows together. `cost`: USD for a million texts if the hardware has a price. `rate`: requests/s.
     """
 
     configuration: str
     variant: JsonObject
     first: bool
-    interval: tuple[float, float]
+    ndcg: Range
     difference: Difference | None
-    cost: tuple[float, float, float] | None
-    rate: tuple[float, float, float]
-
-    @property
-    def ndcg(self) -> float:
-        """NDCG@10 in points."""
-        return float(100 * self.variant[retrieval.NAME])
+    cost: Range | None
+    rate: Range
 
     @property
     def vectors(self) -> str:
@@ -51,22 +46,18 @@ class RetrievalRow:
 
     @property
     def label(self) -> str:
-        return self.configuration if self.first else f"{self.vectors} of {self.configuration}"
+        return self.configuration if self.first else f"{self.configuration}, {self.vectors}"
 
     @property
     def is_compact(self) -> bool:
         """Whether these are the first vectors in another format or with fewer dimensions."""
         return not self.first and self.vectors.partition("-")[0] in FORMATS
 
-    @property
-    def is_reranked(self) -> bool:
-        return self.variant["milliseconds"] is not None
-
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `retrieval` key of a result."""
         shown = {key: value for key, value in self.variant.items() if key != "per_query"}
         found = dataclasses.asdict(self.difference) if self.difference else None
-        return {"configuration": self.configuration, **shown, "interval": self.interval, "difference": found}
+        return {"configuration": self.configuration, **shown, "interval": self.ndcg[::2], "difference": found}
 
 
 def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
@@ -83,130 +74,101 @@ def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
     for receipt, variant, first in listed:
         base = listed[0][1] if first else receipt.data["retrieval"]["variants"][0]
         values = variant["per_query"]
+        mean = retrieval.difference([0.0] * len(values), values, retrieval.MARGIN, verdict.ERROR_RATE)
         change = retrieval.difference(base["per_query"], values, retrieval.MARGIN, rate) if found else None
-        place = _cost(receipt), _rate(receipt.data["summary"])
-        found.append(RetrievalRow(receipt.name, variant, first, _interval(values), change, *place))
+        ndcg = (mean.low, mean.points, mean.high)
+        found.append(RetrievalRow(receipt.name, variant, first, ndcg, change, *_speed(receipt)))
     return found
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of the mean over queries, in points."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return 0.0, 100.0
-    spread = (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5
-    half = student_t.quantile(1 - verdict.ERROR_RATE / 2, n - 1) * spread
-    return round(100 * (mean - half), 4), round(100 * (mean + half), 4)
-
-
-def _rate(summary: JsonObject) -> tuple[float, float, float]:
-    rate, interval = summary["requests_per_s"], summary["requests_per_s_interval"] or {}
-    return rate, interval.get("low", rate), interval.get("high", rate)
-
-
-def _cost(receipt: Receipt) -> tuple[float, float, float] | None:
+def _speed(receipt: Receipt) -> tuple[Range | None, Range]:
+    """Return the cost of a million texts, and requests/s, with their intervals."""
+    figures = receipt.data["summary"]
+    rate, interval = figures["requests_per_s"], figures["requests_per_s_interval"] or {}
+    place = (interval.get("low", rate), rate, interval.get("high", rate))
     cheapest = next(iter((receipt.data.get("efficiency") or {}).get("cost") or ()), None)
-    if not cheapest:
-        return None
-    usd, (rate, low, high) = cheapest["usd_per_million_texts"], _rate(receipt.data["summary"])
-    return usd, usd * rate / high, usd * rate / low
+    if not cheapest or not all(place):
+        return None, place
+    usd = cheapest["usd_per_million_texts"]
+    return (usd * rate / place[2], usd, usd * rate / place[0]), place
 
 
 def sentences(found: Sequence[RetrievalRow], receipts: Sequence[Receipt]) -> list[str]:
-    """Return what the rows show, the most important first; then which receipts have none, and what to know."""
-    texts = [
-        f"No nDCG of {receipt.name}: {section['reason']}."
-        for receipt in receipts
-        if (section := receipt.data.get("retrieval")) and section["reason"]
+    """Return what the rows show, the most important first, and then what to know about them."""
+    texts = [_first(found, receipts)] if found else []
+    texts += [
+        _compared(row, found[0].label if row.first else row.configuration) for row in found[1:] if not row.is_compact
     ]
-    if not found:
-        return texts
-    base, *others = found
-    section = next(receipt.data["retrieval"] for receipt in receipts if receipt.name == base.configuration)
-    collection = section["collection"]
+    notes = ((note, receipt.name) for receipt in receipts for note in _notes(receipt.data.get("retrieval") or {}))
+    return texts + [f"{names}: {note}." for note, names in caveats.by_text(notes)]
+
+
+def _first(found: Sequence[RetrievalRow], receipts: Sequence[Receipt]) -> str:
+    """Return nDCG of the first row, and what its smallest vectors without a loss of more than the margin change."""
+    base = found[0]
+    (collection,) = (one.data["retrieval"]["collection"] for one in receipts if one.name == base.configuration)
     queries = f"{collection['queries']:,} {'weak' if collection['weak'] else 'judged'} queries of {collection['name']}"
-    low, high = base.interval
-    first = f"nDCG@10 of {base.label} is {base.ndcg:.1f} points ({low:.1f} to {high:.1f}) on {queries}"
-    smaller = [row for row in others if row.configuration == base.configuration and row.is_compact]
-    kept = [row for row in smaller if row.difference and row.difference.outcome in ("no regression", "improvement")]
-    best = min(kept, key=lambda row: float(row.variant["bytes"]), default=None)
-    if best and best.variant["bytes"] < base.variant["bytes"]:
-        saved = 1 - best.variant["bytes"] / base.variant["bytes"]
-        first += f"; its {best.vectors} vectors {_changed(best)} and save {saved:.0%} of the bytes"
-    texts.insert(0, f"{first}.")
-    for row in others:
-        if row.first:
-            texts.append(f"{_sentence(row, base.label)}.")
-        elif row.is_reranked:
-            texts.append(f"{_sentence(row, row.configuration)}.")
-    if collection["weak"]:
-        texts.append("The queries are titles or first lines of the documents: weak evidence for real queries.")
-    sections = [(receipt.name, receipt.data.get("retrieval") or {}) for receipt in receipts]
-    total = collection["queries"] + collection["documents"]
-    texts += [
-        f"{text} ({names})."
-        for text, names in caveats.by_text(
-            (f"Only the start of {part['truncated']:,} of {total:,} texts is read, because they are too long", name)
-            for name, part in sections
-            if part.get("truncated")
-        )
+    low, ndcg, high = base.ndcg
+    text = f"nDCG@10 of {base.label} is {ndcg:.1f} points ({low:.1f} to {high:.1f}) on {queries}"
+    kept = [
+        (row.variant["bytes"] / base.variant["bytes"], row.vectors, row.difference)
+        for row in found
+        if row.configuration == base.configuration and row.is_compact and row.difference
+        if row.difference.outcome in ("no regression", "improvement")
     ]
-    texts += [
-        f"{name} does not accept `input_type`: queries and documents are embedded alike."
-        for name, part in sections
-        if part.get("roles") is False
-    ]
-    return texts
+    if not kept:
+        return f"{text}."
+    share, name, change = min(kept, key=lambda each: each[0])
+    return f"{text}; its {name} vectors {_changed(change)} and save {1 - share:.0%} of the bytes."
 
 
-def _sentence(row: RetrievalRow, base: str) -> str:
+def _compared(row: RetrievalRow, base: str) -> str:
     found = row.difference
-    assert found
-    label = f"{row.configuration}, reranked" if row.is_reranked else row.label
-    if found.outcome == "regression":
-        return f"{label} is worse than {base}: it {_changed(row)}"
-    if found.outcome == "improvement":
-        return f"{label} is better than {base}: it {_changed(row)}"
-    if found.outcome == "no regression":
-        return f"{label} is within {retrieval.MARGIN:g} point of {base} or better: it {_changed(row)}"
-    needed = f"; 1 point needs about {found.queries_needed:,} judged queries" if found.queries_needed else ""
-    return f"{label} is not shown to be better or worse than {base}: {_points(found)} points{needed}"
+    assert found  # only the first row has none
+    relation = {
+        "regression": "is worse than",
+        "improvement": "is better than",
+        "no regression": f"is within {retrieval.MARGIN:g} point of, or better than,",
+    }.get(found.outcome, "is not shown to be better or worse than")
+    needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.reason else ""
+    return f"{row.label} {relation} {base}: {_interval(found)} points{needed}."
 
 
-def _changed(row: RetrievalRow) -> str:
+def _notes(section: JsonObject) -> Iterator[str]:
+    """Yield what to know about the measures of a receipt."""
+    if section.get("reason"):
+        yield f"no nDCG, {section['reason']}"
+    if section and section["collection"]["weak"]:
+        yield "the queries are titles or first lines of the documents, which is weak evidence for real queries"
+    if section.get("truncated"):
+        total = section["collection"]["queries"] + section["collection"]["documents"]
+        yield f"the model reads only the start of {section['truncated']:,} of {total:,} texts, which are too long"
+    if section.get("roles") is False:
+        yield "`input_type` is not accepted, so queries and documents are embedded alike"
+
+
+def _changed(found: Difference) -> str:
     """Return the change in words: `lose 0.4 points (0.1 to 0.8)`; negative ends are gains."""
-    found = row.difference
-    assert found
     verb, sign = ("gain", 1) if found.points > 0 else ("lose", -1)
-    verb += "s" if row.first or row.is_reranked else ""
-    ends = sorted((sign * found.low, sign * found.high))
-    return f"{verb} {abs(found.points):.1f} points ({ends[0]:.1f} to {ends[1]:.1f})"
+    low, high = sorted((sign * found.low, sign * found.high))
+    return f"{verb} {abs(found.points):.1f} points ({low:.1f} to {high:.1f})"
 
 
-def _points(found: Difference) -> str:
+def _interval(found: Difference) -> str:
     return f"{found.points:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
-def cells(row: RetrievalRow) -> list[str]:
-    """Return the texts of `HEADINGS`."""
-    change = _points(row.difference) if row.difference else "reference"
-    sizes = f"{row.variant['bytes']:,.0f}", f"{row.ndcg:.1f}"
-    return [row.configuration, row.vectors, *sizes, change, f"{row.variant['recall_at_100']:.3f}"]
-
-
-def html_cells(row: RetrievalRow) -> list[tuple[str, str]]:
-    """Return text and small text of each of `HTML_HEADINGS`."""
+def cells(row: RetrievalRow) -> list[tuple[str, str]]:
+    """Return text and small text of each of `HEADINGS`. The terminal shows the texts of the first six."""
     found, variant = row.difference, row.variant
-    figures = [(f"{variant[key]:.4f}", "") for key in ("recall_at_10", "recall_at_100", "mrr_at_10")]
-    time = f"{variant['milliseconds']:g} ms per query" if variant["milliseconds"] else ""
     return [
         (row.configuration, ""),
-        (row.vectors, time),
+        (row.vectors, f"{variant['milliseconds']:g} ms per query" if variant["milliseconds"] else ""),
         (f"{variant['bytes']:,.0f}", ""),
-        (f"{row.ndcg:.2f}", "{:.1f} – {:.1f}".format(*row.interval)),
-        (f"{found.points:+.2f}", f"{found.low:+.2f} – {found.high:+.2f}") if found else ("reference", ""),
+        (f"{row.ndcg[1]:.1f}", f"{row.ndcg[0]:.1f} – {row.ndcg[2]:.1f}"),
+        (_interval(found) if found else "reference", ""),
+        *((f"{variant[key]:.3f}", "") for key in ("recall_at_100", "recall_at_10", "mrr_at_10")),
         (found.outcome, found.reason) if found else ("", ""),
-        *figures,
         (f"{found.queries_needed:,}" if found and found.queries_needed else "", ""),
     ]
 
@@ -214,81 +176,61 @@ def html_cells(row: RetrievalRow) -> list[tuple[str, str]]:
 def charts(found: Sequence[RetrievalRow], colors: Mapping[str, str]) -> dict[str, Chart]:
     """Return nDCG over cost of each configuration, and over the bytes of each kind of vectors."""
     first = [row for row in found if row.first]
-    priced = [row.cost for row in first if row.cost]
-    if priced and len(priced) == len(first):
-        title, places, lower = "USD per million texts", priced, True
-    else:
-        title, places, lower = "requests/s", [row.rate for row in first], False
-    sizes = [(float(row.variant["bytes"]),) * 3 for row in found]
+    costs = [(row.cost, row, row.configuration) for row in first if row.cost]
+    rates = [(row.rate, row, row.configuration) for row in first if row.rate[1]]
+    sizes = [((float(row.variant["bytes"]),) * 3, row, row.vectors) for row in found]
+    priced = len(costs) == len(first)
     return {
-        "retrieval": _chart("Quality and cost", title, places, first, lower, "configuration", colors),
-        "vectors": _chart("Quality and size", "bytes of a document", sizes, found, True, "vectors", colors),
+        "retrieval": _chart(
+            "Quality and cost",
+            "USD per million texts" if priced else "requests/s",
+            costs if priced else rates,
+            priced,
+            colors,
+        ),
+        "vectors": _chart("Quality and size", "bytes of a document", sizes, True, colors),
     }
 
 
 def _chart(
-    title: str,
-    axis: str,
-    places: Sequence[tuple[float, float, float]],
-    found: Sequence[RetrievalRow],
-    lower: bool,
-    label: str,
-    colors: Mapping[str, str],
+    title: str, axis: str, points: Sequence[tuple[Range, RetrievalRow, str]], lower: bool, colors: Mapping[str, str]
 ) -> Chart:
-    points = sorted(
-        zip(places, found, strict=True), key=lambda point: (point[0][0] * (1 if lower else -1), -point[1].ndcg)
-    )
-    efficient: list[RetrievalRow] = []
-    for _, row in points:
-        if not efficient or row.ndcg > efficient[-1].ndcg:
-            efficient.append(row)
-    line = [(x, row.ndcg) for (x, *_), row in points if row in efficient]
-    error = {"type": "data", "symmetric": False, "thickness": 1}
+    """Return nDCG over a place with its range. `lower`: whether lower places are better."""
+    best: list[tuple[float, float, str]] = []
+    for (_, x, _), row, name in sorted(points, key=lambda each: (each[0][1] * (1 if lower else -1), -each[1].ndcg[1])):
+        if not best or row.ndcg[1] > best[-1][1]:
+            best.append((x, row.ndcg[1], name))
+    ranges = {"x": [place for place, *_ in points], "y": [row.ndcg for _, row, _ in points]}
     markers: Json = {
         "type": "scatter",
-        "mode": "markers+text",
+        "mode": "markers",
         "showlegend": False,
-        "text": [str(getattr(row, label)) if row in efficient else "" for _, row in points],
-        "textposition": "top right",
-        "marker": {"size": 9, "color": [colors[row.configuration] for _, row in points]},
-        "x": [x for (x, *_), _ in points],
-        "y": [row.ndcg for _, row in points],
-        "error_x": {
-            **error,
-            "array": [h - x for (x, _, h), _ in points],
-            "arrayminus": [x - w for (x, w, _), _ in points],
-        },
-        "error_y": {
-            **error,
-            "array": [row.interval[1] - row.ndcg for _, row in points],
-            "arrayminus": [row.ndcg - row.interval[0] for _, row in points],
-        },
-        "customdata": [row.label for _, row in points],
+        "marker": {"size": 9, "color": [colors[row.configuration] for _, row, _ in points]},
+        "customdata": [row.label for _, row, _ in points],
         "hovertemplate": "%{customdata}: %{y:.1f} points at %{x:.4~g}<extra></extra>",
     }
+    for side, every in ranges.items():
+        ends = {
+            "array": [high - value for _, value, high in every],
+            "arrayminus": [value - low for low, value, _ in every],
+        }
+        bars = {"type": "data", "symmetric": False, "thickness": 1, **ends}
+        markers |= {side: [value for _, value, _ in every], f"error_{side}": bars}
     joined: Json = {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines+text",
         "name": "efficient",
         "line": {"color": "#8c8c8c", "width": 1.5, "dash": "dash"},
-        "x": [x for x, _ in line],
-        "y": [y for _, y in line],
+        **{key: [each[place] for each in best] for place, key in enumerate(("x", "y", "text"))},
+        "textposition": "top right",
         "hoverinfo": "skip",
     }
-    ends = [math.log10(edge(point[0][0] for point in points)) for edge in (min, max)] if points else [0, 1]
+    low, high = (math.log10(edge(markers["x"], default=1)) for edge in (min, max))
     layout: Json = {
-        "xaxis": {
-            "type": "log",
-            "title": {"text": axis},
-            **ticks(markers["x"]),
-            "range": [ends[0] - 0.15, ends[1] + 0.3],
-        },
+        "xaxis": {"type": "log", "title": {"text": axis}, **ticks(markers["x"]), "range": [low - 0.15, high + 0.3]},
         "yaxis": {"title": {"text": "nDCG@10 (points)"}},
         "hovermode": "closest",
         "height": 420,
     }
-    text = (
-        "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, of nDCG over queries. "
-        "Colors as in the table of results."
-    )
-    return Chart(title, text, [joined, markers], layout)
+    text = "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, of nDCG over queries."
+    return Chart(title, f"{text} Colors as in the table of results.", [joined, markers], layout)

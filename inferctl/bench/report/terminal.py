@@ -200,11 +200,11 @@ def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
 
 def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
     """Return nDCG@10 and bytes of each configuration, and of all kinds of vectors of the first one."""
-    grid = _grid(*retrieval.HEADINGS[1:])
+    grid = _grid("vectors", "bytes", "nDCG", "change (interval)", "R@100")
     grid.columns[1].justify = "left"
     for row in rows:
         if row.configuration == rows[0].configuration or not row.is_compact:
-            name, *texts = retrieval.cells(row)
+            name, *texts = (text for text, _ in retrieval.cells(row)[:6])
             grid.add_row(name if row.first else "", *texts)
     return _titled("nDCG@10 (points); change: to the first row, or to the config's first vectors", grid)
 
