@@ -1,15 +1,14 @@
 """Measure how much an upgrade of the engine moves vectors: precision, attention, instructions, version of torch.
 
-    python benchmarks/embed/upgrades.py MODEL [--texts NAME] [--other-python PATH] [--json FILE]
+    python benchmarks/embed/upgrades.py MODEL OTHER_PYTHON [FILE.json]
 
-Each row computes the same texts in a process of its own, and compares them with packed attention in fp32 of this
-environment. `--other-python`: of an environment with another version of torch. benchmarks/results/space-upgrades.json
-is of all-MiniLM-L6-v2 with the corpus `mixed`.
+Each row computes the corpus `mixed` in a process of its own, and compares the vectors with those of another row.
+OTHER_PYTHON is that of an environment with another version of torch. benchmarks/results/space-upgrades.json is of
+all-MiniLM-L6-v2, torch 2.13.0+cpu and 2.10.0+cu128 (which computed on the CPU), and a CPU with AVX-512 and avx512_bf16.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,25 +16,27 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-# oneDNN multiplies matrices of bf16 and int8, MKL those of fp32, ATen does the rest. MKL reads its variable on Intel.
+# MKL multiplies matrices of fp32, oneDNN those of bf16, ATen does the rest. MKL reads its variable on Intel only.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-# Name of the row: precision, attention, environment.
-ROWS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "fp32": ("fp32", "packed", {}),
-    "fp32, again": ("fp32", "packed", {}),
-    "fp32, padded attention": ("fp32", "padded", {}),
-    "fp32, without AVX-512": ("fp32", "packed", AVX2),
-    "bf16": ("bf16", "packed", {}),
-    "bf16, padded attention": ("bf16", "padded", {}),
-    "int8": ("int8", "packed", {}),
+# The row: with which one it is compared, precision, attention, environment, whether another torch computes it.
+ROWS: dict[str, tuple[str, str, str, dict[str, str], bool]] = {
+    "fp32": ("fp32", "fp32", "packed", {}, False),
+    "fp32 again": ("fp32", "fp32", "packed", {}, False),
+    "fp32, padded": ("fp32", "fp32", "padded", {}, False),
+    "fp32, AVX2": ("fp32", "fp32", "packed", AVX2, False),
+    "fp32, other torch": ("fp32", "fp32", "packed", {}, True),
+    "bf16": ("fp32", "bf16", "packed", {}, False),
+    "bf16, padded": ("bf16", "bf16", "padded", {}, False),
+    "bf16, AVX2": ("bf16", "bf16", "packed", AVX2, False),
+    "bf16, other torch": ("bf16", "bf16", "packed", {}, True),
+    "int8": ("fp32", "int8", "packed", {}, False),
 }
 
 
-def compute(model: Path, texts: str, precision: str, attention: str, file: Path) -> None:
+def compute(model: str, precision: str, attention: str, file: str) -> None:
     """Write the vectors of the texts, and print what computed them as JSON."""
     import torch
 
@@ -46,15 +47,15 @@ def compute(model: Path, texts: str, precision: str, attention: str, file: Path)
     from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
-    config = EngineConfig(model=str(model), precision=precision, device="cpu", batch_threads=1, allow_inaccurate=True)
+    config = EngineConfig(model=model, precision=precision, device="cpu", batch_threads=1)
     engine = EncoderEngine(config)
     info = engine.load()
     if info.attention != attention:
         info = replace(info, attention=attention)
         engine = EncoderEngine(replace(config, previous_info=info.to_json()))
         engine.load()
-    pool = TokenizerPool(model, task_config.read("embed", model), threads=1)
-    rows = pool.encode_now(list(dict.fromkeys(workload.read_corpus(texts)[0])), truncate=True)
+    pool = TokenizerPool(Path(model), task_config.read("embed", Path(model)), threads=1)
+    rows = pool.encode_now(list(dict.fromkeys(workload.read_corpus("mixed")[0])), truncate=True)
     pool.close()
     vectors = np.zeros((len(rows), info.dimensions), np.float32)
     for members in batches({number: len(row) for number, row in enumerate(rows)}, info.batch_tokens):
@@ -62,62 +63,32 @@ def compute(model: Path, texts: str, precision: str, attention: str, file: Path)
         vectors[members] = engine.run(Batch(1, np.concatenate([rows[number] for number in members]), lengths)).rows
     np.save(file, vectors)
     capability = torch.backends.cpu.get_cpu_capability()
-    sys.stdout.write(
-        json.dumps(
-            {
-                "instructions": capability,
-                "attention": info.attention,
-                "precision": info.precision.effective,
-                **info.versions,
-            }
+    sys.stdout.write(json.dumps({"attention": info.attention, "instructions": capability, **info.versions}))
+
+
+def main(model: str, other_python: str, result: str = "") -> None:
+    from inferctl.bench.judge.space_change import Vectors, measure
+
+    rows, computed = [], {}
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    for name, (base, precision, attention, changes, other) in ROWS.items():
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+            command = [other_python if other else sys.executable, __file__, model, precision, attention, file.name]
+            done = subprocess.run(command, env=variables | changes, stdout=subprocess.PIPE, check=True)
+            computed[name] = Vectors(*[np.load(file.name)] * 2)
+        change = measure(computed[base], computed[name])
+        assert change
+        assert change.mixed
+        largest = float(np.abs(computed[name].documents - computed[base].documents).max())
+        rows.append({"name": name, "base": base, **json.loads(done.stdout), "largest_difference": largest})
+        rows[-1] |= asdict(change)
+        kept = f"{change.mixed.value:.2%} ({change.mixed.low:.2%} to {change.mixed.high:.2%})"
+        print(f"{name:<18} {base}  {largest:8.2g}  {1 - (change.cosine_min or 0):8.2g}  {kept}  {change.verdict}")
+    if result:
+        Path(result).write_text(
+            json.dumps({"model": Path(model).name, "texts": "mixed", "rows": rows}, indent=1) + "\n"
         )
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", default="mixed")
-    parser.add_argument("--other-python", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--compute", nargs=3, metavar=("PRECISION", "ATTENTION", "FILE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.compute:
-        compute(options.model, options.texts, *options.compute[:2], Path(options.compute[2]))
-        return
-    from inferctl.bench.judge import space_change
-
-    rows: list[dict[str, Any]] = []
-    runs = [(name, sys.executable, *row) for name, row in ROWS.items()]
-    if options.other_python:
-        runs += [(f"{name}, other torch", str(options.other_python), name, "packed", {}) for name in ("fp32", "bf16")]
-    base: space_change.Vectors | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        for name, python, precision, attention, variables in runs:
-            file = Path(folder) / "vectors.npy"
-            given = [options.model, "--texts", options.texts, "--compute", precision, attention, file]
-            environment = os.environ | variables | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-            command = [python, __file__, *map(str, given)]
-            printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-            vectors = np.load(file)
-            found = space_change.Vectors(vectors, vectors)
-            base = base or found
-            change = space_change.measure(base, found)
-            assert change, "the corpus has fewer than 12 texts"
-            difference = float(np.abs(found.documents - base.documents).max())
-            rows.append({"name": name, **json.loads(printed), "largest_difference": difference, **asdict(change)})
-            mixed = change.mixed
-            assert mixed
-            print(
-                f"{name:<24} torch {rows[-1]['torch']:<14} difference {difference:8.2g}  1 - cosine "
-                f"{1 - (change.cosine_min or 0):8.2g}  kept {mixed.value:.2%} ({mixed.low:.2%} to {mixed.high:.2%})  "
-                f"{change.verdict}",
-                flush=True,
-            )
-    if options.json:
-        document = {"model": options.model.name, "texts": options.texts}
-        options.json.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    (compute if len(sys.argv) == 5 else main)(*sys.argv[1:])
