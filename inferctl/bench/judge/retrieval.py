@@ -18,14 +18,17 @@ NAME = "ndcg_at_10"
 MARGIN = 1.0
 # The t-test keeps its error rate with skewed differences only if there are enough of them.
 MIN_QUERIES = 30
+# Queries that do not differ do not show that none would. Two more, so many points around the mean, keep the interval
+# true if few differ, as those of Agresti and Coull do for a share.
+_UNSEEN = 50.0
 
 
 @dataclass(frozen=True)
 class Difference:
     """The change of nDCG@10 in points, with its interval. `loss_at_most` is the upper bound of a loss (one-sided, 95%).
 
-    `queries_needed`: the judged queries that show a difference of one point with 80% probability; None if no query
-    differs.
+    `queries_needed`: the judged queries with which the interval of a true difference of one point excludes zero with
+    80% probability; None if no query differs.
     """
 
     outcome: Outcome
@@ -40,9 +43,10 @@ class Difference:
 def difference(old: Sequence[float], new: Sequence[float], margin: float, error_rate: float) -> Difference:
     """Return the verdict on nDCG@10 of the same queries. A loss of up to `margin` points is tolerated."""
     losses = [100 * (before - after) for before, after in zip(old, new, strict=True)]
-    found = verdict.decide_difference([0.0] * len(losses), losses, True, margin, error_rate)
-    spread = statistics.stdev(losses)
-    z = NormalDist().inv_cdf(1 - verdict.ERROR_RATE / 2) + NormalDist().inv_cdf(verdict.POWER)
+    mean, spread = statistics.fmean(losses), statistics.stdev(losses)
+    more = [*losses, mean - _UNSEEN, mean + _UNSEEN]
+    found = verdict.decide_difference([0.0] * len(more), more, True, margin, error_rate)
+    z = NormalDist().inv_cdf(1 - error_rate / 2) + NormalDist().inv_cdf(verdict.POWER)
     outcome, reason = found.outcome, found.reason
     if len(losses) < MIN_QUERIES:
         outcome, reason = "not enough evidence", f"{len(losses)} queries are judged: {MIN_QUERIES} are needed at least"
@@ -64,13 +68,16 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
         return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
-    needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.queries_needed else ""
+    reasons = [found.reason] * bool(found.reason)
+    if found.reason and (found.queries_needed or 0) > len(first["per_query"]):
+        reasons.append(f"one point needs about {found.queries_needed:,} judged queries")
+    reasons += ["the queries are weak evidence"] * bool(old["collection"].get("weak"))
     return [
         MetricResult(
             NAME,
             "%",
             found.outcome,
-            found.reason and found.reason + needed,
+            "; ".join(reasons),
             round(100 * first[NAME], 4),
             round(100 * second[NAME], 4),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),

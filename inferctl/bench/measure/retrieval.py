@@ -183,7 +183,9 @@ def _dense(queries: Any, documents: Any, dimensions: Sequence[int]) -> Iterator[
     whole = np.stack(queries), np.stack(documents)
     for size in (full, *(each for each in dimensions if each < full)):
         for name in FORMATS if size == full else ("float32", "int8", "binary"):
-            left, right = (_unit(convert(_unit(each[:, :size]), name)) for each in whole)
+            left, right = (convert(_unit(each[:, :size]), name) for each in whole)
+            if name != "binary":  # products of 1 and -1 are exact, so that equal distances are equal scores
+                left, right = _unit(left), _unit(right)
             number = 4 if name == "float32" else 1 if name == "int8" else 2
             stored = vector_format.size(size, "ubinary") if name == "binary" else number * size
             label = name if size == full else f"{name}-{size}"

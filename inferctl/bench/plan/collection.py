@@ -104,12 +104,15 @@ def _texts(file: Path) -> dict[str, tuple[str, str]]:
 def _grades(file: Path, queries: dict[str, str], documents: dict[str, str]) -> dict[str, dict[str, int]]:
     """Return the grades by query and document. Raises `UsageError`, also for ids that have no text."""
     grades: dict[str, dict[str, int]] = {}
-    for place, line in _lines(file)[1:]:  # below the header
+    for number, (place, line) in enumerate(_lines(file)):
         try:
-            query, document, grade = line.split("\t")
-            grades.setdefault(query, {})[document] = int(grade)
+            query, document, score = line.split("\t")
+            grade = int(score)
         except ValueError:
+            if not number:  # the header, which some files lack
+                continue
             raise UsageError(f"{place}: the line is not query-id, corpus-id and a whole score", _LAYOUT) from None
+        grades.setdefault(query, {})[document] = grade
         for kind, key, texts in (("query", query, queries), ("document", document, documents)):
             if key not in texts:
                 raise UsageError(f"{place}: the judged {kind} {key!r} has no text", "add it, or remove the line")

@@ -76,7 +76,11 @@ def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
         values = variant["per_query"]
         mean = retrieval.difference([0.0] * len(values), values, retrieval.MARGIN, verdict.ERROR_RATE)
         change = retrieval.difference(base["per_query"], values, retrieval.MARGIN, rate) if found else None
-        ndcg = (mean.low, mean.points, mean.high)
+        if change and change.outcome == "no regression" and change.low < -retrieval.MARGIN:
+            # A reader picks from all rows, so the joint interval decides, and not the bound of one row.
+            reason = "the joint interval includes a loss above the tolerance"
+            change = dataclasses.replace(change, outcome="not enough evidence", reason=reason)
+        ndcg = (max(0.0, mean.low), mean.points, min(100.0, mean.high))
         found.append(RetrievalRow(receipt.name, variant, first, ndcg, change, *_speed(receipt)))
     return found
 
@@ -130,7 +134,11 @@ def _compared(row: RetrievalRow, base: str) -> str:
         "improvement": "is better than",
         "no regression": f"is within {retrieval.MARGIN:g} point of, or better than,",
     }.get(found.outcome, "is not shown to be better or worse than")
-    needed = f"; one point needs about {found.queries_needed:,} judged queries" if found.reason else ""
+    done = len(row.variant["per_query"])
+    if found.outcome == "not enough evidence" and found.high < 0 and done >= retrieval.MIN_QUERIES:
+        relation = f"is worse, perhaps by less than {retrieval.MARGIN:g} point, than"
+    more = found.reason and (found.queries_needed or 0) > done
+    needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return f"{row.label} {relation} {base}: {_interval(found)} points{needed}."
 
 
