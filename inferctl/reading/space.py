@@ -79,6 +79,21 @@ class Space:
         return replace(self, definition={**self.definition, **parts})
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the parts in which two definitions differ, with both values, None for a part that one lacks.
+
+    An object in a definition is compared part by part: `config.hidden_act`.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for part in dict.fromkeys([*one, *other]):
+        values = one.get(part), other.get(part)
+        if isinstance(values[0], Mapping) and isinstance(values[1], Mapping):
+            found |= {f"{part}.{inner}": pair for inner, pair in differences(*values).items()}
+        elif values[0] != values[1]:
+            found[part] = values
+    return found
+
+
 def read(folder: Path, config: EmbeddingConfig) -> dict[Output, Space]:
     """Return the spaces of all outputs of a model folder, whose configuration is `config`.
 
@@ -129,7 +144,8 @@ def _files(folder: Path) -> list[Path]:
 def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
     """Return the SHA-256 of names, shapes and values of the tensors, in the order of their names.
 
-    Equal values are equal in all formats of numbers.
+    Equal values are equal in all formats of numbers. A prefix that all names have in common, such as `bert.`, does not
+    count: transformers writes it for a model with a head.
     """
     ignored, calls = re.compile("|".join(unused) or "(?!)"), {}
     with ThreadPoolExecutor(2) as threads:  # SHA-256 runs without the lock of the interpreter
@@ -139,7 +155,9 @@ def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
             for name, entry in tensors(file):
                 if not ignored.fullmatch(name):
                     calls[name] = threads.submit(_tensor, file, start, entry)
-        return _digest({name: call.result() for name, call in sorted(calls.items())})
+        first = {name.partition(".")[0] for name in calls}
+        cut = len(first.pop()) + 1 if len(first) == 1 and len(calls) > 1 else 0
+        return _digest({name[cut:]: call.result() for name, call in sorted(calls.items())})
 
 
 def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:

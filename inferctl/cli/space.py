@@ -1,0 +1,236 @@
+"""`inferctl space`: show the names of vector spaces, and compare two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferctl.cli import console, download, options
+from inferctl.cli.options import Json
+from inferctl.core import outputs
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.models import image_source
+from inferctl.models.model import is_hub_id, resolve_task
+
+if TYPE_CHECKING:
+    from inferctl.bench.judge.space_change import Vectors
+    from inferctl.bench.load.target import ServerConnection
+
+_EXIT_CODES = {"not needed": 0, "re-embed": 1, "not enough evidence": 4}
+_MOST_TEXTS, _READY_S = 1000, 900.0
+_Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Model folder, hub id, image, receipt, or URL of a server.")
+]
+_KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to servers.")]
+
+app = options.group("space", "Show vector spaces, and how much a change of one matters.")
+
+_DIFF_EPILOG = """\b
+Examples:
+  # Compare two model folders on your own texts
+  inferctl space diff ./old ./new --texts texts.jsonl
+  # Compare two servers, such as of two versions of torch, and keep the record
+  inferctl space diff http://10.0.0.7:8080 http://10.0.0.8:8080 --output record.json
+"""
+
+
+@app.command()
+def show(source: _Source, api_key_env: _KeyVariable = None, as_json: Json = False) -> None:
+    """Print the names of the spaces of a model.
+
+    Example: inferctl space show ./all-MiniLM-L6-v2
+    """
+    found, _, _ = _read(source, [], api_key_env)
+    console.result(found, "\n".join(each["name"] for each in found["spaces"].values()), as_json=as_json)
+
+
+@app.command(epilog=_DIFF_EPILOG)
+def diff(
+    old: _Source,
+    new: _Source,
+    texts: Annotated[
+        str, typer.Option(metavar="FILE", help="Compare on at most 1,000 texts: .txt, or .jsonl with the key text.")
+    ] = "mixed",
+    least_kept: Annotated[
+        float, typer.Option(metavar="PERCENT", min=1, max=100, help="Require this share of the neighbors to stay.")
+    ] = 95,
+    definition: Annotated[bool, typer.Option("--definition", help="Compare definitions, and compute nothing.")] = False,
+    api_key_env: _KeyVariable = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the record of the comparison.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two vector spaces, and say whether stored vectors must be embedded again.
+
+    Exit code 0: not needed, 1: re-embed, 4: not enough evidence. It starts model folders, in fp32, and images on this
+    machine. Receipts and other images have no vectors, so only their definitions are compared.
+    """
+    from inferctl.bench.plan import workload
+    from inferctl.receipts import receipt
+
+    if output is not None:
+        outputs.check(output, "--output", parents=True)
+    corpus, digest = workload.read_corpus(texts)
+    probes = [] if definition else list(dict.fromkeys(corpus))[:_MOST_TEXTS]
+    found = _compared(_read(old, probes, api_key_env), _read(new, probes, api_key_env), least_kept / 100)
+    found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
+    found = json.loads(json.dumps(found))
+    found["seal"] = receipt.seal_of(found)
+    if output is not None:
+        outputs.write(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n", "--output")
+    console.result(found, _text(found), as_json=as_json)
+    raise typer.Exit(_EXIT_CODES[found["verdict"]])
+
+
+def _read(source: str, texts: list[str], api_key_env: str | None) -> tuple[dict[str, Any], str, Vectors | None]:
+    """Return what is known of a source, and the output and the vectors of `texts` if it can compute them."""
+    from inferctl.bench.measure import space_vectors
+
+    with _opened(source, api_key_env, bool(texts)) as (known, server):
+        found = {"source": source, "spaces": {}, "execution": {}, "not_computed": None if texts else "not requested"}
+        if server is None:
+            return found | known, "", None
+        found |= {"spaces": (server.info.get("model") or {}).get("spaces") or {}}
+        found |= {"execution": space_vectors.execution(server.info)}
+        with console.progress(f"embedding {len(texts):,} texts: {source}") if texts else contextlib.nullcontext():
+            return found, server.output, space_vectors.vectors(server, texts) if texts else None
+
+
+@contextlib.contextmanager
+def _opened(source: str, api_key_env: str | None, compute: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield what a source says, and the server that computes it; None for one that cannot, or need not."""
+    from inferctl.bench.load import child_server
+    from inferctl.bench.load.target import connect
+    from inferctl.cli.bench_options import AccessOptions
+    from inferctl.reading import embedding_config, space
+
+    if source.startswith(("http://", "https://")):
+        yield {}, connect(source, access=AccessOptions(api_key_env=api_key_env).access())
+    elif Path(source).is_file():
+        yield _of_file(Path(source)), None
+    elif Path(source).is_dir() or image_source.is_image(source) or is_hub_id(source):
+        folder = download.fetch(source, None)
+        if (task := resolve_task("auto", folder, source)) != "embed":
+            raise UsageError(f"{source} is a model for {task}, which has no vectors", "name a model for embeddings")
+        if compute:
+            with child_server.serve_folder(folder.path, "model", "fp32") as server:
+                yield {}, server
+        else:
+            found = space.read(folder.path, embedding_config.read(folder.path))
+            yield {"spaces": {output: each.described for output, each in found.items()}}, None
+    else:
+        with _image(source, compute) as opened:
+            yield opened
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    """Return what a receipt of `inferctl embed` or `inferctl bench`, or `model.json`, says of spaces."""
+    try:
+        found = json.loads(path.read_bytes())
+        spaces = found.get("spaces") or found["model"]["spaces"]
+        precision = found.get("precision")
+        known = {"spaces": {output: {**each, "name": str(each["name"])} for output, each in spaces.items()}}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path} names no space", "name a receipt of `inferctl embed` or `inferctl bench`") from None
+    precision = precision.get("effective") if isinstance(precision, dict) else precision
+    return {**known, "execution": {"precision": precision}, "not_computed": "a receipt has no vectors"}
+
+
+@contextlib.contextmanager
+def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], ServerConnection | None]]:
+    """Yield the names in the labels of an image, and its server if the image is on this machine with its weights."""
+    from inferctl.bench.load.target import connect
+    from inferctl.config import settings
+    from inferctl.image import registry, serve_image
+    from inferctl.image.docker import DockerEngine
+    from inferctl.image.image_name import full_reference
+    from inferctl.image.running_container import exit_error, free_port, wait_ready
+
+    engine = image = None
+    reference = reference if reference.startswith("sha256:") else full_reference(reference)
+    why = "the image is not on this machine"
+    try:
+        engine = DockerEngine.connect()
+        image = engine.image(reference)
+    except NotReadyError as error:
+        why = error.message
+    labels = image.labels if image else registry.remote_image(reference, "linux/amd64").labels
+    names = labels.get("io.inferctl.model.space", "")
+    if not names:
+        raise UsageError(f"{reference} has no label `io.inferctl.model.space`", "start it, and name its URL")
+    if labels.get("io.inferctl.model.weights") == "mount":
+        why = "the image has no weights of its own"
+    if engine is None or image is None or not compute or labels.get("io.inferctl.model.weights") == "mount":
+        known = {key: labels.get(f"io.inferctl.{key}") for key in ("stack", "precision", "version")}
+        spaces = {name.partition("_")[0]: {"name": name, "definition": None} for name in names.split(",")}
+        yield {"spaces": spaces, "execution": known, "not_computed": why}, None
+        return
+    address = serve_image.Address("127.0.0.1", free_port())
+    container, address = serve_image.start(engine, image, {}, address, console.note, environment=settings.OPEN_ACCESS)
+    with container:
+        if not wait_ready(container, (address.host, address.port), _READY_S):
+            raise exit_error(container) or NotReadyError(f"the image was not ready after {_READY_S:.0f} s")
+        yield {}, connect(f"http://{address.host}:{address.port}")
+
+
+def _compared(old: Any, new: Any, least_kept: float) -> dict[str, Any]:
+    """Return what differs between two sources as `_read` returns them, and the verdict, as JSON data."""
+    from inferctl.bench.judge import space_change
+    from inferctl.reading.space import differences
+
+    spaces = {}
+    for output in (each for each in old[0]["spaces"] if each in new[0]["spaces"]):
+        pair = [side[0]["spaces"][output] for side in (old, new)]
+        known = all(each.get("definition") for each in pair)
+        differs = differences(*(each["definition"] for each in pair)) if known else None
+        spaces[output] = {"names": [each["name"] for each in pair], "differs": differs}
+    one, other = old[0]["execution"], new[0]["execution"]
+    execution = {key: (one[key], other[key]) for key in one if one[key] and other.get(key) not in (None, one[key])}
+    found = {"old": old[0], "new": new[0], "spaces": spaces, "execution": execution}
+    if old[2] and new[2] and old[1] == new[1] and (change := space_change.measure(old[2], new[2], least_kept)):
+        measured = asdict(change)
+        return {
+            **found,
+            "output": old[1],
+            "verdict": measured.pop("verdict"),
+            "reason": measured.pop("reason"),
+            "measured": measured,
+        }
+    reasons = [f"{side[0]['source']}: {side[0]['not_computed']}" for side in (old, new) if side[0]["not_computed"]]
+    why = "; ".join(reasons) or "too few texts, or other outputs"
+    verdict, what = "not enough evidence", "the definitions differ"
+    if not old[0]["spaces"] or not new[0]["spaces"]:
+        what = "a source does not name its spaces"
+    elif not spaces:
+        verdict, what = "re-embed", "no output is the same"
+    elif all(each["names"][0] == each["names"][1] for each in spaces.values()):
+        verdict, what = "not needed", "the definitions are equal"
+    return {**found, "verdict": verdict, "reason": f"{what}; vectors were not compared ({why})", "measured": None}
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    lines = []
+    for output, each in found["spaces"].items():
+        old, new = each["names"]
+        lines.append(f"{output}: {old}, equal definitions" if old == new else f"{output}: {old} -> {new}")
+        lines += [
+            f"  {part}: {json.dumps(a)[:40]} -> {json.dumps(b)[:40]}"
+            for part, (a, b) in (each["differs"] or {}).items()
+        ]
+    lines += [f"{name}: {a} -> {b}" for name, (a, b) in found["execution"].items()]
+    if measured := found["measured"]:
+        if measured["cosine_min"] is not None:
+            figures = f"lowest {measured['cosine_min']:.6f}, median {measured['cosine_median']:.6f}"
+            lines.append(f"cosine of old and new on {measured['texts']:,} texts: {figures}")
+        again = measured["reembedded"]
+        lines.append(
+            f"neighbors kept if all is embedded again: {again['value']:.1%} ({again['low']:.1%} to {again['high']:.1%})"
+        )
+    return "\n".join(map(console.plain, [*lines, f"{found['verdict']}: {found['reason']}"]))
