@@ -26,6 +26,7 @@ from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import retrieval
 from inferctl.bench.measure.bench import Progress
 from inferctl.bench.plan import collection
+from inferctl.bench.report import retrieval as report
 from inferctl.bench.report.receipts import write_all
 from inferctl.core.errors import UsageError
 
@@ -62,8 +63,11 @@ def test_a_collection_has_joined_titles_and_only_queries_with_a_relevant_documen
     assert found.queries == {"p": "first", "q": "second"}
     assert found.judgments == {"p": {"a": 1}, "q": {"a": 0, "b": 2}}
     assert (found.name, found.weak, found.left_out, found.empty) == ("mine", False, 1, 1)
-    moved = collection.read(folder_of(tmp_path / "other", **{**files, "flat": qrels("q b 1", "q a 0", "p a 1")}))
-    assert moved.sha256 != found.sha256
+    for number, (grades, equal) in enumerate(
+        [(qrels("q b 1", "q a 0", "p a 1"), False), (files["flat"].partition("\n")[2], True)]  # without its header
+    ):
+        moved = collection.read(folder_of(tmp_path / str(number) / "mine", **{**files, "flat": grades}))
+        assert (moved.sha256 == found.sha256) == equal
 
 
 def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Path) -> None:
@@ -152,6 +156,8 @@ def test_formats_have_the_numbers_of_other_implementations() -> None:
     np.testing.assert_allclose(retrieval.convert(vectors, "int8") / 127 * largest, vectors, atol=largest.max() / 253)
     bits = retrieval.convert(vectors, "binary")
     np.testing.assert_array_equal(bits @ bits.T, 37 - 2 * (bits[:, None] != bits[None]).sum(axis=2))
+    scores = {variant.name: each(0, 50) for variant, each in retrieval._VARIANTS["dense"](vectors, vectors, ())}
+    np.testing.assert_array_equal(scores["binary"], bits @ bits.T)  # equal distances are equal scores
 
 
 def test_maxsim_and_sparse_scores_are_those_of_their_definitions() -> None:
@@ -296,7 +302,8 @@ def test_the_queries_needed_show_a_difference_with_the_power_that_they_promise()
 @pytest.mark.parametrize(
     ("old", "new", "outcome", "reason"),
     [
-        ([0.5] * 100, [0.5] * 100, "no regression", ""),
+        ([0.5] * 200, [0.5] * 200, "no regression", ""),
+        ([0.5] * 100, [0.5] * 100, "not enough evidence", "cannot be excluded"),  # 3% of other queries may be lost
         ([0.5] * 100, None, "not enough evidence", "without `--retrieval`"),
         (None, [0.5] * 100, "not compared", "without `--retrieval`"),
         ([0.5, 0.4] * 10, [0.1, 0.0] * 10, "not enough evidence", "20 queries"),
@@ -315,3 +322,29 @@ def test_compare_says_why_there_is_no_verdict(
     (metric,) = (each for each in pair.metrics if each.name == judging.NAME)
     assert metric.outcome == outcome
     assert reason in metric.reason
+
+
+@pytest.mark.parametrize(
+    ("losses", "variants", "outcome", "parts"),
+    [
+        ([0.0] * 20, 2, "not enough evidence", ("not shown to be better or worse",)),
+        ([0.2, -0.2] * 100, 2, "not enough evidence", ("not shown to be better or worse", "one point needs")),
+        ([0.05, -0.014] * 1000, 2, "regression", ("is worse than",)),
+        ([0.1, -0.084] * 500, 2, "not enough evidence", ("is worse, perhaps", "than")),
+        ([0.05, -0.05] * 120, 2, "no regression", ("is within",)),
+        ([0.05, -0.05] * 120, 40, "not enough evidence", ("not shown to be better or worse",)),  # joint intervals
+    ],
+)
+def test_a_sentence_says_what_the_interval_shows(
+    tmp_path: Path, losses: list[float], variants: int, outcome: str, parts: tuple[str, ...]
+) -> None:
+    sides = receipts_of(tmp_path, *[run_values(8, [1, 1.01, 0.99])] * 2)
+    for side, loss in zip(sides, ([0.0] * len(losses), losses), strict=True):
+        kind = {"name": "float32", "bytes": 4, "milliseconds": None, "per_query": [0.5 - each for each in loss]}
+        side.data["summary"] = {"requests_per_s": 1.0, "requests_per_s_interval": None}
+        side.data["retrieval"] = {"collection": dict.fromkeys(("queries", "name", "weak"), 0), "variants": [kind]}
+    sides[0].data["retrieval"]["variants"] *= variants
+    rows = report.rows(sides)
+    assert rows[-1].difference and rows[-1].difference.outcome == outcome
+    (sentence,) = (text for text in report.sentences(rows, sides) if text.startswith(sides[1].name))
+    assert all(part in sentence for part in parts)
