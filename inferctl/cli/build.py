@@ -45,6 +45,8 @@ def build(
         ),
     ] = True,
     ready_timeout: ReadySeconds = 900.0,
+    # Files that an earlier `inferctl init --ci` wrote pass `--no-lint`, which has no effect any more.
+    _: Annotated[bool, typer.Option("--lint/--no-lint", hidden=True)] = True,
     cache_to: Annotated[
         list[str] | None,
         typer.Option(metavar="REF", help="Export the build cache to a registry name (mode max) or `type=...`."),
