@@ -1,0 +1,3 @@
+from pydantic import BaseModel as ResponsesRequest
+
+__all__ = ["ResponsesRequest"]
