@@ -1,3 +1,5 @@
-from pydantic import BaseModel as ResponsesRequest
+from pydantic import BaseModel
 
-__all__ = ["ResponsesRequest"]
+
+class ResponsesRequest(BaseModel):
+    """Accepts each body."""
