@@ -169,8 +169,9 @@ def _check_items(request: Mapping[str, Any], validate: Callable[[Any], object]) 
             try:
                 validate({"input": "", name: [item]})
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                place = ".".join(map(str, first["loc"][2:]))
+                # The first one of the item: others say that it is no text.
+                first = max(error.errors(include_url=False), key=lambda each: 0 in each["loc"])
+                place = ".".join(map(str, first["loc"][-2:]))
                 raise _invalid(f"{name}[{index}]", f"is not valid: {place}: {first['msg']}") from None
 
 
