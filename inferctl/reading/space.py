@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +148,16 @@ def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
     count: transformers writes it for a model with a head.
     """
     ignored, calls = re.compile("|".join(unused) or "(?!)"), {}
-    with ThreadPoolExecutor(2) as threads:  # SHA-256 runs without the lock of the interpreter
+    with ThreadPool(2) as threads:  # SHA-256 runs without the lock of the interpreter
         for file in files:
             with file.open("rb") as stream:
                 start = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in tensors(file):
                 if not ignored.fullmatch(name):
-                    calls[name] = threads.submit(_tensor, file, start, entry)
+                    calls[name] = threads.apply_async(_tensor, (file, start, entry))
         first = {name.partition(".")[0] for name in calls}
         cut = len(first.pop()) + 1 if len(first) == 1 and len(calls) > 1 else 0
-        return _digest({name[cut:]: call.result() for name, call in sorted(calls.items())})
+        return _digest({name[cut:]: call.get() for name, call in sorted(calls.items())})
 
 
 def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
@@ -165,21 +165,17 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(entry["shape"]).encode())
     begin, end = entry["data_offsets"]
     kind = entry["dtype"]
-    data = np.memmap(file, np.uint8, "r", start + begin, (end - begin,)) if end > begin else np.empty(0, np.uint8)
-    for part in _parts(data, kind):
-        found.update(part)
+    most = {"F64": 8, "F32": 4}.get(kind, 2) * _PART
+    with file.open("rb") as stream:  # the end of a large memory map would hold the lock of the interpreter
+        stream.seek(start + begin)
+        while part := stream.read(min(most, start + end - stream.tell())):
+            if kind == "BF16":
+                found.update(np.left_shift(np.frombuffer(part, "<u2"), 16, dtype=np.uint32))
+            elif kind in _NUMBERS and kind != "F32":
+                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4"))
+            else:
+                found.update(part)
     return found.hexdigest()
-
-
-def _parts(data: Any, kind: str) -> Iterator[Any]:
-    width = {"F64": 8, "F32": 4}.get(kind, 2)
-    for at in range(0, len(data), width * _PART):
-        part = data[at : at + width * _PART]
-        if kind == "BF16":
-            part = np.left_shift(part.view("<u2"), 16, dtype=np.uint32)
-        elif kind in _NUMBERS and kind != "F32":
-            part = part.view(_NUMBERS[kind]).astype("<f4")
-        yield np.ascontiguousarray(part)
 
 
 def _tokenizer(folder: Path, config: EmbeddingConfig) -> str:
