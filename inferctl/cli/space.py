@@ -195,8 +195,8 @@ def _compared(old: Any, new: Any, least_kept: float) -> dict[str, Any]:
     execution = {key: (one[key], other[key]) for key in one if one[key] and other.get(key) not in (None, one[key])}
     found = {"old": old[0], "new": new[0], "spaces": spaces, "execution": execution}
     if old[2] and new[2] and old[1] == new[1] and (change := space_change.measure(old[2], new[2], least_kept)):
-        verdict = {"verdict": change.verdict, "reason": change.reason}
-        return {**found, **verdict, "measured": {"output": old[1], **asdict(change)}}
+        found |= {"verdict": change.verdict, "reason": change.reason}
+        return {**found, "measured": {"output": old[1], **asdict(change)}}
     reasons = [f"{side[0]['source']}: {side[0]['not_computed']}" for side in (old, new) if side[0]["not_computed"]]
     why = "; ".join(reasons) or "too few texts, or other outputs"
     verdict, what = "not enough evidence", "the definitions differ"
