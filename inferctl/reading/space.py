@@ -154,7 +154,7 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
             if kind == "BF16":
                 found.update(np.left_shift(np.frombuffer(part, "<u2"), 16, dtype=np.uint32))
             elif kind in _NUMBERS and kind != "F32":
-                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4"))
+                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4").data)
             else:
                 found.update(part)
     return found.hexdigest()
