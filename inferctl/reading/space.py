@@ -148,7 +148,7 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
     begin, end = entry["data_offsets"]
     kind = entry["dtype"]
     most = {"F64": 8, "F32": 4}.get(kind, 2) * _PART
-    with file.open("rb") as stream:  # the end of a large memory map would hold the lock of the interpreter
+    with file.open("rb") as stream:
         stream.seek(start + begin)
         while part := stream.read(min(most, start + end - stream.tell())):
             if kind == "BF16":
