@@ -166,13 +166,13 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
     begin, end = entry["data_offsets"]
     kind = entry["dtype"]
     most = {"F64": 8, "F32": 4}.get(kind, 2) * _PART
-    with file.open("rb") as stream:  # the end of a large memory map would hold the lock of the interpreter
+    with file.open("rb") as stream:
         stream.seek(start + begin)
         while part := stream.read(min(most, start + end - stream.tell())):
             if kind == "BF16":
                 found.update(np.left_shift(np.frombuffer(part, "<u2"), 16, dtype=np.uint32))
             elif kind in _NUMBERS and kind != "F32":
-                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4"))
+                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4").data)
             else:
                 found.update(part)
     return found.hexdigest()
