@@ -86,8 +86,8 @@ def prepare(bench_options: BenchOptions) -> Bench:
     models = _models(folder, plan.load.task, bench_options)
     targets = _of_models(targets, models)
     rerank = bench_options.rerank
-    if rerank and not judged:
-        raise UsageError("`--rerank` needs a collection", "add `--retrieval DIR`")
+    if (rerank or bench_options.dimensions) and not judged:
+        raise UsageError("`--rerank` and `--dimensions` need a collection", "add `--retrieval DIR`")
     if rerank and not rerank.startswith(("http://", "https://")):
         rerank = str(download.fetch(rerank, None).path.resolve())
     output = create_folder(bench_options.output, plan.name)

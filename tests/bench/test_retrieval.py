@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from inferctl.bench.judge import compare as comparing
 from inferctl.bench.judge import retrieval as judging
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.load.http_json import StatusError
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import retrieval
 from inferctl.bench.measure.bench import Progress
 from inferctl.bench.plan import collection
@@ -173,22 +175,6 @@ def test_maxsim_and_sparse_scores_are_those_of_their_definitions() -> None:
     assert variant.bytes == 8 * np.count_nonzero(documents) / 6
 
 
-def test_too_many_requests_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(retrieval.time, "sleep", waits.append)
-    responses = iter([StatusError(429, "slow"), StatusError(503, "starting"), "vectors", StatusError(400, "wrong")])
-
-    def request() -> str:
-        if isinstance(response := next(responses), StatusError):
-            raise response
-        return response
-
-    assert retrieval.patiently(request) == "vectors"
-    assert len(waits) == 2
-    with pytest.raises(StatusError):
-        retrieval.patiently(request)
-
-
 def judged(path: Path, queries: int = 60) -> Path:
     """Return a collection whose queries share words with their relevant document."""
     draw = random.Random(0)
@@ -239,6 +225,28 @@ def test_a_benchmark_shows_quality_next_to_speed_and_compare_judges_it(
     assert cli.run(["compare", *arguments, "--floor-ndcg", "99"]) in (0, 4)
 
 
+class Picky(ServerConnection):
+    """A server that is busy twice and accepts no `input_type`."""
+
+    def embed(self, texts: list[str], *rest: Any, **more: Any) -> list[tuple[float, ...]]:
+        if next(self.info["calls"]) < 2:
+            raise StatusError(429, "busy")
+        if "input_type" in more:
+            raise StatusError(400, "unknown key")
+        return [tuple(map(float, f"{len(text):08b}")) for text in texts]
+
+
+def test_a_busy_server_is_asked_again_and_one_without_roles_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retrieval.time, "sleep", waits.append)
+    server = Picky("http://127.0.0.1:1", "m", {"calls": itertools.count()})
+    found = retrieval.measure(server, collection.read(judged(tmp_path)), (), lambda passed: None)
+    assert (found.reason, found.roles, found.truncated, len(waits)) == (None, False, None, 2)
+    assert len(found.variants) == len(retrieval.FORMATS)
+
+
 def test_an_interrupted_measurement_is_no_measurement(tmp_path: Path) -> None:
     work = replace(bench(tmp_path, "fp32"), collection=collection.read(judged(tmp_path / "mine", 40)))
 
@@ -253,7 +261,7 @@ def test_an_interrupted_measurement_is_no_measurement(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rerank", "message"), [(False, "the task of the model is rerank"), (True, "needs a collection")]
+    ("rerank", "message"), [(False, "the task of the model is rerank"), (True, "need a collection")]
 )
 def test_retrieval_of_something_else_is_an_error(
     answering: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rerank: bool, message: str
@@ -309,11 +317,15 @@ def test_compare_says_why_there_is_no_verdict(
     sides = receipts_of(tmp_path, *[run_values(8, [1, 1.01, 0.99])] * 2)
     for side, values in zip(sides, (old, new), strict=True):
         first = {"per_query": values, "ndcg_at_10": values and sum(values) / len(values)}
-        side.data["retrieval"] = values and {"collection": {"sha256": str(len(values))}, "variants": [first]}
+        side.data["retrieval"] = values and {
+            "collection": {"sha256": str(len(values)), "weak": True},
+            "variants": [first],
+        }
     (pair,) = comparing.compare([ReceiptPair(*sides)], [], comparing.CompareOptions()).pairs
     (metric,) = (each for each in pair.metrics if each.name == judging.NAME)
     assert metric.outcome == outcome
     assert reason in metric.reason
+    assert any("weak" in note for note in pair.notes) == bool(new)
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ class ServerConnection:
 
         The endpoint is that of vLLM and SGLang (`prompt`) and of llama.cpp's server (`content`).
         """
-        body = {"model": self.model, "prompt": text, "content": text}
+        body: Body = {"model": self.model, "prompt": text, "content": text}
         body |= dict.fromkeys(("add_special_tokens", "add_special"), special_tokens)
         response = post(f"{self.url}/tokenize", timeout_s, body, self.access)
         try:

@@ -28,7 +28,7 @@ MEASURES = {"ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10", "recall_at
 DEPTH, RERANKED = 100, 20
 _BATCH, _CHUNK = 32, 64
 _WAITS_S = (1, 2, 4, 8, 16, 32)
-_NO_PROMPT: dict[str, object] = {"prompt": ""}
+_NO_PROMPT: dict[str, Any] = {"prompt": ""}
 
 Matrix = npt.NDArray[np.float32]
 # Scores of queries (from, to) with all documents, shape (queries, documents).
@@ -95,12 +95,12 @@ def measure(
         # In descending order of ids: trec_eval orders equal scores so.
         names = sorted(collection.documents, reverse=True)
         texts = list(collection.queries.values()), [collection.documents[name] for name in names]
-        roles: list[dict[str, object]] = [{"input_type": "query"}, {"input_type": "document"}]
+        roles: list[dict[str, Any]] = [{"input_type": "query"}, {"input_type": "document"}]
         for output in (server.info.get("model") or {}).get("trained_outputs") or ["dense"]:
             for prompted in (True, False) if client.has_prompts(output, roles, texts) else (True,):
                 hows = roles if prompted else [_NO_PROMPT] * 2
-                vectors = [client.embed(part, output, how) for part, how in zip(texts, hows, strict=True)]
-                for variant, scores in _VARIANTS[output](*vectors, dimensions):
+                queries, documents = (client.embed(part, output, how) for part, how in zip(texts, hows, strict=True))
+                for variant, scores in _VARIANTS[output](queries, documents, dimensions):
                     best = ranked(scores, list(collection.queries), names)
                     run = run or best
                     name = variant.name if prompted else f"{variant.name}, no prompts"
@@ -171,7 +171,7 @@ def evaluate(run: Run, judgments: Mapping[str, Mapping[str, int]]) -> dict[str, 
 
 def _measured(variant: Variant, run: Run, collection: Collection) -> Variant:
     found = evaluate(run, collection.judgments)
-    means = {name: round(float(np.mean(values)), 6) for name, values in found.items()}
+    means: dict[str, Any] = {name: round(float(np.mean(values)), 6) for name, values in found.items()}
     return replace(variant, **means, per_query=[round(value, 6) for value in found["ndcg_at_10"]])
 
 
@@ -208,7 +208,7 @@ def convert(vectors: Matrix, name: str) -> Matrix:
         bits = np.ascontiguousarray(vectors).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
     if name == "int8":
-        return np.rint(vectors * (127 / np.abs(vectors).max(axis=1, keepdims=True)))
+        vectors = np.rint(vectors * (127 / np.abs(vectors).max(axis=1, keepdims=True)))
     return np.where(vectors > 0, np.float32(1), np.float32(-1)) if name == "binary" else vectors
 
 
@@ -251,9 +251,9 @@ class _Client:
         # text-embeddings-inference ignores unknown keys of its own endpoint.
         self.roles: bool | None = False if server.path == "/embed" else None
 
-    def embed(self, texts: Sequence[str], output: str, how: dict[str, object]) -> list[Any]:
+    def embed(self, texts: Sequence[str], output: str, how: dict[str, Any]) -> list[Any]:
         """Return an array for each text: (dimensions,), sparse (1, vocabulary), or (tokens, dimensions)."""
-        more: dict[str, object] = {"truncate": True, "outputs": [output]} if self._own else {}
+        more: dict[str, Any] = {"truncate": True, "outputs": [output]} if self._own else {}
         found: list[Any] = []
         for start in range(0, len(texts), _BATCH):
             rows = self._rows(list(texts[start : start + _BATCH]), output, more | how)
@@ -261,7 +261,7 @@ class _Client:
             self._notify(time.monotonic() - self._started)
         return found
 
-    def has_prompts(self, output: str, roles: list[dict[str, object]], texts: Sequence[list[str]]) -> bool:
+    def has_prompts(self, output: str, roles: list[dict[str, Any]], texts: Sequence[list[str]]) -> bool:
         """Return whether a prompt changes the first query or document."""
         if not (self._model.get("prompts") or {}).get("names"):
             return False
@@ -271,7 +271,7 @@ class _Client:
         )
         return any(first.shape != second.shape or abs(first - second).max() > 1e-3 for first, second in pairs)
 
-    def _rows(self, batch: list[str], output: str, more: dict[str, object]) -> list[Any]:
+    def _rows(self, batch: list[str], output: str, more: dict[str, Any]) -> list[Any]:
         if self.roles is False:
             more = {key: value for key, value in more.items() if key != "input_type"}
         try:
@@ -297,7 +297,8 @@ class _Client:
 
     def truncated(self, texts: Sequence[str]) -> int | None:
         """Return how many texts have more tokens than the model reads; None if the server does not say it."""
-        if not (limit := (self._server.info.get("limits") or {}).get("max_input_tokens")):
+        limit: int | None = (self._server.info.get("limits") or {}).get("max_input_tokens")
+        if limit is None:
             return None
         try:
             # A token has at least one byte.

@@ -49,8 +49,8 @@ def run(
     """
     by_name = {outcome.target.name: outcome for outcome in outcomes}
     bench = replace(bench, users=auto_users.find(bench, by_name, notify), tokenizer=find_tokenizer(bench))
-    folders = {None: bench.model, **bench.models}
-    checkers = {source: quality.QualityChecker(bench.plan.quality, folder) for source, folder in folders.items()}
+    folders: list[tuple[str | None, Path | None]] = [(None, bench.model), *bench.models.items()]
+    checkers = {source: quality.QualityChecker(bench.plan.quality, folder) for source, folder in folders}
     order = bench.order
     for number, run in enumerate(order, 1):
         outcome = by_name[run.configuration]
