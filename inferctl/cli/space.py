@@ -97,11 +97,11 @@ def _read(source: str, texts: list[str], api_key_env: str | None) -> tuple[dict[
     from inferctl.bench.measure import space_vectors
 
     with _opened(source, api_key_env, bool(texts)) as (known, server):
-        found = {"source": source, "spaces": {}, "execution": {}, "not_computed": None if texts else "not requested"}
+        found: dict[str, Any] = {"source": source, "execution": {}, "not_computed": None if texts else "not requested"}
         if server is None:
             return found | known, "", None
-        found |= {"spaces": (server.info.get("model") or {}).get("spaces") or {}}
-        found |= {"execution": space_vectors.execution(server.info)}
+        found["spaces"] = (server.info.get("model") or {}).get("spaces") or {}
+        found["execution"] = space_vectors.execution(server.info)
         with console.progress(f"embedding {len(texts):,} texts: {source}") if texts else contextlib.nullcontext():
             return found, server.output, space_vectors.vectors(server, texts) if texts else None
 
@@ -188,7 +188,7 @@ def _compared(old: Any, new: Any, least_kept: float) -> dict[str, Any]:
     from inferctl.bench.judge import space_change
     from inferctl.reading.space import differences
 
-    spaces = {}
+    spaces: dict[str, Any] = {}
     for output in (each for each in old[0]["spaces"] if each in new[0]["spaces"]):
         pair = [side[0]["spaces"][output] for side in (old, new)]
         known = all(each.get("definition") for each in pair)
@@ -198,14 +198,8 @@ def _compared(old: Any, new: Any, least_kept: float) -> dict[str, Any]:
     execution = {key: (one[key], other[key]) for key in one if one[key] and other.get(key) not in (None, one[key])}
     found = {"old": old[0], "new": new[0], "spaces": spaces, "execution": execution}
     if old[2] and new[2] and old[1] == new[1] and (change := space_change.measure(old[2], new[2], least_kept)):
-        measured = asdict(change)
-        return {
-            **found,
-            "output": old[1],
-            "verdict": measured.pop("verdict"),
-            "reason": measured.pop("reason"),
-            "measured": measured,
-        }
+        found |= {"verdict": change.verdict, "reason": change.reason}
+        return {**found, "measured": {"output": old[1], **asdict(change)}}
     reasons = [f"{side[0]['source']}: {side[0]['not_computed']}" for side in (old, new) if side[0]["not_computed"]]
     why = "; ".join(reasons) or "too few texts, or other outputs"
     verdict, what = "not enough evidence", "the definitions differ"

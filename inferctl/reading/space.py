@@ -86,11 +86,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
     """
     found: dict[str, tuple[Any, Any]] = {}
     for part in dict.fromkeys([*one, *other]):
-        values = one.get(part), other.get(part)
-        if isinstance(values[0], Mapping) and isinstance(values[1], Mapping):
-            found |= {f"{part}.{inner}": pair for inner, pair in differences(*values).items()}
-        elif values[0] != values[1]:
-            found[part] = values
+        before, after = one.get(part), other.get(part)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= {f"{part}.{inner}": pair for inner, pair in differences(before, after).items()}
+        elif before != after:
+            found[part] = before, after
     return found
 
 
