@@ -155,33 +155,22 @@ Profile = Annotated[
 ]
 Retrieval = Annotated[
     Path | None,
-    typer.Option(
-        "--retrieval",
-        metavar="DIR",
-        help="Also measure how well vectors find documents: corpus.jsonl, queries.jsonl and qrels/test.tsv in DIR.",
-    ),
+    typer.Option(metavar="DIR", help="Also measure how well vectors find the documents of this judged collection."),
 ]
 Dimensions = Annotated[
     list[int] | None,
     typer.Option(
-        metavar="N",
-        min=1,
-        help="With --retrieval: also truncate vectors to N dimensions; repeatable. [default: 256, 128]",
+        metavar="N", min=1, help="--retrieval: truncate vectors to N dimensions; repeatable. [default: 256, 128]"
     ),
 ]
 Rerank = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODEL", help="With --retrieval: also rank the 20 best documents again with this model or URL."
-    ),
+    typer.Option(metavar="MODEL", help="--retrieval: rank the 20 best documents again with this model or URL."),
 ]
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model",
-        "-m",
-        metavar="SOURCE",
-        help="Use this model folder, hub id or `oci://` image; repeat to compare models.",
+        "--model", "-m", metavar="SOURCE", help="Use this folder, hub id or `oci://` image; repeat to compare."
     ),
 ]
 
@@ -225,10 +214,8 @@ def bench(
     from inferctl.cli import bench_options, bench_setup
 
     if report is not None:
-        inputs = [
-            options.spec_path(spec_file),
-            *(Path(name) for name in (plan, *(model or []), *(corpus or [])) if name),
-        ]
+        sources = (plan, *(model or []), *(corpus or []))
+        inputs = [options.spec_path(spec_file), *(Path(name) for name in sources if name)]
         outputs.check(report, "--report", parents=True, inputs=inputs)
     overrides: Overrides = {
         "users": users,
@@ -244,20 +231,9 @@ def bench(
         "budget_s": None if budget is None else bench_options.parse_seconds(budget),
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
+    judged = (retrieval, rerank, dimensions or [])
     new_options = bench_options.BenchOptions(
-        spec_file,
-        model or [],
-        plan,
-        precision or [],
-        url or [],
-        overrides,
-        slo,
-        output,
-        access,
-        profile,
-        retrieval,
-        rerank,
-        dimensions or [],
+        spec_file, model or [], plan, precision or [], url or [], overrides, slo, output, access, profile, *judged
     )
     _run(bench_setup.prepare(new_options), report, json_)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +79,9 @@ def diff(
     if output is not None:
         outputs.check(output, "--output", parents=True)
     corpus, digest = workload.read_corpus(texts)
-    probes = [] if definition else list(dict.fromkeys(corpus))[:_MOST_TEXTS]
+    # Drawn, since the order of a file may follow its topics or languages.
+    unique = list(dict.fromkeys(corpus))
+    probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     found = _compared(_read(old, probes, api_key_env), _read(new, probes, api_key_env), least_kept / 100)
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
     found = json.loads(json.dumps(found))

@@ -317,11 +317,15 @@ def test_compare_says_why_there_is_no_verdict(
     sides = receipts_of(tmp_path, *[run_values(8, [1, 1.01, 0.99])] * 2)
     for side, values in zip(sides, (old, new), strict=True):
         first = {"per_query": values, "ndcg_at_10": values and sum(values) / len(values)}
-        side.data["retrieval"] = values and {"collection": {"sha256": str(len(values))}, "variants": [first]}
+        side.data["retrieval"] = values and {
+            "collection": {"sha256": str(len(values)), "weak": True},
+            "variants": [first],
+        }
     (pair,) = comparing.compare([ReceiptPair(*sides)], [], comparing.CompareOptions()).pairs
     (metric,) = (each for each in pair.metrics if each.name == judging.NAME)
     assert metric.outcome == outcome
     assert reason in metric.reason
+    assert any("weak" in note for note in pair.notes) == bool(new)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ def test_verdicts(new: Vectors, verdict: str) -> None:
     assert change and change.verdict == verdict
 
 
+def test_equal_texts_replace_each_other() -> None:
+    copies = BASE[:15].repeat(20, axis=0)
+    change = space_change.measure(*(both(copies + scale * NOISE) for scale in np.float32([1e-7, 1e-3])))
+    assert change and change.mixed and change.mixed.value == change.reembedded.value == 1
+
+
 def test_sparse_weights_are_compared_by_their_product() -> None:
     change = space_change.measure(both(np.abs(BASE), sparse=True), both(np.abs(BASE) * LENGTHS, sparse=True))
     assert change and change.verdict == "re-embed"

@@ -242,6 +242,8 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
         notes += [f"as allowed: {difference}" for difference in comparable.hardware_differences(old, new)]
     if old.weights_sha256 != new.weights_sha256:
         notes.append("the weights differ (sha256): each quality is relative to the fp32 vectors of its own weights")
+    if retrieval.is_weak(new):
+        notes.append("nDCG@10 is that of weak queries: titles or first lines of documents")
     if closed := old.data.get("closed_loop"):
         notes.append(
             f"latencies: open loop at {old.load['rate']:g} requests/s, {old.load['capacity_percent']:g}% of the "

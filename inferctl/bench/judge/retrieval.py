@@ -12,7 +12,7 @@ from inferctl.bench.judge import verdict
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import MetricResult, PointsResult, QualityTolerance
 from inferctl.bench.judge.verdict import Outcome
-from inferctl.receipts.receipt import JsonObject
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 NAME = "ndcg_at_10"
 MARGIN = 1.0
@@ -71,7 +71,6 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
     reasons = [found.reason] * bool(found.reason)
     if found.reason and (found.queries_needed or 0) > len(first["per_query"]):
         reasons.append(f"one point needs about {found.queries_needed:,} judged queries")
-    reasons += ["the queries are weak evidence"] * bool(old["collection"].get("weak"))
     return [
         MetricResult(
             NAME,
@@ -90,6 +89,11 @@ def is_judged(pair: ReceiptPair) -> bool:
     """Return whether both receipts have nDCG of the same queries, so that the pair shares the error rate."""
     old, new = _sections(pair)
     return bool(old or new) and not _missing(old, new)
+
+
+def is_weak(sealed: Receipt) -> bool:
+    """Return whether the queries of a receipt were made of its documents."""
+    return bool(((sealed.data.get("retrieval") or {}).get("collection") or {}).get("weak"))
 
 
 def _sections(pair: ReceiptPair) -> list[JsonObject]:

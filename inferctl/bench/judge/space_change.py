@@ -10,11 +10,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.bench.judge.neighbors import NEIGHBORS, Matrix, max_similarities, nearest, shared, unit
+from inferctl.bench.judge.neighbors import NEIGHBORS, Matrix, max_similarities, nearest, unit
 
 # Searches of an approximate index miss about as many neighbors.
 LEAST_KEPT = 0.95
 _NORMAL_975 = 1.959964
+_ROUNDING = 1e-5  # of similarities of float32 vectors
 _FEWEST = NEIGHBORS + 2  # fewer texts have no other neighbors
 
 Verdict: TypeAlias = Literal["re-embed", "not needed", "not enough evidence"]
@@ -78,8 +79,8 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
     count = len(old.documents)
     if count < _FEWEST:
         return None
-    before = nearest(_similarities(old, old.documents))
-    reembedded = share(shared(before, nearest(_similarities(new, new.documents))))
+    before = _similarities(old, old.documents)
+    reembedded = share(_kept(before, nearest(_similarities(new, new.documents))))
     sizes = old.dimensions, new.dimensions
     if sizes[0] != sizes[1] or (old.per_token is None) != (new.per_token is None):
         reason = f"vectors have {sizes[0]} dimensions and {sizes[1]}"
@@ -91,7 +92,7 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
         old.documents[::2],
         new.documents[1::2],
     )
-    mixed = share(shared(before, nearest(_similarities(new, store))))
+    mixed = share(_kept(before, nearest(_similarities(new, store))))
     if old.per_token is None:
         pairs = [(old.queries, new.queries), (old.documents, new.documents)]
         # Sparse weights of a text without tokens are zero on both sides.
@@ -112,6 +113,18 @@ def _similarities(vectors: Vectors, store: Matrix) -> npt.NDArray[np.float64]:
     if vectors.sparse:
         return vectors.queries.astype(np.float64) @ store.T.astype(np.float64)
     return unit(vectors.queries) @ unit(store).T
+
+
+def _kept(before: npt.NDArray[np.float64], near: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    """Return which share of `near` was as similar before as the 10th nearest, by row, shape (n,).
+
+    So any of several texts with equal vectors is right: rounding decides between them.
+    """
+    least = np.take_along_axis(before, nearest(before)[:, -1:], axis=1)
+    kept: npt.NDArray[np.float64] = np.mean(
+        np.take_along_axis(before, near, axis=1) >= least - _ROUNDING * np.abs(least), axis=1
+    )
+    return kept
 
 
 def share(values: Sequence[float] | npt.NDArray[np.float64]) -> Share:

@@ -37,7 +37,7 @@ def vectors(server: ServerConnection, texts: Sequence[str]) -> Vectors:
         options |= {"input_type": role} if role else {}
         parts = (list(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH))
         found.append(padded([row for part in parts for row in server.embed(part, **options)]))
-    if not all(np.isfinite(each).all() for each in found):
-        raise InferctlError(f"{server.url} returned vectors with NaN or infinity", "see the log of the server")
+    if not all(np.isfinite(each).all() and (each.any(axis=1).all() or server.output == "sparse") for each in found):
+        raise InferctlError(f"{server.url} returned vectors of zeros, NaN or infinity", "see the log of the server")
     per_token = int(model["token_dimensions"]) if server.output == "tokens" else None
     return Vectors(found[0], found[-1], sparse=server.output == "sparse", per_token=per_token)
