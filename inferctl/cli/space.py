@@ -8,20 +8,22 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from inferctl.cli import console, download, options
 from inferctl.cli.options import Json
 from inferctl.core import outputs
-from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.core.errors import NotReadyError, UsageError, needs_packages
 from inferctl.models import image_source
 from inferctl.models.model import is_hub_id, resolve_task
 
 if TYPE_CHECKING:
     from inferctl.bench.judge.space_change import Vectors
     from inferctl.bench.load.target import ServerConnection
+    from inferctl.bench.measure.retrieval import RetrievalResult
+    from inferctl.bench.plan.collection import Collection
 
 _EXIT_CODES = {"not needed": 0, "re-embed": 1, "not enough evidence": 4}
 _MOST_TEXTS, _READY_S = 1000, 900.0
@@ -36,6 +38,8 @@ _DIFF_EPILOG = """\b
 Examples:
   # Compare two model folders on your own texts
   inferctl space diff ./old ./new --texts texts.jsonl
+  # Also measure how well each finds the relevant documents of judged queries
+  inferctl space diff ./old ./new --retrieval ./collection
   # Compare two servers, such as of two versions of torch, and keep the record
   inferctl space diff http://10.0.0.7:8080 http://10.0.0.8:8080 --output record.json
 """
@@ -47,7 +51,7 @@ def show(source: _Source, api_key_env: _KeyVariable = None, as_json: Json = Fals
 
     Example: inferctl space show ./all-MiniLM-L6-v2
     """
-    found, _, _ = _read(source, [], api_key_env)
+    found = _read(source, [], None, api_key_env).known
     console.result(found, "\n".join(each["name"] for each in found["spaces"].values()), as_json=as_json)
 
 
@@ -61,6 +65,9 @@ def diff(
     least_kept: Annotated[
         float, typer.Option(metavar="PERCENT", min=1, max=100, help="Require this share of the neighbors to stay.")
     ] = 95,
+    retrieval: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also measure nDCG@10 on this judged collection.")
+    ] = None,
     definition: Annotated[bool, typer.Option("--definition", help="Compare definitions, and compute nothing.")] = False,
     api_key_env: _KeyVariable = None,
     output: Annotated[
@@ -73,7 +80,7 @@ def diff(
     Exit code 0: not needed, 1: re-embed, 4: not enough evidence. It starts model folders, in fp32, and images on this
     machine. Receipts and other images have no vectors, so only their definitions are compared.
     """
-    from inferctl.bench.plan import workload
+    from inferctl.bench.plan import collection, workload
     from inferctl.receipts import receipt
 
     if output is not None:
@@ -82,7 +89,9 @@ def diff(
     # Drawn, since the order of a file may follow its topics or languages.
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
-    found = _compared(_read(old, probes, api_key_env), _read(new, probes, api_key_env), least_kept / 100)
+    judged = collection.read(retrieval) if retrieval and not definition else None
+    sides = [_read(source, probes, judged, api_key_env) for source in (old, new)]
+    found = _compared(*sides, least_kept / 100) | {"retrieval": judged and _retrieval(*sides)}
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
     found = json.loads(json.dumps(found))
     found["seal"] = receipt.seal_of(found)
@@ -92,18 +101,32 @@ def diff(
     raise typer.Exit(_EXIT_CODES[found["verdict"]])
 
 
-def _read(source: str, texts: list[str], api_key_env: str | None) -> tuple[dict[str, Any], str, Vectors | None]:
-    """Return what is known of a source, and the output and the vectors of `texts` if it can compute them."""
-    from inferctl.bench.measure import space_vectors
+class _Side(NamedTuple):
+    """What is known of a source. If it can compute them: the output and the vectors of texts, and the retrieval."""
+
+    known: dict[str, Any]
+    output: str = ""
+    vectors: Vectors | None = None
+    retrieval: RetrievalResult | None = None
+
+
+def _read(source: str, texts: list[str], judged: Collection | None, api_key_env: str | None) -> _Side:
+    from inferctl.bench.measure import retrieval, space_vectors
 
     with _opened(source, api_key_env, bool(texts)) as (known, server):
         found: dict[str, Any] = {"source": source, "execution": {}, "not_computed": None if texts else "not requested"}
         if server is None:
-            return found | known, "", None
+            return _Side(found | known)
         found["spaces"] = (server.info.get("model") or {}).get("spaces") or {}
         found["execution"] = space_vectors.execution(server.info)
-        with console.progress(f"embedding {len(texts):,} texts: {source}") if texts else contextlib.nullcontext():
-            return found, server.output, space_vectors.vectors(server, texts) if texts else None
+        if not texts:
+            return _Side(found)
+        with console.progress(f"embedding {len(texts):,} texts: {source}"):
+            vectors = space_vectors.vectors(server, texts)
+        if judged is None:
+            return _Side(found, server.output, vectors)
+        with needs_packages("`--retrieval`", "retrieval"), console.progress(f"embedding {judged.name}: {source}"):
+            return _Side(found, server.output, vectors, retrieval.measure(server, judged, (), lambda _: None))
 
 
 @contextlib.contextmanager
@@ -183,33 +206,48 @@ def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], Serv
         yield {}, connect(f"http://{address.host}:{address.port}")
 
 
-def _compared(old: Any, new: Any, least_kept: float) -> dict[str, Any]:
-    """Return what differs between two sources as `_read` returns them, and the verdict, as JSON data."""
+def _compared(old: _Side, new: _Side, least_kept: float) -> dict[str, Any]:
+    """Return what differs between two sources, and the verdict, as JSON data."""
     from inferctl.bench.judge import space_change
     from inferctl.reading.space import differences
 
     spaces: dict[str, Any] = {}
-    for output in (each for each in old[0]["spaces"] if each in new[0]["spaces"]):
-        pair = [side[0]["spaces"][output] for side in (old, new)]
+    for output in (each for each in old.known["spaces"] if each in new.known["spaces"]):
+        pair = [side.known["spaces"][output] for side in (old, new)]
         known = all(each.get("definition") for each in pair)
         differs = differences(*(each["definition"] for each in pair)) if known else None
         spaces[output] = {"names": [each["name"] for each in pair], "differs": differs}
-    one, other = old[0]["execution"], new[0]["execution"]
+    one, other = old.known["execution"], new.known["execution"]
     execution = {key: (one[key], other[key]) for key in one if one[key] and other.get(key) not in (None, one[key])}
-    found = {"old": old[0], "new": new[0], "spaces": spaces, "execution": execution}
-    if old[2] and new[2] and old[1] == new[1] and (change := space_change.measure(old[2], new[2], least_kept)):
+    found = {"old": old.known, "new": new.known, "spaces": spaces, "execution": execution}
+    computed = old.vectors and new.vectors and old.output == new.output
+    if computed and (change := space_change.measure(old.vectors, new.vectors, least_kept)):
         found |= {"verdict": change.verdict, "reason": change.reason}
-        return {**found, "measured": {"output": old[1], **asdict(change)}}
-    reasons = [f"{side[0]['source']}: {side[0]['not_computed']}" for side in (old, new) if side[0]["not_computed"]]
+        return {**found, "measured": {"output": old.output, **asdict(change)}}
+    sides = (old.known, new.known)
+    reasons = [f"{side['source']}: {side['not_computed']}" for side in sides if side["not_computed"]]
     why = "; ".join(reasons) or "too few texts, or other outputs"
     verdict, what = "not enough evidence", "the definitions differ"
-    if not old[0]["spaces"] or not new[0]["spaces"]:
+    if not old.known["spaces"] or not new.known["spaces"]:
         what = "a source does not name its spaces"
     elif not spaces:
         verdict, what = "re-embed", "no output is the same"
     elif all(each["names"][0] == each["names"][1] for each in spaces.values()):
         verdict, what = "not needed", "the definitions are equal"
     return {**found, "verdict": verdict, "reason": f"{what}; vectors were not compared ({why})", "measured": None}
+
+
+def _retrieval(old: _Side, new: _Side) -> dict[str, Any]:
+    """Return nDCG@10 of both, each with its own queries and documents, and the verdict on their difference."""
+    from inferctl.bench.judge import retrieval, verdict
+
+    both = old.retrieval, new.retrieval
+    if missing := [each.reason if each else "a source has no vectors" for each in both if not (each and each.variants)]:
+        return {"reason": missing[0]}
+    first, second = (each.variants[0] for each in both if each)
+    change = retrieval.difference(first.per_query, second.per_query, retrieval.MARGIN, verdict.ERROR_RATE)
+    values = [100 * each.ndcg_at_10 for each in (first, second)]
+    return {"collection": both[0] and both[0].collection, "ndcg_at_10": values, "difference": asdict(change)}
 
 
 def _text(found: Mapping[str, Any]) -> str:
@@ -230,4 +268,15 @@ def _text(found: Mapping[str, Any]) -> str:
         lines.append(
             f"neighbors kept if all is embedded again: {again['value']:.1%} ({again['low']:.1%} to {again['high']:.1%})"
         )
+    if judged := found["retrieval"]:
+        lines.append(_retrieval_text(judged))
     return "\n".join(map(console.plain, [*lines, f"{found['verdict']}: {found['reason']}"]))
+
+
+def _retrieval_text(judged: Mapping[str, Any]) -> str:
+    if "difference" not in judged:
+        return f"nDCG@10 was not measured: {judged['reason']}"
+    (old, new), change, of = judged["ndcg_at_10"], judged["difference"], judged["collection"]
+    interval = f"change {change['points']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f}), {change['outcome']}"
+    queries = f"{of['queries']:,} {'weak ' if of['weak'] else ''}queries of {of['name']}"
+    return f"nDCG@10 if all is embedded again: {old:.1f} to {new:.1f} points, {interval} ({queries})"

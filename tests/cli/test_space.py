@@ -57,6 +57,19 @@ def test_verdicts(
     assert verdict in inferctl("space", "diff", *given, code=code).stdout if not measured else True
 
 
+def test_ndcg_of_both_is_measured_on_a_judged_collection(sources: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("pytrec_eval")
+    titles = [{"_id": str(number), "title": f"about {number}", "text": f"text of {number}"} for number in range(40)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(each) + "\n" for each in titles))
+    done = inferctl("space", "diff", *[sources["server"]] * 2, "--retrieval", tmp_path, "--json", code=0)
+    found = json.loads(done.stdout)["retrieval"]
+    assert found["collection"]["weak"]
+    assert found["ndcg_at_10"][0] == found["ndcg_at_10"][1] > 50
+    assert found["difference"]["points"] == 0
+    done = inferctl("space", "diff", sources["server"], sources["receipt"], "--retrieval", tmp_path)
+    assert "nDCG@10 was not measured" in done.stdout
+
+
 @pytest.mark.parametrize("source", ["unnamed", "absent", "words"])
 def test_what_names_no_space_is_an_error_with_a_hint(sources: dict[str, str], source: str) -> None:
     done = inferctl("space", "show", sources[source])
