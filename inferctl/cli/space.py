@@ -90,8 +90,8 @@ def diff(
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     judged = collection.read(retrieval) if retrieval and not definition else None
-    sides = [_read(source, probes, judged, api_key_env) for source in (old, new)]
-    found = _compared(*sides, least_kept / 100) | {"retrieval": judged and _retrieval(*sides)}
+    one, other = (_read(source, probes, judged, api_key_env) for source in (old, new))
+    found = _compared(one, other, least_kept / 100) | {"retrieval": judged and _retrieval(one, other)}
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
     found = json.loads(json.dumps(found))
     found["seal"] = receipt.seal_of(found)
@@ -219,11 +219,13 @@ def _compared(old: _Side, new: _Side, least_kept: float) -> dict[str, Any]:
         spaces[output] = {"names": [each["name"] for each in pair], "differs": differs}
     one, other = old.known["execution"], new.known["execution"]
     execution = {key: (one[key], other[key]) for key in one if one[key] and other.get(key) not in (None, one[key])}
-    found = {"old": old.known, "new": new.known, "spaces": spaces, "execution": execution}
-    computed = old.vectors and new.vectors and old.output == new.output
-    if computed and (change := space_change.measure(old.vectors, new.vectors, least_kept)):
-        found |= {"verdict": change.verdict, "reason": change.reason}
-        return {**found, "measured": {"output": old.output, **asdict(change)}}
+    found: dict[str, Any] = {"old": old.known, "new": new.known, "spaces": spaces, "execution": execution}
+    change = None
+    if old.vectors and new.vectors and old.output == new.output:
+        change = space_change.measure(old.vectors, new.vectors, least_kept)
+    if change:
+        measured = {"output": old.output, **asdict(change)}
+        return {**found, "verdict": change.verdict, "reason": change.reason, "measured": measured}
     sides = (old.known, new.known)
     reasons = [f"{side['source']}: {side['not_computed']}" for side in sides if side["not_computed"]]
     why = "; ".join(reasons) or "too few texts, or other outputs"
