@@ -68,15 +68,14 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
         return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
-    reasons = [found.reason] * bool(found.reason)
-    if found.reason and (found.queries_needed or 0) > len(first["per_query"]):
-        reasons.append(f"one point needs about {found.queries_needed:,} judged queries")
+    more = found.reason and (found.queries_needed or 0) > len(first["per_query"])
+    needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return [
         MetricResult(
             NAME,
             "%",
             found.outcome,
-            "; ".join(reasons),
+            found.reason + needed,
             round(100 * first[NAME], 4),
             round(100 * second[NAME], 4),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),
