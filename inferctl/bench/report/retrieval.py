@@ -148,6 +148,8 @@ def _notes(section: JsonObject) -> Iterator[str]:
         yield f"no nDCG, {section['reason']}"
     if section and section["collection"]["weak"]:
         yield "the queries are titles or first lines of the documents, which is weak evidence for real queries"
+    if section and section["collection"]["queries"] < retrieval.MIN_QUERIES:
+        yield f"no verdict on retrieval, because fewer than {retrieval.MIN_QUERIES} queries are judged"
     if section.get("truncated"):
         total = section["collection"]["queries"] + section["collection"]["documents"]
         yield f"the model reads only the start of {section['truncated']:,} of {total:,} texts, which are too long"
