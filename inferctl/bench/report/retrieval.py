@@ -137,7 +137,7 @@ def _compared(row: RetrievalRow, base: str) -> str:
     done = len(row.variant["per_query"])
     if found.outcome == "not enough evidence" and found.high < 0 and done >= retrieval.MIN_QUERIES:
         relation = f"is worse, perhaps by less than {retrieval.MARGIN:g} point, than"
-    more = found.reason and (found.queries_needed or 0) > done
+    more = found.reason and found.queries_needed > done
     needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return f"{row.label} {relation} {base}: {_interval(found)} points{needed}."
 
@@ -179,7 +179,7 @@ def cells(row: RetrievalRow) -> list[tuple[str, str]]:
         (_interval(found) if found else "reference", ""),
         *((f"{variant[key]:.3f}", "") for key in ("recall_at_100", "recall_at_10", "mrr_at_10")),
         (found.outcome, found.reason) if found else ("", ""),
-        (f"{found.queries_needed:,}" if found and found.queries_needed else "", ""),
+        (f"{found.queries_needed:,}" if found else "", ""),
     ]
 
 
