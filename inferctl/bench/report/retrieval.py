@@ -243,4 +243,5 @@ def _chart(
         "height": 420,
     }
     text = "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, of nDCG over queries."
+    text += " Where bars overlap, the change in the table can still be clear: it compares the same queries."
     return Chart(title, f"{text} Colors as in the table of results.", [joined, markers], layout)
