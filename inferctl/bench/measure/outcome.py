@@ -110,8 +110,8 @@ class Measurement:
 class Outcome:
     """All that a benchmark measured of one target.
 
-    `retrieval` and `profile` (of its engine) are there if they were requested. `failure` says in one line why there are fewer runs than
-    `planned`; None if the benchmark was interrupted.
+    `retrieval` and `profile` (of its engine) are there if they were requested. `failure` says in one line why there are
+    fewer runs than `planned`; None if the benchmark was interrupted.
     """
 
     target: BenchTarget
