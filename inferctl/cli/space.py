@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = {"not needed": 0, "re-embed": 1, "not enough evidence": 4}
 _MOST_TEXTS, _READY_S = 1000, 900.0
-_Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Model folder, hub id, image, receipt, or URL of a server.")
-]
+_SOURCE_HELP = "Model folder, hub id, image, receipt, or URL of a server."
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
 _KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to servers.")]
 
 app = options.group("space", "Show vector spaces, and how much a change of one matters.")
@@ -57,8 +56,8 @@ def show(source: _Source, api_key_env: _KeyVariable = None, as_json: Json = Fals
 
 @app.command(epilog=_DIFF_EPILOG)
 def diff(
-    old: _Source,
-    new: _Source,
+    old: Annotated[str, typer.Argument(metavar="OLD", help=_SOURCE_HELP)],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The same.")],
     texts: Annotated[
         str, typer.Option(metavar="FILE", help="Compare on at most 1,000 texts: .txt, or .jsonl with the key text.")
     ] = "mixed",

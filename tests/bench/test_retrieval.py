@@ -226,11 +226,11 @@ def test_a_benchmark_shows_quality_next_to_speed_and_compare_judges_it(
 
 
 class Picky(ServerConnection):
-    """A server that is busy twice and accepts no `input_type`."""
+    """A server that is busy, then fails, and accepts no `input_type`."""
 
     def embed(self, texts: list[str], *rest: Any, **more: Any) -> list[tuple[float, ...]]:
-        if next(self.info["calls"]) < 2:
-            raise StatusError(429, "busy")
+        if (number := next(self.info["calls"])) < 2:
+            raise StatusError((429, 500)[number], "busy")
         if "input_type" in more:
             raise StatusError(400, "unknown key")
         return [tuple(map(float, f"{len(text):08b}")) for text in texts]

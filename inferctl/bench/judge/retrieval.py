@@ -28,7 +28,7 @@ class Difference:
     """The change of nDCG@10 in points, with its interval. `loss_at_most` is the upper bound of a loss (one-sided, 95%).
 
     `queries_needed`: the judged queries with which the interval of a true difference of one point excludes zero with
-    80% probability; None if no query differs.
+    80% probability, if as many of them differ as of these.
     """
 
     outcome: Outcome
@@ -36,7 +36,7 @@ class Difference:
     low: float
     high: float
     loss_at_most: float
-    queries_needed: int | None
+    queries_needed: int
     reason: str
 
 
@@ -52,7 +52,8 @@ def difference(old: Sequence[float], new: Sequence[float], margin: float, error_
         outcome, reason = "not enough evidence", f"{len(losses)} queries are judged: {MIN_QUERIES} are needed at least"
     # Adding 0.0 makes -0.0 positive.
     points, low, high = (round(-loss, 4) + 0.0 for loss in (found.change, found.high, found.low))
-    needed = math.ceil((z * spread) ** 2) or None
+    half = (z * spread) ** 2 / 2  # n is enough if z * sqrt((spread**2 + 2 * _UNSEEN**2 / n) / n) is at most 1
+    needed = math.ceil(half + math.sqrt(half**2 + 2 * (z * _UNSEEN) ** 2))
     return Difference(outcome, points, low, high, round(found.worst_case, 4), needed, reason)
 
 
@@ -68,15 +69,14 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
         return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
-    reasons = [found.reason] * bool(found.reason)
-    if found.reason and (found.queries_needed or 0) > len(first["per_query"]):
-        reasons.append(f"one point needs about {found.queries_needed:,} judged queries")
+    more = found.reason and found.queries_needed > len(first["per_query"])
+    needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return [
         MetricResult(
             NAME,
             "%",
             found.outcome,
-            "; ".join(reasons),
+            found.reason + needed,
             round(100 * first[NAME], 4),
             round(100 * second[NAME], 4),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),

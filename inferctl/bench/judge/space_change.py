@@ -103,7 +103,7 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
     if mixed.low >= least_kept or mixed.high < least_kept:
         verdict = "not needed" if mixed.low >= least_kept else "re-embed"
     interval = f"{mixed.value:.1%} ({mixed.low:.1%} to {mixed.high:.1%})"
-    reason = f"a mixed store keeps {interval} of the {NEIGHBORS} nearest, required {least_kept:.0%}"
+    reason = f"a mixed store of {count:,} texts keeps {interval} of the {NEIGHBORS} nearest, required {least_kept:.0%}"
     return SpaceChange(count, sizes, lowest, median, mixed, reembedded, least_kept, verdict, reason)
 
 

@@ -309,12 +309,12 @@ class _Client:
 
 
 def patiently(request: Callable[[], Found]) -> Found:
-    """Return what a request returns. After 429 and 503, it is sent again up to six times, each time after longer."""
+    """Return what a request returns. After 429, or an error of the server, it is sent up to six times more."""
     for wait_s in _WAITS_S:
         try:
             return request()
         except StatusError as error:
-            if error.status not in (429, 503):
+            if error.status != 429 and error.status < 500:
                 raise
             time.sleep(wait_s)
     return request()

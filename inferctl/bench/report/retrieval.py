@@ -137,7 +137,7 @@ def _compared(row: RetrievalRow, base: str) -> str:
     done = len(row.variant["per_query"])
     if found.outcome == "not enough evidence" and found.high < 0 and done >= retrieval.MIN_QUERIES:
         relation = f"is worse, perhaps by less than {retrieval.MARGIN:g} point, than"
-    more = found.reason and (found.queries_needed or 0) > done
+    more = found.reason and found.queries_needed > done
     needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return f"{row.label} {relation} {base}: {_interval(found)} points{needed}."
 
@@ -148,6 +148,8 @@ def _notes(section: JsonObject) -> Iterator[str]:
         yield f"no nDCG, {section['reason']}"
     if section and section["collection"]["weak"]:
         yield "the queries are titles or first lines of the documents, which is weak evidence for real queries"
+    if section and section["collection"]["queries"] < retrieval.MIN_QUERIES:
+        yield f"no verdict on retrieval, because fewer than {retrieval.MIN_QUERIES} queries are judged"
     if section.get("truncated"):
         total = section["collection"]["queries"] + section["collection"]["documents"]
         yield f"the model reads only the start of {section['truncated']:,} of {total:,} texts, which are too long"
@@ -177,7 +179,7 @@ def cells(row: RetrievalRow) -> list[tuple[str, str]]:
         (_interval(found) if found else "reference", ""),
         *((f"{variant[key]:.3f}", "") for key in ("recall_at_100", "recall_at_10", "mrr_at_10")),
         (found.outcome, found.reason) if found else ("", ""),
-        (f"{found.queries_needed:,}" if found and found.queries_needed else "", ""),
+        (f"{found.queries_needed:,}" if found else "", ""),
     ]
 
 
@@ -241,4 +243,5 @@ def _chart(
         "height": 420,
     }
     text = "The line joins what nothing else beats in both, by the means. Bars: 95% intervals, of nDCG over queries."
+    text += " Where bars overlap, the change in the table can still be clear: it compares the same queries."
     return Chart(title, f"{text} Colors as in the table of results.", [joined, markers], layout)

@@ -206,7 +206,8 @@ def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
         if row.configuration == rows[0].configuration or not row.is_compact:
             name, *texts = (text for text, _ in retrieval.cells(row)[:6])
             grid.add_row(name if row.first else "", *texts)
-    return _titled("nDCG@10 (points); change: to the first row, or to the config's first vectors", grid)
+    title = "nDCG@10 (points); change: to the first row, or to the config's first vectors"
+    return _titled(f"{title}\nOther formats and dimensions are made here, of the server's float32 vectors", grid)
 
 
 def _titled(title: str, grid: Table) -> Group:
