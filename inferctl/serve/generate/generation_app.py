@@ -193,7 +193,7 @@ class GenerationApp:
         context = context_of(scope)
         caller, name = context.caller, functools.partial(self._names.resolve, context)
         limited, most = (
-            caller.limits[1] is not None or bool(caller.budgets),
+            caller.limits[1] is not None or bool(caller.budgets) or self._charges.models_have_budgets,
             None if caller.tenant is None else self._sequences.most,
         )
         request = await _read(

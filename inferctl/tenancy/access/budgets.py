@@ -200,6 +200,8 @@ class Budgets:
         self._hardware: dict[str | None, str] = {}
         self._rates: dict[tuple[str, str, int], Rate | None] = {}
         self._known, self._started, self._read_at, self._forgot = False, 0.0, -1, 0.0
+        self._continues = False  # this folder has what it spent earlier
+        self._expired: set[tuple[str, str]] = set()
         self._totals: Mapping[str, Any] = {}
         self._locals: set[str] = set()  # runs of this folder
         self._ended: set[str] = set()  # runs of which the ledger has everything
@@ -241,7 +243,7 @@ class Budgets:
             return
         self._file = BudgetFile(self._folder / _FOLDER)
         for (account, label, end, each, local), values in budget_file.take_over(self._folder / _FOLDER):
-            self._known = not self._exchanges
+            self._known, self._continues = not self._exchanges, True
             if not end or now < end + _KEPT_S:
                 if local:
                     self._locals.add(each)
@@ -251,6 +253,11 @@ class Budgets:
         """Note what computes for a model, or for all (None), on which prices depend."""
         self._hardware[model] = hardware
         self._rates.clear()
+
+    @property
+    def of_models(self) -> bool:
+        """Whether a model has a budget."""
+        return any(account.startswith("model:") for account in self._shared)
 
     def of_model(self, model: str) -> tuple[Budget, ...]:
         """Return the budget that a model has."""
@@ -331,6 +338,11 @@ class Budgets:
         known = self._newest.get(budget.account)
         if known is None or known[1] != now // 900 or known[0] != budget:
             spending = self._spending(budget.account, budget.window(now))
+            try:
+                self._counts(spending, self.run)  # before anything is reserved
+            except (OSError, ValueError) as error:
+                message = f"what this budget spends cannot be written: {error}"
+                raise BudgetError(UNAVAILABLE, message, retry_after=1) from None
             self._newest[budget.account] = known = budget, now // 900, spending
         return known[2]
 
@@ -343,10 +355,9 @@ class Budgets:
     def _counts(self, spending: Spending, run: str) -> list[int]:
         """Return the counters of a run."""
         if (found := spending.runs.get(run)) is None:
-            found = spending.runs[run] = [0, 0, 0]
             if self._file:
-                name = [*spending.share, run, run in self._locals]
-                spending.places[run] = self._file.add(name)
+                spending.places[run] = self._file.add([*spending.share, run, run in self._locals])
+            found = spending.runs[run] = [0, 0, 0]
         return found
 
     def _apply(self, spending: Spending, run: str, reserved: int, spent: int, released: int) -> None:
@@ -412,10 +423,15 @@ class Budgets:
                         spending.told.clear()  # it included this run
 
     def _forget(self, now: float) -> None:
-        """Forget windows that ended long ago."""
+        """Forget windows that ended long ago, also a day ago: the clock could be set back."""
+        earlier, self._expired = self._expired, set()
         self._forgot, self._newest = now, {}
         for kind, spending in list(self._spendings.items()):
-            if 0 < spending.window.end < now - _KEPT_S:
+            if not 0 < spending.window.end < now - _KEPT_S:
+                continue
+            if kind not in earlier:
+                self._expired.add(kind)
+            else:
                 del self._spendings[kind]
                 for place in spending.places.values():
                     assert self._file is not None
@@ -449,7 +465,8 @@ class Budgets:
         self._number += 1
         if self._next_base and not self._changed:
             self._base, self._next_base = self._next_base, 0
-        return {"run": self.run, "known": self._known, "numbers": [self._base, self._number], "counters": counters}
+        state = {"known": self._known, "continues": self._continues}
+        return {"run": self.run, **state, "numbers": [self._base, self._number], "counters": counters}
 
     def take(self, message: Mapping[str, Any], now: float) -> None:
         """Take over a message of another server. `now`: monotonic. Raises `ValueError` and others if it is not one."""
@@ -479,7 +496,8 @@ class Budgets:
             self.send_all()
         first, last = self._received.get(run, (0, 0))
         self._received[run] = first, last = (first if number == last + 1 else number), number
-        if first <= base:
+        # Servers that all lost their folders would only tell each other that nothing is spent.
+        if first <= base and (message["known"] or message["continues"]):
             self._informs.add(run)
             live = sum(self._heard[each] > now - _LIVE_S for each in self._informs)
             self._known |= live >= self._replicas - 1
