@@ -102,16 +102,16 @@ class Spending:
     """One account in one window. `used`: spent, or reserved by requests in flight.
 
     `runs`: what each reserved, spent and released. `places`: of these counters, in the file. `gross`: what runs of this
-    folder reserved that have not ended, `told`: how much of it each other server confirmed.
+    folder reserved that have not ended, `told`: how much of it each other server confirmed. `alerted`: as `alert`.
     """
 
-    __slots__ = ("account", "gross", "places", "runs", "share", "spent", "told", "used", "window")
+    __slots__ = ("account", "alerted", "gross", "places", "runs", "share", "spent", "told", "used", "window")
 
     def __init__(self, account: str, window: Window) -> None:
         self.account, self.window, self.share = account, window, (account, *window)
         self.runs: dict[str, list[int]] = {}
         self.places: dict[str, int] = {}
-        self.used = self.spent = self.gross = 0
+        self.used = self.spent = self.gross = self.alerted = 0
         self.told: dict[str, int] = {}
 
     def unconfirmed(self, others: int) -> int:
@@ -193,6 +193,7 @@ class Budgets:
     ) -> None:
         self._shared = {account: parse(account, text) for account, text in shared.items()}
         self._books, self._folder, self._replicas, self._exchanges = books, folder, replicas, exchanges
+        self.of_models = any(account.startswith("model:") for account in shared)
         self.run = ""
         self._file: BudgetFile | None = None
         self._spendings: dict[tuple[str, str], Spending] = {}
@@ -253,11 +254,6 @@ class Budgets:
         """Note what computes for a model, or for all (None), on which prices depend."""
         self._hardware[model] = hardware
         self._rates.clear()
-
-    @property
-    def of_models(self) -> bool:
-        """Whether a model has a budget."""
-        return any(account.startswith("model:") for account in self._shared)
 
     def of_model(self, model: str) -> tuple[Budget, ...]:
         """Return the budget that a model has."""
@@ -330,14 +326,17 @@ class Budgets:
             if not spent:
                 continue
             level = alert(spending.spent, budget.limit)
-            if level and level > alert(spending.spent - spent, budget.limit):
+            if level > spending.alerted:  # not only by this request: others spend too
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
+            spending.alerted = level
 
     def _current(self, budget: Budget, now: float) -> Spending:
         """Return the spending of a budget in the window of `now`."""
         known = self._newest.get(budget.account)
         if known is None or known[1] != now // 900 or known[0] != budget:
-            spending = self._spending(budget.account, budget.window(now))
+            window = budget.window(now)
+            spending = self._spending(budget.account, window)
+            spending.window, spending.share = window, (budget.account, *window)  # others may have sent another end
             try:
                 self._counts(spending, self.run)  # before anything is reserved
             except (OSError, ValueError) as error:
