@@ -1,10 +1,11 @@
 """What usage events charge, next to what engines computed, for clients of every kind.
 
-    python benchmarks/peers/charges.py [--requests 10000] [--engine echo] [--json FILE]
+    python benchmarks/peers/charges.py [--requests 10000] [--engine echo] [--cpu-of-budgets] [--json FILE]
 
 One server with a cache gets many requests: equal ones in flight, repeated ones, ones that share some inputs, clients
 that leave with FIN or RST, and half-closed ones. With the echo engine, some inputs fail, are slow or crash the engine.
-The script then compares the ledger with what the engines computed, and fails if they differ.
+The script then compares the ledger with what the engines computed, and fails if they differ. With `--cpu-of-budgets`
+it measures the CPU time of limits and budgets alone: of two equal keys, and of one with a budget.
 """
 
 from __future__ import annotations
@@ -17,14 +18,25 @@ import random
 import shutil
 import socket
 import sqlite3
+import statistics
 import struct
 import sys
 import tempfile
+import time
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import peers
+
+sys.path.insert(0, str(peers.ROOT))
+
+from inferctl.config.budget import parse
+from inferctl.serve.backend.charges import GenerationCharges
+from inferctl.serve.work import Caller
+from inferctl.tenancy.access.budgets import TOTALS_FILE, Budgets
+from inferctl.tenancy.access.limits import Limiter
+from inferctl.tenancy.metering import prices
 
 CLIENTS = 64
 _WAIT_S = 300  # on a busy machine, the relay needs more than a minute to start
@@ -117,11 +129,57 @@ def compare(count: int, engine: str) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def cpu_of_budgets(count: int) -> dict[str, Any]:
+    """Return the CPU time (us) of what a server does for limits and budgets of a request, in alternating order.
+
+    `more`: of a key with a budget, `same`: of an equal key without one; each the median of blocks of 200 requests, and
+    its 95% interval.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="budgets-"))
+    (folder / "prices.yaml").write_text('prices: [{hardware: "*", currency: EUR, from: 2026-01-01, input: 1}]')
+    budgets = Budgets({}, prices.read_all(folder / "prices.yaml"), folder)
+    budgets.open("a", time.time())
+    (folder / TOTALS_FILE).write_text(json.dumps({"at": time.time(), "totals": {"spent": [], "ended": []}}))
+    budgets.read_totals(time.time())
+    charges = GenerationCharges(Limiter(), budgets)
+    limits = 10**9, 10**9
+    callers = {name: Caller(name, limits) for name in ("first", "second")}
+    callers["budget"] = Caller("budget", limits, budgets=(parse("budget", "1000 EUR/month"),))
+    used: dict[str, list[float]] = {name: [] for name in callers}
+    for block in range(count // 200):
+        for name in sorted(callers, reverse=block % 2 == 1):
+            caller, before = callers[name], time.thread_time_ns()
+            for number in range(200):
+                charges.charge(number, caller, 100)
+                charges.reserve(number, 20)
+                charges.hold(number, caller, "m", 10, 10)
+                found = charges.settle(number, 10, 0, 10)
+                charges.end(number)
+                if found:
+                    found.header()
+            used[name].append((time.thread_time_ns() - before) / 200_000)
+    shutil.rmtree(folder)
+
+    def difference(one: str) -> list[float]:
+        pairs = sorted(a - b for a, b in zip(used[one], used["second"], strict=True))
+        edge = int(len(pairs) / 2 - 0.98 * len(pairs) ** 0.5)
+        return [round(each, 2) for each in (statistics.median(pairs), pairs[edge], pairs[-1 - edge])]
+
+    medians = {name: round(statistics.median(times), 2) for name, times in used.items()}
+    return {"requests": count, **medians, "same": difference("first"), "more": difference("budget")}
+
+
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--requests", type=int, default=10_000, metavar="N", help="send N requests")
     parser.add_argument("--engine", choices=("model", "echo"), default="model", help="of the server")
+    parser.add_argument("--cpu-of-budgets", action="store_true", help="measure the CPU time of a request with a budget")
     options = parser.parse_args()
+    if options.cpu_of_budgets:
+        figures = cpu_of_budgets(options.requests)
+        peers.table(("", "us"), list(figures.items()))
+        peers.write(options.json, figures)
+        return
     figures = compare(options.requests, options.engine)
     peers.table(("", "value"), list(figures.items()))
     peers.write(options.json, figures)

@@ -14,6 +14,7 @@ import typer
 
 from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
+from inferctl.config.budget import EXAMPLE, parse
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, did_you_mean, shown
 from inferctl.tenancy.access import key_file, keys
@@ -60,6 +61,8 @@ Examples:
   # Limit a key to embeddings, 600 requests and 100,000 tokens a minute, and 90 days
   inferctl keys create team-b --endpoint embeddings --requests-per-minute 600 \\
       --tokens-per-minute 100000 --expires 90d
+  # Limit what a key may cost in a calendar month
+  inferctl keys create search --budget "50 EUR/month" --output search.key
   # Create a key for Prometheus and for `inferctl bench`, which read /metrics and /info
   inferctl keys create monitoring --admin --output monitoring.key
 """
@@ -100,6 +103,9 @@ def create(
     tokens_per_minute: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Limit the tokens per minute. [default: the server's limit]")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="BUDGET", help=f'Limit the cost: "{EXAMPLE}". With ` soft`, only warn.')
+    ] = None,
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,
@@ -135,6 +141,7 @@ def create(
         priority=priority,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
+        budget=_budget(budget) if budget else None,
     )
 
     def add(found: dict[str, ApiKey]) -> ApiKey:
@@ -169,10 +176,8 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
     if not found:
         console.note(f"{place.name} has no keys")
         return
-    rows: list[tuple[str, ...]] = [
-        ("id", "name", "team", "priority", "status", "created", "expires", "scopes", "requests/min", "tokens/min")
-    ]
-    rows += [_row(key, now) for key in found]
+    names = "id name team priority status created expires scopes requests/min tokens/min budget"
+    rows = [tuple(names.split()), *(_row(key, now) for key in found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         console.data("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -252,6 +257,38 @@ def rotate(
     until = f"the old key is accepted until {last:%Y-%m-%d %H:%M} UTC" if end > now else "the old key is not accepted"
     _note(f"rotated {key.id} ({console.plain(key.name)}) in {place.name}; {until}", output)
     place.publish([])
+
+
+@app.command("budget")
+def set_budget(
+    key_id: Annotated[str, typer.Argument(metavar="ID|NAME", help="Id or name of the key.")],
+    budget: Annotated[str, typer.Argument(metavar="BUDGET", help=f'Such as "{EXAMPLE}"; `none` removes it.')],
+    keys_: _KeysOption = None,
+    spec_file: options.SpecFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Change the budget of a key, for new requests. What is spent stays.
+
+    Example: inferctl keys budget search "80 EUR/month"
+    """
+    place, now = Place(options.access(spec_file, keys_)), key_file.now()
+    new = None if budget == "none" else _budget(budget)
+    with place.edit() as found:
+        key = _find(found, _id_of(key_id), place.name, now)
+        found[key.id] = key = key.model_copy(update={"budget": new})
+    place.publish([])
+    if as_json:
+        console.document({"file": place.name, "keys": [_described(key, now)]})
+    console.note(f"the budget of {key.id} ({console.plain(key.name)}) in {place.name} is {new or 'removed'}")
+
+
+def _budget(text: str) -> str:
+    try:
+        parse("", text)
+    except ValueError as error:
+        hint = f'write an amount, a currency and day, week, month or total: "{EXAMPLE}"'
+        raise UsageError(str(error), hint) from None
+    return text
 
 
 def _id_of(text: str) -> str:
@@ -349,4 +386,5 @@ def _row(key: ApiKey, now: datetime) -> tuple[str, ...]:
         console.plain(",".join(scopes)) or "all",
         str(key.requests_per_minute or "-"),
         str(key.tokens_per_minute or "-"),
+        key.budget or "-",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.cli import console, options
+from inferctl.cli import console, invoices, options
 from inferctl.cli.key_place import Place
-from inferctl.config.spec import Access
+from inferctl.config.budget import parse
+from inferctl.config.spec import Access, Spec
 from inferctl.core.errors import InferctlError, UsageError, needs_packages
+from inferctl.tenancy.access.budgets import states
 
 if TYPE_CHECKING:
     from inferctl.tenancy.metering.report import Report
@@ -24,6 +27,8 @@ EPILOG = """\b
 Examples:
   # Requests and tokens of each team and API key in the last 30 days
   inferctl usage --by team,key --since 30d
+  # An invoice of November for each team, with a picture
+  inferctl usage --by team --since 2026-11-01 --until 2026-12-01 --prices prices.yaml --format html >invoice.html
   # The cost of each key and day, as CSV
   inferctl usage --by key,day --since 2026-11-01 --prices prices.yaml --format csv
 """
@@ -66,14 +71,19 @@ def usage(
         ),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compute costs with this price book (YAML).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Compute costs with this price book (YAML). [default: metering.prices]"),
     ] = None,
     currency: Annotated[
         str | None, typer.Option(metavar="CODE", help="Use the prices in this currency. [default: the only one]")
     ] = None,
     format_: Annotated[
-        Literal["text", "csv", "json"], typer.Option("--format", help="Print text, CSV or JSON.")
+        Literal["text", "csv", "json", "html"],
+        typer.Option("--format", help="Print text, CSV, JSON, or an invoice as a page (costs by --by, model and day)."),
     ] = "text",
+    budgets: Annotated[
+        bool, typer.Option("--budgets", help="Print limit, spent, reserved, left and reset of all budgets instead.")
+    ] = False,
     json_: options.Json = False,
     spec_file: options.SpecFile = None,
 ) -> None:
@@ -83,6 +93,10 @@ def usage(
     killed, whose last requests may be missing.
     """
     style = "json" if json_ else format_
+    spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
+    if budgets:
+        _print_budgets(spec, as_json=style == "json")
+        return
     with needs_packages("`inferctl usage`", "ledger"):
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
@@ -90,12 +104,16 @@ def usage(
         from inferctl.tenancy.metering import times
 
         names = [options.known(name.strip(), ledgers.DIMENSIONS, "--by") for name in by.split(",") if name.strip()]
-        if currency and not prices:
-            raise UsageError("`--currency` requires prices", "pass `--prices FILE`")
+        if style == "html":
+            names += ["model", "day"]
+        if not prices and spec.metering.prices:
+            prices = Path(spec.metering.prices)
+        if (currency or style == "html") and not prices:
+            option = "--currency" if currency else "--format html"
+            raise UsageError(f"`{option}` requires prices", "pass `--prices FILE`")
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
-        spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
         opened = ledgers.Ledger.read(spec.metering.ledger_url)
         known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)
@@ -104,6 +122,8 @@ def usage(
         console.document(report.to_json())
     elif style == "csv":
         console.data(report.to_csv())
+    elif style == "html":
+        console.data(invoices.page(report))
     else:
         _print(report)
     _warn(report)
@@ -121,6 +141,41 @@ def _names(access: Access, *, required: bool) -> dict[str, str]:
             raise
         console.warn(f"the names of keys are not shown: {getattr(error, 'message', error)}")
         return {}
+
+
+def _print_budgets(spec: Spec, *, as_json: bool) -> None:
+    """Print the budgets of the keys and of the spec, as the ledger and the servers of this machine know them."""
+    with needs_packages("`inferctl usage`", "ledger"):
+        from inferctl.tenancy.metering.ledger import Ledger
+    keys = [key for key in Place(options.with_keys(spec.access)).read() if key.budget and not key.revoked]
+    names = {key.id: key.name for key in keys}
+    needed = [parse(key.id, key.budget) for key in keys if key.budget]
+    needed += [parse(account, text) for account, text in spec.access.budgets.items()]
+    opened, now = Ledger.read(spec.metering.ledger_url), time.time()
+    found = states(needed, opened.budgets(now), Path(spec.metering.data), now)
+    opened.close()
+    rows = [
+        {
+            "account": budget.account,
+            "name": names.get(budget.account),
+            "window": budget.window(now).label,
+            "soft": budget.soft,
+            **dict(part.split("=") for part in use.header().split(", ")),
+        }
+        for budget, use in zip(needed, found, strict=True)
+    ]
+    if as_json:
+        console.document({"budgets": rows})
+        return
+    table = Table("budget", "window", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    columns = ("limit", "spent", "reserved", "left", "reset", "alert")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        who = console.plain(str(row["name"] or row["account"]))
+        cells = [str(row.get(name, "-")) for name in columns]
+        table.add_row(*map(Text, (who, f"{row['window']}{' soft' if row['soft'] else ''}", *cells)))
+    console.report(table, 0)
 
 
 def _print(report: Report) -> None:

@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
 )
 
+from inferctl.config.budget import PATTERN
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
 from inferctl.core.addresses import DatabaseAddress, NatsAddress
@@ -72,6 +73,14 @@ class Access(Section):
         ge=1,
         le=10_000,
         description="Number of servers that share the limits. Without `access.broker`, each applies limit / replicas.",
+    )
+
+    budgets: dict[
+        Annotated[str, Field(pattern=r"^(team|model):[^\r\n\x00]{1,100}$")], Annotated[str, Field(pattern=PATTERN)]
+    ] = Field(
+        default_factory=dict,
+        description="Budgets that several keys share: `team:NAME` or `model:NAME`, and an amount such as "
+        "`50 EUR/month`, with an optional time zone and `soft`.",
     )
 
     @field_validator("trusted_proxies")
@@ -136,6 +145,11 @@ class Metering(Section):
     broker: NatsAddress | None = Field(
         None,
         description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
+    )
+
+    prices: OneLine | None = Field(
+        None,
+        description="Price book (YAML). Budgets need it, and `inferctl usage` computes costs with it.",
     )
 
     @field_validator("mode", mode="before")

@@ -67,7 +67,7 @@ class EncoderModel:
             (lambda phase: on_phase(f"{spec.name}: {phase}")) if share else on_phase,
             f"the engine process of {spec.name}" if share else EngineSupervisor.name,
         )
-        self.stack = Stack(self.dispatcher, vector_cache.create(spec.cache, task, metrics, caches))
+        self.stack = Stack(self.dispatcher, vector_cache.create(spec.cache, task, metrics, caches), spec.name)
         self.tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
         self.served = ServedModel.of(spec, self._config, options.truncate, number)
         self.sizes: dict[str, Any] = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0, "spaces": {}}

@@ -16,7 +16,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve import event_loop
 from inferctl.serve.api import app
 from inferctl.serve.backend.local_backend import LocalBackend
-from inferctl.serve.edge import access
+from inferctl.serve.edge import access, exchange
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.encoder_model import EncoderModel
@@ -27,6 +27,7 @@ from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.observe.server_metrics import ServerMetrics
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.processes.api_processes import ApiProcesses
+from inferctl.tenancy.access.budgets import Budgets
 from inferctl.tenancy.access.limits import Limiter
 
 # `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
@@ -70,8 +71,9 @@ class EncoderServer(ServerLifetime):
         super().__init__(spec, task, options, notify, progress, tasks=by_name, records=processes == 1)
         self._metrics = metrics = ServerMetrics({model.spec.name: model.metrics for model in models})
         limiter = Limiter(spec.access.replicas, exchanges=spec.access.broker is not None)
-        self._exchange = Exchange.of(spec.access, limiter, spec.name, self._revoke)
-        backend = LocalBackend([model.stack for model in models], limiter)
+        self._budgets = budgets = Budgets.of(spec.access, spec.metering)
+        self._exchange = Exchange.of(spec.access, limiter, spec.name, self._revoke, budgets)
+        backend = LocalBackend([model.stack for model in models], limiter, budgets)
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         served = [model.served for model in models]
@@ -113,7 +115,9 @@ class EncoderServer(ServerLifetime):
     async def _serve(self) -> int:
         self._metering.watch(self._metrics.general)
         self._engines = asyncio.create_task(self._run_engines())
-        exchange = asyncio.create_task(self._exchange.run()) if self._exchange else None
+        self._budgets.open(self._metering.source, time.time())
+        work = [exchange.follow_ledger(self._budgets), *([self._exchange.run()] if self._exchange else ())]
+        tasks = [asyncio.create_task(each) for each in work]
         serving = asyncio.create_task(self._front.serve([self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():
@@ -121,9 +125,9 @@ class EncoderServer(ServerLifetime):
                 model.dispatcher.fail_all("the server ends because of an error")
         self._front.close()
         await serving
-        if exchange:
-            exchange.cancel()
-            await asyncio.wait((exchange,))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         return self._front.unfinished_responses
 
     async def _end(self) -> None:
@@ -167,6 +171,7 @@ class EncoderServer(ServerLifetime):
     def _model_ready(self, model: EncoderModel) -> None:
         assert model.device is not None
         self._metering.ready(model.device, model.folder.digest, model.spec.name)
+        self._budgets.ready(model.spec.name, self._metering.hardware(model.spec.name))
         if isinstance(self._front, FrontEnd):
             self._front.set_sizes(model.number, model.sizes)
         if not self._lifecycle.started:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from typing import NamedTuple, Protocol
 
+from inferctl.config.budget import Budget
 from inferctl.reading.rows import Rows, Tokens
+from inferctl.tenancy.access.budgets import BudgetUse
 from inferctl.tenancy.access.limits import NO_LIMITS, Limits, Quotas
 
 
 class Caller(NamedTuple):
     """Who sends a request. `id`: of the key; None without keys, and for a client of an open page.
 
-    `limits`: of the key. `tenant`: among whom the server is shared, None if there is one only. `bulk`: whether
+    `limits`, `budgets`: of the key. `tenant`: among whom the server is shared, None if there is one only. `bulk`: whether
     interactive requests go first.
     """
 
@@ -20,6 +22,7 @@ class Caller(NamedTuple):
     limits: Limits = NO_LIMITS
     tenant: str | None = None
     bulk: bool = False
+    budgets: tuple[Budget, ...] = ()
 
 
 class Work(NamedTuple):
@@ -38,13 +41,14 @@ class Work(NamedTuple):
 class Used(NamedTuple):
     """What a request used: its tokens, those of them that no engine computed, and its share of the engines' time (s).
 
-    `quotas`: what remains of the limits of its key; None without limits.
+    `quotas`: what remains of the limits of its key; None without limits. `budget`: the same of its budget.
     """
 
     tokens: int = 0
     cached: int = 0
     engine_seconds: float = 0.0
     quotas: Quotas | None = None
+    budget: BudgetUse | None = None
 
 
 class Outcome(NamedTuple):

@@ -24,8 +24,12 @@ from tests.tenancy.key_files import add
 def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generation]:  # noqa: F811
     """A server with a key file, in which each test has keys of its own."""
     folder = tmp_path_factory.mktemp("keys")
-    add(folder / "keys.json", "first")
-    running = launch(folder, llama, "--keys", "keys.json").wait_announced()
+    _, secret = add(folder / "keys.json", "first", budget="1 EUR/month")
+    price = '{hardware: "*", currency: EUR, from: 2026-01-01, input: 1000, output: 1000}'
+    (folder / "prices.yaml").write_text(f"prices: [{price}]")
+    metering = {"INFERCTL_METERING_MODE": "on", "INFERCTL_METERING_PRICES": "prices.yaml"}
+    running = launch(folder, llama, "--keys", "keys.json", **metering).wait_announced()
+    until(lambda: chat(running, secret, "1").status_code == 200, 60)  # the relay says what the ledger has
     yield running
     running.kill()
 
@@ -97,6 +101,8 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str, int]] = [
     ({}, {"background": True, "container": "c"}, 400, "stateless", 1),
     ({}, {"padding": "a" * 4_200_000}, 413, "body_too_large", 1),
     ({"tokens_per_minute": 10}, {}, 429, "rate_limit_exceeded", 1),  # it never fits
+    ({"budget": "0.00001 EUR/month"}, {}, 429, "budget_exceeded", 1),
+    ({"budget": "0.00001 USD/month"}, {}, 503, "budget_unavailable", 1),
     ({}, {"script": "busy"}, 429, "queue_full", 2),
 ]
 
@@ -122,6 +128,33 @@ def test_official_clients_try_again_what_can_succeed(
     assert (raised.value.status_code, document["error"]["code"]) == (status, code)
     assert document.get("type") == ("error" if api == "messages" else None)
     until(lambda: len(server.requests(api)) == earlier + tries)
+
+
+def budget_of(response: httpx.Response) -> dict[str, str]:
+    return dict(part.split("=") for part in response.headers["x-inferctl-budget"].split(", "))
+
+
+def test_each_request_costs_what_its_event_says(server: Generation) -> None:
+    """Several choices, all APIs, requests that fail, and tokens that are only counted."""
+    key, secret = add_key(server, budget="2 EUR/month")
+    asked = {"messages": [{"role": "user", "content": "5"}], "max_tokens": 20}
+    calls: list[tuple[str, dict[str, Any], int]] = [
+        ("/v1/chat/completions", {**asked, "n": 3}, 200),
+        ("/v1/responses", {"input": asked["messages"]}, 200),
+        ("/v1/messages", asked, 200),
+        ("/tokenize", {"prompt": "a" * 50}, 200),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "invalid"}]}, 400),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "busy"}]}, 429),
+        ("/v1/chat/completions", {**asked, "max_tokens": 100, "n": 64}, 429),  # it could cost too much
+    ]
+    for path, body, status in calls:
+        found = server.post(path, {"model": "m", **body}, secret)
+        assert found.status_code == status, (path, found.text)
+    assert found.json()["error"]["code"] == "budget_exceeded"
+    until(lambda: len([event for event in events(server, key) if event["status"] == 200]) == 3)
+    tokens = [event["tokens"] + event["output_tokens"] for event in events(server, key)]
+    state = budget_of(found)
+    assert (float(state["spent"]), state["reserved"]) == (sum(tokens) / 1000, "0"), events(server, key)
 
 
 def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> None:  # noqa: F811
@@ -154,7 +187,7 @@ def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> No
 def test_a_client_that_leaves_pays_for_what_the_engine_computed(
     server: Generation, script: str, body: dict[str, object], prompt: int, answer: Sequence[int]
 ) -> None:
-    key, secret = add_key(server, tokens_per_minute=5000)
+    key, secret = add_key(server, tokens_per_minute=5000, budget="100 EUR/month")
     _, admin = add_key(server, admin=True)
     body = {"messages": [{"role": "user", "content": script}], "max_tokens": 1000, "n": 4, **body}
     with (
@@ -171,6 +204,8 @@ def test_a_client_that_leaves_pays_for_what_the_engine_computed(
     assert (left["status"], left["code"], left["tokens"]) == (499, "client_disconnected", prompt)
     assert left["output_tokens"] in answer
     last = chat(server, secret, "1", max_tokens=1)
+    spent = f"{(prompt + left['output_tokens']) / 1000:.9f}"
+    assert float(budget_of(last)["spent"]) == float(spent), "before `last`"
     charged = 5000 - int(last.headers["x-ratelimit-remaining-tokens"])
     assert prompt + left["output_tokens"] < charged <= prompt + left["output_tokens"] + 70, "and what was tokenized"
 

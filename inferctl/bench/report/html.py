@@ -51,13 +51,6 @@ def code(text: str) -> str:
 
 def render(result: Result, receipts: Sequence[Receipt]) -> str:
     """Return the page."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(assets.root() / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"milliseconds": milliseconds, "code": code}
     drawn = charts.all_charts(receipts)
     document = result.as_dict()
     rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
@@ -65,7 +58,9 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     running = any(receipt.data["configuration"]["url"] for receipt in receipts)
     machines = list(dict.fromkeys(receipt.data["hardware"]["name"] for receipt in receipts))
     figures = {name: {"data": chart.data, "layout": chart.layout} for name, chart in drawn.items()}
-    return environment.get_template("report.html.j2").render(
+    return assets.page(
+        "report.html.j2",
+        {"milliseconds": milliseconds, "code": code},
         result=document,
         rows=rows,
         retrieval_headings=retrieval.HEADINGS,

@@ -9,26 +9,39 @@ from typing import Any
 
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.work import LIMIT_EXCEEDED, Caller, RejectedError, Used
+from inferctl.tenancy.access.budgets import BudgetError, Budgets, BudgetUse, Hold
 from inferctl.tenancy.access.limits import NO_LIMITS, Charge, KeyUsage, Limiter, LimitError, Quotas
 
 
 class InFlight:
-    """One request. `future`: of its computation, which has `tokens`; `use`: what engines computed so far."""
+    """One request. `future`: of its computation, which has `tokens`; `use`: what engines computed so far.
 
-    __slots__ = ("charge", "future", "key", "tokens", "use")
+    `hold`: of its budgets; `budget`: their state, if it has none.
+    """
+
+    __slots__ = ("budget", "charge", "future", "hold", "key", "tokens", "use")
 
     def __init__(self) -> None:
         self.key: KeyUsage | None = None
         self.charge: Charge | None = None
         self.future: asyncio.Future[Any] | None = None
         self.use, self.tokens = EngineUse(), 0
+        self.hold: Hold | None = None
+        self.budget: BudgetUse | None = None
 
     def used(self) -> Used:
-        """Return what it used until now."""
-        use, future, tokens = self.use, self.future, self.use.tokens
+        """Return what it used until its end, which settles its budgets."""
+        future, tokens = self.future, self.use.tokens
         if future is not None and future.done() and not future.cancelled() and future.exception() is None:
             tokens = self.tokens
-        return Used(tokens, tokens - use.tokens, use.seconds, self.quotas())
+        return self.settled(tokens)
+
+    def settled(self, tokens: int) -> Used:
+        """Settle the budgets of a request that used `tokens`, of which engines computed `use`."""
+        use = self.use
+        if self.hold is not None:
+            self.budget = self.hold.settle(use.tokens, tokens - use.tokens, 0)
+        return Used(tokens, tokens - use.tokens, use.seconds, self.quotas(), self.budget)
 
     def quotas(self) -> Quotas | None:
         """Return what remains of the limits of its key."""
@@ -38,8 +51,8 @@ class InFlight:
 class Charges:
     """The requests in flight of a server, by number. It is an `EdgeBackend`. Runs on the event loop."""
 
-    def __init__(self, limiter: Limiter | None = None) -> None:
-        self._limiter = limiter or Limiter()
+    def __init__(self, limiter: Limiter | None = None, budgets: Budgets | None = None) -> None:
+        self._limiter, self._budgets = limiter or Limiter(), budgets or Budgets()
         self._requests: dict[int, InFlight] = {}
 
     @cached_property
@@ -65,6 +78,18 @@ class Charges:
                 request.charge.charge_body(size, now)
             except LimitError as error:
                 raise self._rejected(number, error) from None
+        if caller.budgets:
+            self._request(number)
+            try:
+                self._budgets.check(caller.budgets, time.time())
+            except BudgetError as error:
+                raise self._rejected(number, error) from None
+
+    def _hold(self, number: int, caller: Caller, model: str, prompt: int, output: int) -> None:
+        """Reserve the most that a request can cost, of its key and its model. Raises `BudgetError`."""
+        if budgets := caller.budgets + self._budgets.of_model(model):
+            request = self._request(number)
+            request.hold = self._budgets.reserve(budgets, model, prompt, output, time.time())
 
     def report(
         self, number: int, *, in_vain: int = 0, give_back: bool = False, wait: bool = True
@@ -90,7 +115,11 @@ class Charges:
     def end(self, number: int, *, in_vain: int = 0, give_back: bool = False) -> None:
         """End a request. Part of `EdgeBackend`."""
         request = self._requests.pop(number, None)
-        if request is not None and request.charge is not None:
+        if request is None:
+            return
+        if request.hold is not None and request.hold.settled is None:
+            request.used()
+        if request.charge is not None:
             if in_vain:
                 request.charge.in_vain(in_vain, time.time())
             request.charge.close(give_back=give_back, computed=request.use.tokens)
@@ -107,8 +136,11 @@ class Charges:
             found = self._requests[number] = InFlight()
         return found
 
-    def _rejected(self, number: int, error: LimitError | RejectedError) -> RejectedError:
+    def _rejected(self, number: int, error: LimitError | BudgetError | RejectedError) -> RejectedError:
         """Return why a request is refused. It ends with that, unless engines still compute something for it."""
+        if isinstance(error, BudgetError):
+            self._requests[number].budget = error.use
+            error = RejectedError(error.code, str(error), error.retry_after)
         if isinstance(error, LimitError):
             error = RejectedError(LIMIT_EXCEEDED, str(error), error.retry_after)
         used = None if self._requests[number].use.pending else self._reported(number, 0, True)
@@ -117,6 +149,11 @@ class Charges:
 
 class GenerationCharges(Charges):
     """Of a server that knows the tokens of a request at its end, when vLLM has counted them."""
+
+    @property
+    def models_have_budgets(self) -> bool:
+        """Whether a request of any key may have a budget."""
+        return self._budgets.of_models
 
     def reserve(self, number: int, tokens: int) -> Quotas | None:
         """Keep the most tokens that a request can need. Return what remains of the limits. Raises `RejectedError`."""
@@ -129,12 +166,26 @@ class GenerationCharges(Charges):
             raise self._rejected(number, error) from None
         return request.key.quotas(now)
 
-    def settle(self, number: int, tokens: int, computed: int) -> None:
-        """Charge the tokens of a request in place of the reserved ones. `computed`: those that no cache had."""
+    def hold(self, number: int, caller: Caller, model: str, prompt: int, output: int) -> BudgetUse | None:
+        """Reserve the most that a request can cost, and return the state of its budget. Raises `RejectedError`."""
+        try:
+            self._hold(number, caller, model, prompt, output)
+        except BudgetError as error:
+            raise self._rejected(number, error) from None
         request = self._requests.get(number)
-        if request is not None and request.charge is not None:
-            request.charge.settle(tokens, time.time())
-            request.use.add(computed, 0.0)
+        return request.hold.use() if request is not None and request.hold is not None else None
+
+    def settle(self, number: int, prompt: int, cached: int, output: int = 0) -> BudgetUse | None:
+        """Charge the tokens of a request in place of the reserved ones. `cached`: those of the prompt."""
+        request = self._requests.get(number)
+        if request is None:
+            return None
+        if request.charge is not None:
+            request.charge.settle(prompt + output, time.time())
+            request.use.add(prompt + output - cached, 0.0)
+        if request.hold is not None:
+            request.budget = request.hold.settle(prompt - cached, cached, output)
+        return request.budget
 
 
 def done(value: Any) -> asyncio.Future[Any]:

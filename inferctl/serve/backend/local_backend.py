@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from inferctl.serve.backend.charges import Charges, done
 from inferctl.serve.cache.vector_cache import VectorCache
 from inferctl.serve.scheduling.dispatcher import Dispatcher, RequestResult
-from inferctl.serve.work import Caller, Outcome, RejectedError, Used, Work
+from inferctl.serve.work import Caller, Outcome, RejectedError, Work
+from inferctl.tenancy.access.budgets import BudgetError, Budgets
 from inferctl.tenancy.access.limits import Limiter, LimitError
 
 
@@ -39,17 +40,18 @@ class Job:
 
 
 class Stack(NamedTuple):
-    """What computes for one model."""
+    """What computes for one model. `name`: of the model, in prices."""
 
     dispatcher: Dispatcher
     cache: VectorCache | None = None
+    name: str = ""
 
 
 class LocalBackend(Charges):
     """It is a `Backend`. `stacks`: of the models, in their order. Runs on the event loop."""
 
-    def __init__(self, stacks: Sequence[Stack], limiter: Limiter | None = None) -> None:
-        super().__init__(limiter)
+    def __init__(self, stacks: Sequence[Stack], limiter: Limiter | None = None, budgets: Budgets | None = None) -> None:
+        super().__init__(limiter, budgets)
         self._stacks = stacks
 
     def admit(
@@ -68,18 +70,19 @@ class LocalBackend(Charges):
     def submit(self, number: int, work: Work) -> Job:
         """Charge the tokens of a request, and compute it. Part of `Backend`."""
         request, (caller, sequences, marks, _, model) = self._request(number), work
-        dispatcher, cache = self._stacks[model]
+        dispatcher, cache, name = self._stacks[model]
         request.tokens = sum(map(len, sequences))
         submit = partial(dispatcher.submit, bulk=caller.bulk, tenant=caller.tenant)
         try:
             if request.charge is not None:
                 request.charge.tokens(request.tokens, time.time())
+            self._hold(number, caller, name, request.tokens, 0)
             if cache is None or (marks is not None and not cache.marked):  # pairs are not cached
                 request.future = submit(sequences, marks, use=request.use)
             else:
                 run = cache.run(work, submit, request.use)
                 request.future = asyncio.get_running_loop().create_task(run)
-        except (LimitError, RejectedError) as error:
+        except (LimitError, BudgetError, RejectedError) as error:
             raise self._rejected(number, error) from None
         return Job(self, number, request.future)
 
@@ -93,6 +96,5 @@ class LocalBackend(Charges):
         except RejectedError as error:
             raise self._rejected(number, error) from None
         request = self._requests[number]
-        use, tokens = request.use, request.tokens
-        used = Used(tokens, tokens - use.tokens, use.seconds, request.quotas())
+        used = request.settled(request.tokens)
         return Outcome(result.rows, used, result.queue_seconds, result.inference_seconds)

@@ -14,9 +14,11 @@ from pathlib import Path
 from starlette.types import Scope
 
 from inferctl.config import spec
+from inferctl.config.budget import Budget, parse
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import BY_MODEL, OTHER, RequestContext
 from inferctl.serve.work import Caller
+from inferctl.tenancy.access.budgets import UNAVAILABLE
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import KeyTable, UnavailableError
 from inferctl.tenancy.access.keys import PREFIX
@@ -54,6 +56,7 @@ class EdgeAccess:
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
         self.names, self._open = set(names), frozenset(settings.open)
+        self._team_budgets = {name: text for name, text in settings.budgets.items() if name.startswith("team:")}
         self._default_limits = settings.requests_per_minute, settings.tokens_per_minute
         self._batch_secret = batch_secret.encode() if batch_secret else None
         if self._table:
@@ -74,7 +77,8 @@ class EdgeAccess:
         key = self._find(scope)
         shared = self._proxies or (self._table and self._table.shared)
         bulk = context.caller.bulk or key.priority == "bulk"
-        context.caller = Caller(key.id, self._limits_of(key), key.id if shared else None, bulk)
+        budgets = self._budgets_of(key) if key.budget or self._team_budgets else ()
+        context.caller = Caller(key.id, self._limits_of(key), key.id if shared else None, bulk, budgets)
         context.key = key
         if page and not key.admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
@@ -87,6 +91,15 @@ class EdgeAccess:
         requests, tokens = self._default_limits
         requests, tokens = key.requests_per_minute or requests, key.tokens_per_minute or tokens
         return requests and min(requests, _MOST), tokens and min(tokens, _MOST)
+
+    def _budgets_of(self, key: ApiKey) -> tuple[Budget, ...]:
+        try:
+            own = (parse(key.id, key.budget),) if key.budget else ()
+            account = f"team:{key.team}"
+            return (*own, parse(account, shared)) if (shared := self._team_budgets.get(account)) else own
+        except ValueError as error:  # a time zone that this machine does not have
+            log.error("requests of %s are rejected: %s", key.id, error)
+            raise ApiError(503, "the budget of this key is not valid on this server", code=UNAVAILABLE) from None
 
     def check_page(self, scope: Scope) -> None:
         """Raise `ApiError` if a page of the edge is closed for this request."""

@@ -312,7 +312,9 @@ class _EdgeRequest:
                 await asyncio.sleep(0)
 
     def _limit_headers(self) -> dict[str, str]:
-        return edge_access.limit_headers(self.context.quotas) if self.context.quotas else {}
+        quotas, budget = self.context.quotas, self.context.budget
+        headers = edge_access.limit_headers(quotas) if quotas else {}
+        return headers | {"x-inferctl-budget": budget.header()} if budget else headers
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import orjson
 
 from inferctl.serve.work import ENGINE_UNAVAILABLE, INTERNAL_ERROR, LIMIT_EXCEEDED, RejectedError
+from inferctl.tenancy.access import budgets
 from inferctl.tenancy.metering.recorder import UNAVAILABLE
 
 _MAX_MESSAGE_LENGTH = 1000
@@ -21,9 +22,17 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_OF_KEYS = (LIMIT_EXCEEDED, budgets.EXCEEDED, budgets.PENDING, budgets.UNAVAILABLE)
 # The status of a `reason`. All others say that the server is at capacity. That is not a 503, because proxies stop using
 # a server that returns those.
-_STATUS = {ENGINE_UNAVAILABLE: 503, UNAVAILABLE: 503, "engine_failed": 500, "non_finite": 500, INTERNAL_ERROR: 500}
+_STATUS = {
+    ENGINE_UNAVAILABLE: 503,
+    UNAVAILABLE: 503,
+    budgets.UNAVAILABLE: 503,
+    "engine_failed": 500,
+    "non_finite": 500,
+    INTERNAL_ERROR: 500,
+}
 
 
 class ApiError(Exception):
@@ -103,11 +112,11 @@ def at_capacity(reason: str, code: str, seconds: int = 1) -> ApiError:
 def rejection(error: RejectedError) -> ApiError:
     """Return the response to a request that is not computed."""
     code, message, seconds = error.reason, error.message, error.retry_after
-    if code == LIMIT_EXCEEDED:  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
+    if code in _OF_KEYS:  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
         headers = {"x-should-retry": "false"}
         if seconds is not None:
             headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
-        return ApiError(429, message, code=code, headers=headers)
+        return ApiError(_STATUS.get(code, 429), message, code=code, headers=headers)
     if code not in _STATUS:
         return at_capacity(message, code, max(1, math.ceil(seconds or 0)))
     headers = {} if seconds is None else {"retry-after": str(math.ceil(seconds))}

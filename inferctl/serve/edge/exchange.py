@@ -1,4 +1,4 @@
-"""The exchange of limit counters with other servers, and the news of revoked keys, through the relay.
+"""The exchange of counters of limits and budgets with other servers, and the news of revoked keys, through the relay.
 
 The relay does what is slow. The event loop of the API process only writes and reads lines, ten times a second, and
 goes on alone while there is no relay.
@@ -21,6 +21,7 @@ import orjson
 
 from inferctl.config import spec
 from inferctl.tenancy.access import channel, clocks, keys
+from inferctl.tenancy.access.budgets import Budgets
 from inferctl.tenancy.access.clocks import Clocks
 from inferctl.tenancy.access.limits import Limiter
 
@@ -38,8 +39,16 @@ _SERVER, _ID = re.compile("[0-9a-f]{16}"), re.compile(keys.ID)
 class Exchange:
     """The side of one API process. `name`: of its servers. `revoke` gets the ids of revoked keys."""
 
-    def __init__(self, limiter: Limiter, folder: Path, name: str, revoke: Callable[[Iterable[str]], None]) -> None:
+    def __init__(
+        self,
+        limiter: Limiter,
+        folder: Path,
+        name: str,
+        revoke: Callable[[Iterable[str]], None],
+        budgets: Budgets | None = None,
+    ) -> None:
         self._limiter, self._folder, self._name, self._revoke = limiter, folder, name, revoke
+        self._budgets = budgets or Budgets()
         self._this = secrets.token_hex(8)  # this start of this server
         self._address: str | None = None
         self._clocks = Clocks()
@@ -48,10 +57,16 @@ class Exchange:
 
     @classmethod
     def of(
-        cls, settings: spec.Access, limiter: Limiter, name: str, revoke: Callable[[Iterable[str]], None]
+        cls,
+        settings: spec.Access,
+        limiter: Limiter,
+        name: str,
+        revoke: Callable[[Iterable[str]], None],
+        budgets: Budgets,
     ) -> Exchange | None:
         """Return that of a server, None if it shares its limits with no others."""
-        return cls(limiter, Path(settings.data), name, revoke) if settings.required and settings.broker else None
+        shares = settings.required and settings.broker
+        return cls(limiter, Path(settings.data), name, revoke, budgets) if shares else None
 
     async def run(self) -> None:
         """Exchange counters until this is cancelled."""
@@ -69,6 +84,7 @@ class Exchange:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(f"{self._name}\n".encode() + channel.AGAIN)
         self._limiter.send_all()
+        self._budgets.send_all()
         receiving = asyncio.create_task(self._receive(reader))
         try:
             while not receiving.done():
@@ -89,6 +105,8 @@ class Exchange:
         )
         for server, counters in further.items():
             found += channel.messages(self._this, server or self._this, counters, sent_up_to, now)
+        if budgets := self._budgets.message(time.monotonic()):
+            found.append(budgets)
         for message in found:
             writer.write(orjson.dumps(message) + b"\n")
 
@@ -111,6 +129,10 @@ class Exchange:
             return
         if "again" in message:
             self._limiter.send_all()
+            self._budgets.send_all()
+            return
+        if "run" in message:
+            self._budgets.take(message, time.monotonic())
             return
         now, sender, counted_by, sent = time.time(), message["sender"], message["counted_by"], float(message["sent"])
         clock = float(message.get("clock", sent))
@@ -141,3 +163,14 @@ class Exchange:
         if (now := time.monotonic()) >= self._reported.get(kind, -math.inf) + _LOG_S:
             self._reported[kind] = now
             log.warning("%s", message)
+
+
+async def follow_ledger(budgets: Budgets) -> None:
+    """Take over what the ledger has of budgets, until this is cancelled."""
+    while True:
+        try:
+            budgets.read_totals(time.time())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("what the ledger has of budgets cannot be read: %s", error)
+            await asyncio.sleep(_LOG_S)
+        await asyncio.sleep(_RETRY_S)

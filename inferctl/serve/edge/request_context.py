@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from inferctl.reading.space import HEADER
 from inferctl.serve.work import Caller, RejectedError, Used
+from inferctl.tenancy.access.budgets import BudgetUse
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Quotas
 from inferctl.tenancy.metering.usage_event import UsageEvent
@@ -95,7 +96,7 @@ class RequestContext:
     """One request in progress: what is asked, by whom, and what came of it, which becomes its event.
 
     `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`:
-    why a full queue would reject it. `quotas`: what remains of the limits of the key. `in_vain`: tokens that were
+    why a full queue would reject it. `quotas`, `budget`: what remains of those of the key. `in_vain`: tokens that were
     tokenized, and not computed. `quotas_known`: so the response may begin before the end. `key`: of the caller, if the
     server has keys. `model`: which computes it; of a server with one, known at the end. `space`: the names of the
     spaces of its vectors.
@@ -110,6 +111,7 @@ class RequestContext:
     full: RejectedError | None = None
     quotas_known: bool = False
     quotas: Quotas | None = None
+    budget: BudgetUse | None = None
     in_vain: int = 0
     body_bytes: int = 0
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
@@ -137,7 +139,7 @@ class RequestContext:
 
     def count(self, used: Used) -> None:
         """Take over what the request used."""
-        self.input_tokens, self.cached_tokens, self.engine_seconds, self.quotas = used
+        self.input_tokens, self.cached_tokens, self.engine_seconds, self.quotas, self.budget = used
 
     def event(self) -> UsageEvent:
         """Return the event of this request, which ends now."""
@@ -161,6 +163,7 @@ class RequestContext:
             self.engine_seconds,
             asked.content_length,
             self.key.team if self.key else None,
+            self.budget,
         )
 
 

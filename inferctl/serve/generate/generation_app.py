@@ -42,6 +42,8 @@ _STORED = re.compile("/v1/(responses|conversations)/")
 _NOT_PASSED = frozenset({b"content-length", b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"})
 # Tokens of an answer, assumed until requests complete: for the metrics of demand.
 ASSUMED_ANSWER_TOKENS = 256
+# For budgets: what chat templates add to a prompt, at most. A byte of the body is at most one token.
+_TEMPLATE_TOKENS = 1024
 _FAILED = "generation failed; see the server log"
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
@@ -152,7 +154,7 @@ class GenerationApp:
         finally:
             self.tokenizing -= 1
             self._tokenizer.release(tenant, size)
-            self._charges.settle(context.number, used, 0)
+            self._charges.settle(context.number, used, used)
         if status >= 400:
             raise _error_of(error, status)
 
@@ -192,7 +194,10 @@ class GenerationApp:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
         caller, name = context.caller, functools.partial(self._names.resolve, context)
-        limited, most = caller.limits[1] is not None, None if caller.tenant is None else self._sequences.most
+        limited, most = (
+            caller.limits[1] is not None or bool(caller.budgets) or self._charges.models_have_budgets,
+            None if caller.tenant is None else self._sequences.most,
+        )
         request = await _read(
             context,
             receive,
@@ -208,6 +213,12 @@ class GenerationApp:
         )
         context.inputs = request.prompts
         self._reserve(context, request.tokens)
+        bound = len(request.body) + _TEMPLATE_TOKENS * request.prompts
+        prompt = min(bound, self.context * request.prompts)
+        if vllm_request.has_media(request.body):
+            prompt = self.context * request.prompts
+        answers, model = request.sequences * request.answer_tokens, context.model or ""
+        context.budget = self._charges.hold(context.number, caller, model, prompt, answers)
         self._offer(context.body_bytes)
         call, tenant = _Call(self, context, request, receive, send), caller.tenant
         if tenant is None:
@@ -266,8 +277,8 @@ class GenerationApp:
             self.running -= 1
             call.count()
             context = call.context
-            used = context.input_tokens + context.output_tokens
-            self._charges.settle(context.number, used, used - context.cached_tokens)
+            tokens = context.input_tokens, context.cached_tokens, context.output_tokens
+            context.budget = self._charges.settle(context.number, *tokens)
         if call.error is not None:
             raise await self._as_error(call.error)
         if call.complete:

@@ -22,7 +22,7 @@ from inferctl.serve.backend.charges import GenerationCharges
 from inferctl.serve.child import end_with_parent
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.exchange import Exchange
+from inferctl.serve.edge.exchange import Exchange, follow_ledger
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.generate import (
@@ -38,6 +38,7 @@ from inferctl.serve.generate.live_adapters import LiveAdapters
 from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics, objectives
+from inferctl.tenancy.access.budgets import Budgets
 from inferctl.tenancy.access.limits import Limiter
 
 _BEAT_S = 1.0
@@ -113,7 +114,10 @@ class _EdgeServer:
         self._metering.open()
         self._metering.watch(metrics)
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
-        charges = GenerationCharges(limiter)
+        budgets = Budgets.of(keys, spec.metering)
+        budgets.open(self._metering.source, time.time())
+        budgets.ready(None, self._metering.hardware(spec.name))
+        charges = GenerationCharges(limiter, budgets)
         self._lifecycle.started = True
         limits = settings.info["limits"]
         sequences = limits["max_sequences"]
@@ -149,8 +153,8 @@ class _EdgeServer:
         self._channel = control.connect(folder)
         self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
-        work = [self._serve(), self._beat(), self._follow()]
-        if setup.access and (exchange := Exchange.of(keys, limiter, spec.name, setup.access.revoke)):
+        work = [self._serve(), self._beat(), self._follow(), follow_ledger(budgets)]
+        if setup.access and (exchange := Exchange.of(keys, limiter, spec.name, setup.access.revoke, budgets)):
             work.append(exchange.run())
         self._tasks = [asyncio.create_task(each) for each in work]
 

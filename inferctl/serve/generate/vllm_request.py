@@ -288,9 +288,14 @@ def _check_words(words: Any) -> None:
         raise _invalid("bad_words", f"has {size} characters; the limit is {_BAD_WORDS_CHARACTERS}")
 
 
+def has_media(body: bytes) -> bool:
+    """Return whether the body of a request may have more tokens than bytes."""
+    return any(name in body for name in _MEDIA)
+
+
 def _check_size(raw: bytes, request: Mapping[str, Any], tokens: int) -> None:
     most, size = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * tokens, len(raw)
-    if size > most and any(name in raw for name in _MEDIA):
+    if size > most and has_media(raw):
         size = len(_json({name: value for name, value in request.items() if name not in _WITH_MEDIA}))
     if size > most:
         message = f"the body has {size} bytes; the limit for {tokens} tokens is {most}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,15 @@ class ServerMetering:
             self._origin = replace(self._origin, **known)
         if self._recorder:
             self._recorder.origin, self._recorder.origins = self._origin, dict(self._origins)
+
+    @property
+    def source(self) -> str:
+        """The source of the events, or another name that is unique."""
+        return self._recorder.source if self._recorder else secrets.token_hex(8)
+
+    def hardware(self, model: str) -> str:
+        """Return the hardware in the events of a model, after `ready`."""
+        return self._origins.get(model, self._origin).hardware or ""
 
     def watch(self, metrics: RequestMetrics) -> None:
         """Add the metrics of the outbox, after `open`."""

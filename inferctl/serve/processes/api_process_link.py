@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from inferctl.config.budget import Budget
 from inferctl.reading.rows import row_buffers
 from inferctl.serve.backend.local_backend import Job, LocalBackend
 from inferctl.serve.edge.pages import Page
@@ -176,5 +177,5 @@ class ApiProcessLink:
 
 def caller_of(fields: Any) -> Caller:
     """Return the caller that a message names."""
-    key_id, (requests, tokens), tenant, bulk = fields
-    return Caller(key_id, (requests, tokens), tenant, bulk)
+    key_id, (requests, tokens), tenant, bulk, budgets = fields
+    return Caller(key_id, (requests, tokens), tenant, bulk, tuple(Budget(*budget) for budget in budgets))

@@ -11,6 +11,7 @@ from inferctl.serve.backend.charges import done
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.processes.link import Handlers, Link
 from inferctl.serve.work import ENGINE_UNAVAILABLE, INTERNAL_ERROR, Caller, Outcome, RejectedError, Used, Work
+from inferctl.tenancy.access.budgets import BudgetUse
 from inferctl.tenancy.access.limits import NO_LIMITS
 
 # For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes,
@@ -47,7 +48,7 @@ class RemoteBackend:
             self._owed.pop(number, None)
             self._known[number] = None
             return self._ask("admit", number, tuple(caller), size, model)
-        if caller.limits != NO_LIMITS:
+        if caller.limits != NO_LIMITS or caller.budgets:
             self._owed[number] = caller, size
         return done(None)
 
@@ -159,5 +160,6 @@ def _gone() -> RejectedError:
 
 def used_of(fields: Any) -> Used:
     """Return what a message says that a request used."""
-    tokens, cached, seconds, quotas = fields
-    return Used(tokens, cached, seconds, quotas and tuple(quota and tuple(quota) for quota in quotas))
+    tokens, cached, seconds, quotas, budget = fields
+    quotas = quotas and tuple(quota and tuple(quota) for quota in quotas)
+    return Used(tokens, cached, seconds, quotas, budget and BudgetUse(*budget))

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from inferctl.config.budget import PATTERN
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.access import keys
@@ -67,6 +68,7 @@ class ApiKey(_Record):
     priority: Priority = "interactive"
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    budget: Annotated[str, Field(pattern=PATTERN)] | None = None
 
     def status(self, now: datetime) -> Status:
         """Return whether the key is accepted at `now`."""

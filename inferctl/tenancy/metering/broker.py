@@ -11,6 +11,8 @@ import contextlib
 import json
 import logging
 import time
+import zlib
+from functools import partial
 from typing import Any
 
 import nats.errors
@@ -99,10 +101,18 @@ class EventBroker:
 
     async def watermarks(self, sources: list[str]) -> dict[str, int]:
         """Ask the relay with the ledger up to which number it has the events of `sources`."""
+        found: dict[str, int] = await self._ask(sources)
+        return found
+
+    async def totals(self) -> dict[str, Any]:
+        """Ask the relay with the ledger for what it has of budgets, as of `Ledger.budgets`."""
+        found: dict[str, Any] = await self._ask(None)
+        return found
+
+    async def _ask(self, sources: list[str] | None) -> Any:
         try:
             response = await self._nats.request(WATERMARKS, json.dumps(sources).encode(), timeout=brokers.TIMEOUT_S)
-            found: dict[str, int] = json.loads(response.data)
-            return found
+            return json.loads(response.data if sources is not None else zlib.decompress(response.data))
         except (nats.errors.NoRespondersError, TimeoutError) as error:  # the client's TimeoutError is one
             silent = isinstance(error, TimeoutError)
             reason = f"does not respond within {brokers.TIMEOUT_S:g} s" if silent else "is not connected"
@@ -111,14 +121,17 @@ class EventBroker:
         except (ValueError, *brokers.ERRORS) as error:
             raise self._failure(error) from None
 
-    async def answer_watermarks(self, ledger: Ledger) -> None:
-        """Answer what `watermarks` asks, from now on."""
+    async def answer(self, ledger: Ledger) -> None:
+        """Answer what `watermarks` and `totals` ask, from now on."""
 
         async def answer(message: Any) -> None:
             # Without an answer, the other side asks again.
             with contextlib.suppress(NotReadyError, ValueError, *brokers.ERRORS):
-                found = await asyncio.to_thread(ledger.watermarks, json.loads(message.data))
-                await message.respond(json.dumps(found).encode())
+                sources = json.loads(message.data)
+                ask = partial(ledger.budgets, time.time()) if sources is None else partial(ledger.watermarks, sources)
+                content = json.dumps(await asyncio.to_thread(ask)).encode()
+                # 9,000 counters of budgets have 900 kB, and a message at most 1 MiB.
+                await message.respond(content if sources is not None else zlib.compress(content))
 
         try:
             await self._nats.subscribe(WATERMARKS, queue=CONSUMER, cb=answer)

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from inferctl.config.budget import UNITS
 from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.database import Schema, file_of
@@ -41,6 +43,18 @@ EVENTS = sa.Table(
     *(sa.Column(name, sa.String) for name in ("code", "hardware", "request_id")),
     sa.Column("requests", sa.BigInteger, nullable=False),
     sa.Column("team", sa.String),
+    # Of a request with a budget: what it cost in billionths of the currency, and when it was admitted.
+    sa.Column("cost", sa.BigInteger),
+    sa.Column("currency", sa.String),
+    sa.Column("admitted_ms", sa.BigInteger),
+)
+# What each run of a server spent of a budget. `window_end`: Unix time (s), 0 for never.
+BUDGETS = sa.Table(
+    "usage_budgets",
+    _metadata,
+    *(sa.Column(name, sa.String, primary_key=True) for name in ("account", "label", "run")),
+    sa.Column("window_end", sa.BigInteger, nullable=False, index=True),
+    sa.Column("spent", sa.BigInteger, nullable=False),
 )
 # `ended`: None, clean or unclean (the process was killed).
 SOURCES = sa.Table(
@@ -67,9 +81,12 @@ DIMENSIONS: dict[str, Any] = {
     "day": EVENTS.c.day,
     "month": sa.func.substr(EVENTS.c.day, 1, 7),
     **{name: EVENTS.c[name] for name in ("model", "task", "endpoint", "hardware", "status", "code", "source")},
+    "currency": EVENTS.c.currency,
 }
 SUMS = ("requests", "errors", "inputs", "input_tokens", "cached_tokens", "output_tokens", "engine_seconds")
 _SCHEMA = Schema("the ledger", Path(__file__).with_name("migrations"), "usage_version")
+# Windows and runs that ended earlier are not reported to servers.
+BUDGETS_KEPT_S, _ENDED_KEPT_S = 2 * 86_400, 40 * 86_400
 _EPOCH, _DAY_MS = datetime.date(1970, 1, 1), 86_400_000
 
 
@@ -152,6 +169,7 @@ class Ledger:
         rows: list[dict[str, Any]] = []
         gaps: list[dict[str, Any]] = []
         update: dict[str, Any] = {}
+        spent = Counter[tuple[str, str, int, str]]()
         for batch in batches:
             if batch.last <= watermark:
                 continue
@@ -167,7 +185,9 @@ class Ledger:
                 if event.ended:
                     update |= {"ended": event.ended, "ended_ms": event.time_ms}
                 else:
-                    day = _day(event.time_ms // _DAY_MS)
+                    day = _day((event.data["admitted_ms"] or event.time_ms) // _DAY_MS)
+                    for share in event.shares:
+                        spent[share] += event.data["cost"]
                     rows.append({"source": source, "id": event.id, "time_ms": event.time_ms, "day": day, **event.data})
             watermark = update["watermark"] = batch.last
         if rows:
@@ -175,6 +195,13 @@ class Ledger:
             names = self._insert_event.positiontup
             values = list(map(itemgetter(*names), rows)) if names else rows
             connection.exec_driver_sql(str(self._insert_event), values)
+        if spent:
+            columns = ("account", "label", "window_end", "run", "spent")
+            sums = [dict(zip(columns, (*share, cost), strict=True)) for share, cost in sorted(spent.items())]
+            add = self._insert(BUDGETS)
+            total = BUDGETS.c.spent + add.excluded.spent
+            keys = ["account", "label", "run"]
+            connection.execute(add.on_conflict_do_update(index_elements=keys, set_={"spent": total}), sums)
         if gaps:
             connection.execute(self._insert(GAPS).on_conflict_do_nothing(), gaps)
         if update:
@@ -182,18 +209,38 @@ class Ledger:
         return watermark
 
     def usage(self, dimensions: Sequence[str], since_ms: int, until_ms: int) -> list[dict[str, Any]]:
-        """Return the sums of requests that ended from `since_ms` to before `until_ms`, by `dimensions` and in order."""
+        """Return the sums of requests from `since_ms` to before `until_ms`, by `dimensions` and in order.
+
+        A request counts at its end, one with a budget at its admission.
+        """
         columns = [DIMENSIONS[name].label(name) for name in dimensions]
         event = EVENTS.c
         errors = sa.func.sum(sa.case((event.status >= 400, event.requests), else_=0)).label("errors")
         sums = [sa.func.sum(event[name]).label(name) for name in SUMS if name in event]
         # Events have whole microseconds. Their sum as integers is exact, that of the floats is not.
         engine_us = sa.func.sum(sa.cast(sa.func.round(event.engine_ms * 1000), sa.BigInteger)).label("engine_us")
-        query = sa.select(*columns, errors, *sums, engine_us)
-        query = query.where(event.time_ms >= since_ms, event.time_ms < until_ms)
+        cost = sa.func.sum(event.cost).label("cost")
+        query = sa.select(*columns, errors, *sums, engine_us, cost)
+        at = sa.func.coalesce(event.admitted_ms, event.time_ms)
+        # The first one has an index. It is a day earlier, because a clock can be set back during a request.
+        query = query.where(event.time_ms >= since_ms - _DAY_MS, at >= since_ms, at < until_ms)
         with self._transaction() as connection:
             found = connection.execute(query.group_by(*columns).order_by(*columns)).mappings().all()
         return [_sums(row, dimensions) for row in found if row["requests"]]
+
+    def budgets(self, now_s: float) -> dict[str, Any]:
+        """Return what runs of servers `spent` of the windows that have not ended long ago, and which have `ended`.
+
+        `spent`: account, label, end, run, and billionths of the currency. The ledger has all that ended runs spent.
+        """
+        table, sources = BUDGETS.c, SOURCES.c
+        ended = sa.select(sources.source).where(sources.ended_ms > 1000 * (now_s - _ENDED_KEPT_S))
+        spent = sa.select(table.account, table.label, table.window_end, table.run, table.spent)
+        spent = spent.where((table.window_end == 0) | (table.window_end > now_s - BUDGETS_KEPT_S))
+        with self._transaction() as connection:
+            names = sorted(connection.execute(ended.where(sources.ended.is_not(None))).scalars())
+            # After that, so it has all of them.
+            return {"ended": names, "spent": sorted(tuple(row) for row in connection.execute(spent))}
 
     def gaps(self, since_ms: int, until_ms: int) -> list[Gap]:
         """Return the lost events that were noticed from `since_ms` to before `until_ms`."""
@@ -224,9 +271,11 @@ def _day(number: int) -> str:
 def _sums(row: sa.RowMapping, dimensions: Sequence[str]) -> dict[str, Any]:
     """Return the dimensions and `SUMS` of a row. A sum of PostgreSQL is a Decimal."""
     sums = {name: int(row[name]) for name in SUMS if name in row}
-    return (
-        {name: row[name] for name in dimensions} | sums | {"engine_seconds": Decimal(int(row["engine_us"])) / 1_000_000}
-    )
+    exact = {
+        "engine_seconds": Decimal(int(row["engine_us"])) / 1_000_000,
+        "cost": Decimal(int(row["cost"] or 0)) / UNITS,
+    }
+    return {name: row[name] for name in dimensions} | sums | exact
 
 
 def now_ms() -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, StrictStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from inferctl.config.budget import UNITS
 from inferctl.config.spec_types import Section
 from inferctl.core import document, validation
 from inferctl.core.errors import Problem, SpecError, UsageError
@@ -77,6 +79,22 @@ class TokenPrice(Section):
         return tokens / _MILLION + self.engine_second * seconds
 
 
+class Rate(NamedTuple):
+    """Prices of 1,000,000 tokens as integers, in billionths of the currency. For budgets."""
+
+    input: int
+    cached: int
+    output: int
+
+    def cost(self, computed: int, cached: int, output: int) -> int:
+        """Return the cost of tokens in billionths, rounded up. `computed`: those of the input that no cache had."""
+        return -(-(self.input * computed + self.cached * cached + self.output * output) // 1_000_000)
+
+    def most(self, prompt: int, output: int) -> int:
+        """Return the most that a request can cost."""
+        return -(-(max(self.input, self.cached) * prompt + self.output * output) // 1_000_000)
+
+
 @dataclass(frozen=True)
 class PriceBook:
     """All prices of one currency, the latest first."""
@@ -86,33 +104,56 @@ class PriceBook:
     prices: tuple[TokenPrice, ...]
 
     def cost(self, row: Mapping[str, Any]) -> Decimal:
-        """Return the cost of the sums in `row`, which has `hardware`, `model` and `day`.
-
-        Prices of the model come before those of its hardware. Raises `UsageError` if the book has none on this day.
-        """
-        hardware = row["hardware"] or "unknown"
+        """Return the cost of the sums in `row`, which has `hardware`, `model` and `day`. Raises as `find`."""
         # Without tokens and engine time, as before the server is ready, there is nothing to price.
         if not (row["input_tokens"] or row["output_tokens"] or row["engine_seconds"]):
             return Decimal(0)
-        for name, model in ((hardware, row["model"]), (ANY, row["model"]), (hardware, None), (ANY, None)):
-            known = [price for price in self.prices if (price.hardware, price.model) == (name, model)]
+        return self.find(row["hardware"], row["model"], row["day"]).cost(row)
+
+    def rate(self, hardware: str, model: str, day: str) -> Rate:
+        """Return the prices of tokens on a day. Raises `UsageError` without them, or if engine seconds have a price."""
+        price = self.find(hardware, model, day)
+        if price.engine_second:
+            raise UsageError(
+                f"{self.file} has a price per engine second for {price.hardware} in {self.currency}",
+                "a budget needs prices of tokens only: nobody knows the engine seconds of a request before its end",
+            )
+        amounts = (price.input, price.input if price.cached is None else price.cached, price.output)
+        return Rate(*(math.ceil(each * UNITS) for each in amounts))
+
+    def find(self, hardware: str | None, model: str | None, day: str) -> TokenPrice:
+        """Return the price of a day. Those of the model come before those of its hardware. Raises `UsageError`."""
+        hardware = hardware or "unknown"
+        for name, of in ((hardware, model), (ANY, model), (hardware, None), (ANY, None)):
+            known = [price for price in self.prices if (price.hardware, price.model) == (name, of)]
             for price in known:
-                if price.start <= row["day"]:
-                    return price.cost(row)
+                if price.start <= day:
+                    return price
             if known:
                 raise UsageError(
-                    f"{self.file} has no price in {self.currency} for {name} on {row['day']}: "
+                    f"{self.file} has no price in {self.currency} for {name} on {day}: "
                     f"the first one begins on {known[-1].start}",
                     "add an entry with an earlier `from`, or report a later time with `--since`",
                 )
         raise UsageError(
-            f"{self.file} has no price in {self.currency} for the hardware {hardware!r}, used on {row['day']}",
+            f"{self.file} has no price in {self.currency} for the hardware {hardware!r}, used on {day}",
             f'add an entry with `hardware: {hardware}`, or one with `hardware: "{ANY}"`',
         )
 
 
 def read(file: Path, currency: str | None) -> PriceBook:
     """Read a price book. `currency`: None if the book has one only. Raises `UsageError` and `SpecError`."""
+    books = read_all(file)
+    if currency is None and len(books) > 1:
+        raise UsageError(f"{file} has several currencies: {', '.join(books)}", "choose one with `--currency`")
+    chosen = currency or next(iter(books))
+    if chosen not in books:
+        raise UsageError(f"{file} has no prices in {chosen}", f"`--currency` can be: {', '.join(books)}")
+    return books[chosen]
+
+
+def read_all(file: Path) -> dict[str, PriceBook]:
+    """Read the prices of all currencies. Raises `UsageError` and `SpecError`."""
     example = f"a price book looks like this:\n\n{EXAMPLE}"
     content = document.read(file, example)
     try:
@@ -129,14 +170,11 @@ def read(file: Path, currency: str | None) -> PriceBook:
         seen.add(identity)
     if problems:
         raise SpecError(str(file), problems, example)
-    currencies = sorted({price.currency for price in prices})
-    if currency is None and len(currencies) > 1:
-        raise UsageError(f"{file} has several currencies: {', '.join(currencies)}", "choose one with `--currency`")
-    chosen = currency or currencies[0]
-    if chosen not in currencies:
-        raise UsageError(f"{file} has no prices in {chosen}", f"`--currency` can be: {', '.join(currencies)}")
-    ordered = sorted((price for price in prices if price.currency == chosen), key=lambda price: price.start)
-    return PriceBook(str(file), chosen, tuple(reversed(ordered)))
+    ordered = sorted(prices, key=lambda price: price.start, reverse=True)
+    return {
+        currency: PriceBook(str(file), currency, tuple(price for price in ordered if price.currency == currency))
+        for currency in sorted({price.currency for price in prices})
+    }
 
 
 class _Book(Section):

@@ -109,6 +109,11 @@ class EventRecorder:
         self._sums[key] = (known[0] + 1 if known else 1, at, usage)
 
     @property
+    def source(self) -> str:
+        """The source of the events."""
+        return self._outbox.source
+
+    @property
     def full(self) -> bool:
         """Whether there is no place for the event of another request."""
         refuses = self.required and time.monotonic() < self._refused_until

@@ -76,7 +76,10 @@ def make(
     Raises `UsageError` for a day without a price.
     """
     # What prices depend on.
-    needed = [*dimensions, *(name for name in ("hardware", "model", "day") if book and name not in dimensions)]
+    needed = [
+        *dimensions,
+        *(name for name in ("hardware", "model", "day", "currency") if book and name not in dimensions),
+    ]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     total = _empty(book)
     for found in ledger.usage(needed, since_ms, until_ms):
@@ -84,7 +87,9 @@ def make(
         row = rows.setdefault(group, dict(zip(dimensions, group, strict=True)) | _empty(book))
         if "key" in dimensions:
             row["key_name"] = names.get(found["key"])
-        cost = {"cost": book.cost(found)} if book else {}
+        cost = {}
+        if book:  # what a budget was charged is not priced again
+            cost["cost"] = found["cost"] if found["currency"] == book.currency else book.cost(found)
         for sums in (row, total):
             for name, value in ({name: found[name] for name in SUMS} | cost).items():
                 sums[name] += value

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from inferctl.config.spec_types import Task
+from inferctl.tenancy.access.budgets import BudgetUse
 
 # What a row of the outbox has of a request, after its number and time. A row of a sum also has how many it stands for;
 # without it, an older version reads the others.
@@ -34,7 +35,8 @@ _ROW = [
 _WIDTH = len(_ROW)
 # What the requests of one model have in common: their `Origin`. The columns of the ledger have the same names.
 _COMMON = ["model", "model_sha256", "task", "hardware"]
-_TEXTS = {"key_id", "endpoint", "code", "request_id", "team", *_COMMON}
+_TEXTS = {"key_id", "endpoint", "code", "request_id", "team", "currency", *_COMMON}
+_OPTIONAL = {"cost", "admitted_ms"}
 _SECONDS = {"engine_ms", "duration_ms"}
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 
@@ -50,7 +52,7 @@ class UsageEvent(NamedTuple):
     that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
     `trace`: the W3C trace context of the client. `key_id`, `team`: of the API key, never the key itself.
     `engine_seconds`: the share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
-    `content_length`: of the body, as the client declared it; `body_bytes` were read.
+    `content_length`: of the body, as the client declared it; `body_bytes` were read. `budget`: what it cost.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class UsageEvent(NamedTuple):
     engine_seconds: float = 0.0
     content_length: int = 0
     team: str | None = None
+    budget: BudgetUse | None = None
 
 
 class Item(NamedTuple):
@@ -103,13 +106,14 @@ class Event(NamedTuple):
     """One event: of a request, or the last one of a server process. `time_ms`: since 1970.
 
     `data`: of a request, what the ledger has of it. `ended`: None for a request, else clean or unclean: the process was
-    killed, so the event was written after its end.
+    killed, so the event was written after its end. `shares`: account, label, end and run of each window of a budget.
     """
 
     id: int
     time_ms: int
     data: dict[str, Any]
     ended: Literal["clean", "unclean"] | None = None
+    shares: Sequence[tuple[str, str, int, str]] = ()
 
 
 def is_free(usage: UsageEvent) -> bool:
@@ -143,12 +147,18 @@ def requests(origin: Origin, items: Sequence[Item], others: Mapping[str, Origin]
     ]
     # By key, in a field that an older relay does not read.
     teams = {item.usage.key_id: item.usage.team for item in items if item.usage.team}
+    spent = {
+        item.number: [use.cost, use.currency, use.admitted_ms, use.run, use.shares]
+        for item in items
+        if (use := item.usage.budget) and use.shares
+    }
     found: dict[Origin, int] = {}
     if others:
         of = [found.setdefault(others.get(item.usage.model or "", origin), len(found)) for item in items]
     origins = [asdict(each) for each in found] or [asdict(origin)]
     several = {"origins": origins, "of": of} if len(origins) > 1 else {}
-    return {"common": origins[0], "requests": rows} | ({"teams": teams} if teams else {}) | several
+    budgets = {"budgets": list(spent.items())} if spent else {}
+    return {"common": origins[0], "requests": rows} | ({"teams": teams} if teams else {}) | budgets | several
 
 
 def end(number: int, time_ms: int, *, clean: bool) -> bytes:
@@ -168,6 +178,9 @@ def read(content: bytes, first: int = 1, last: int = 2**62) -> list[Event]:
                 raise ValueError(f"the number {event.id} at {event.time_ms}")
             for name, value in event.data.items():
                 _check(name, value)
+            for account, label, end_s, run in event.shares:
+                _check("end", end_s)
+                _check("key_id", account + label + run)
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"no batch of usage events: {error}") from None
     return events
@@ -179,10 +192,15 @@ def _read(found: Any) -> list[Event]:
         return [Event(number, time_ms, {}, "clean" if clean else "unclean")]
     rows, teams = found["requests"], dict(found.get("teams", {}))
     origins = [{name: each[name] for name in _COMMON} for each in found.get("origins", [found["common"]])]
-    return [
-        Event(number, time_ms, _row(values) | {"team": teams.get(values[0])} | origins[index])
-        for (number, time_ms, *values), index in zip(rows, found.get("of", [0] * len(rows)), strict=True)
-    ]
+    spent = dict(found.get("budgets", ()))
+    events = []
+    for (number, time_ms, *values), index in zip(rows, found.get("of", [0] * len(rows)), strict=True):
+        cost, currency, admitted_ms, run, shares = spent.get(number, (None, None, None, "", ()))
+        data = _row(values) | {"team": teams.get(values[0])} | origins[index]
+        data |= {"cost": cost, "currency": currency, "admitted_ms": admitted_ms}
+        windows = [(str(account), str(label), int(end), str(run)) for account, label, end in shares]
+        events.append(Event(number, time_ms, data, shares=windows))
+    return events
 
 
 def _check(name: str, value: Any) -> None:
@@ -193,6 +211,8 @@ def _check(name: str, value: Any) -> None:
     elif name in _SECONDS:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}")
+    elif name in _OPTIONAL and value is None:
+        return
     elif type(value) is not int or not 0 <= value < (2**31 if name == "status" else 2**62):
         raise ValueError(f"{name} is {value!r}")
 

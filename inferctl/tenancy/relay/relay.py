@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inferctl.config.spec import Access, Metering
+from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.tenancy.access.budgets import TOTALS_FILE
 from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
@@ -32,6 +36,7 @@ _LOG_S = 30.0
 # Of one outbox, and of all of them in one transaction. A row has up to 200 events.
 _ROWS, _MOST_ROWS = 50, 200
 _ONLY_RELAY_S = 0.5
+_TOTALS_S = 1.0
 
 
 class Relay:
@@ -46,6 +51,7 @@ class Relay:
         self._watermarks: dict[str, int] = {}
         self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
+        self._totals_at, self._asked_at = -math.inf, 0.0
 
     def end(self) -> None:
         """Let `run` store what is left and return."""
@@ -141,7 +147,20 @@ class Relay:
             self._watermarks |= ledger.apply(batches)
         for source in outboxes.sources:
             outboxes.confirm(source, self._watermarks[source])
+        if self._settings.prices and not more and self._totals_due():
+            self._write_totals(ledger.budgets(time.time()))
         return more
+
+    def _totals_due(self) -> bool:
+        due = time.monotonic() >= self._totals_at + _TOTALS_S
+        if due:
+            self._totals_at, self._asked_at = time.monotonic(), time.time()
+        return due
+
+    def _write_totals(self, totals: dict[str, Any]) -> None:
+        """Write what the ledger has of budgets, for servers that start."""
+        content = json.dumps({"at": self._asked_at, "totals": totals})
+        outputs.replace(Path(self._settings.data) / TOTALS_FILE, content, sync=False)
 
     async def _publish(self, outboxes: Outboxes) -> bool:
         """Publish the next batches of all outboxes, and return whether there are more."""
@@ -164,6 +183,8 @@ class Relay:
             for source in sources:
                 self._progress[source].update(watermarks.get(source, 0))
                 await asyncio.to_thread(outboxes.confirm, source, self._progress[source].watermark)
+        if self._settings.prices and not more and self._totals_due():
+            await asyncio.to_thread(self._write_totals, await broker.totals())
         return more
 
     async def _store_messages(self) -> bool:
@@ -172,7 +193,7 @@ class Relay:
             self._ledger = await asyncio.to_thread(Ledger.open, self._settings.ledger_url)
         broker, new = await self._connected()
         if new:  # it answers until its connection breaks
-            await broker.answer_watermarks(self._ledger)
+            await broker.answer(self._ledger)
         return await broker.store(self._ledger) > 0
 
     async def _connected(self) -> tuple[EventBroker, bool]:

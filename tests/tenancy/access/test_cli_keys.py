@@ -70,6 +70,17 @@ def test_create_prints_the_key_alone(run: Run, tmp_path: Path) -> None:
     assert key not in text
 
 
+def test_the_budget_of_a_key_changes(run: Run) -> None:
+    for arguments, budget in (
+        (("create", "a", "--budget", "50 EUR/month"), "50 EUR/month"),
+        (("budget", "a", "8.5 USD/day Europe/Berlin soft"), "8.5 USD/day Europe/Berlin soft"),
+        (("budget", "a", "none"), None),
+    ):
+        run(*arguments)
+        assert [key["budget"] for key in listed(run)] == [budget]
+    assert "Mars" in run("budget", "a", "1 EUR/day Mars", code=2).stderr
+
+
 def test_a_scope_that_the_spec_does_not_have_is_named(run: Run, tmp_path: Path) -> None:
     models = "{name: dense, model: {source: ./a}, serve: {aliases: [small]}}, {name: order, model: {source: ./b}}"
     (tmp_path / "inferctl.yaml").write_text(f"name: all\nmodels: [{models}]\n")

@@ -180,7 +180,7 @@ def test_a_relay_creates_its_ledger_and_its_keys_at_the_same_time(tmp_path: Path
             list(threads.map(opened, (Ledger, KeyStore), (usage, keys)))
         engines = [sa.create_engine(f"sqlite:///{file}") for file in (usage, keys)]
         found = {name for engine in engines for name in sa.inspect(engine).get_table_names()}
-        expected = {f"usage_{name}" for name in ("events", "sources", "gaps", "version")}
+        expected = {f"usage_{name}" for name in ("budgets", "events", "sources", "gaps", "version")}
         assert found == expected | {"api_keys", "api_key_changes", "api_key_version"}
 
 

@@ -96,6 +96,9 @@ def test_an_event_has_exactly_these_fields(make: Make, tmp_path: Path) -> None:
         "request_id": "request",
         "requests": 1,
         "team": None,
+        "cost": None,
+        "currency": None,
+        "admitted_ms": None,
     }
 
 

@@ -88,6 +88,9 @@ def test_csv_and_json_have_costs(folder: Path) -> None:
     options = ("--by", "key", "--since", "2026-09-22", "--prices", "prices.yaml")
     (row,) = csv.DictReader(io.StringIO(usage(folder, *options, "--format", "csv").stdout))
     assert (row["key"], row["input_tokens"], row["cost"]) == ("[k2]", "70", "0.070")
+    page = usage(folder, *options, "--format", "html").stdout
+    assert page.count("<rect ") == page.count("<section>") == 1
+    assert ("[k2]: 0.07 EUR" in page, "<td>70</td>" in page) == (True, True)
     document = json.loads(usage(folder, *options, "--json").stdout)
     assert (document["currency"], document["total"]["cost"], document["lost_events"]) == ("EUR", "0.070", 0)
 
