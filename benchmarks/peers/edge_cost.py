@@ -110,7 +110,7 @@ def main() -> None:
                 assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
                 found["requests/s"].append(outcome.rate)
                 found["CPU us"].append(1e6 * (server.cpu_seconds() - before) / outcome.statuses[200])
-                with OpenLoop(server.url, [("", request) for request in ready], rate, options.seconds) as load:
+                with OpenLoop(server.url, ready, rate, options.seconds) as load:
                     load.join()
                 assert list(seen := statuses(load.records)) == ["200"], f"{server.name} rejected requests: {seen}"
                 for name, q in (("p50 ms", 0.5), ("p99 ms", 0.99)):

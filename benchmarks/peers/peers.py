@@ -148,22 +148,17 @@ def send(number: int, pids: Iterable[int]) -> None:
 
 def cpu_s(pids: Iterable[int]) -> float:
     """Return the CPU seconds of processes so far, also of threads that ended, as clock_getcpuclockid(3) does."""
-    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+    used = 0.0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # the process has ended
+            used += time.clock_gettime(~pid << 3 | 2)
+    return used
 
 
 def pss_mb(pid: int) -> float:
     """Return the memory of a process and all below it (PSS, MB)."""
     lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process and all below it so far."""
-    ticks = 0
-    for each in processes(pid):
-        with contextlib.suppress(OSError):  # the process has ended
-            ticks += sum(map(int, Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -193,7 +188,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of its processes so far."""
-        return cpu_seconds(self.process.pid)
+        return cpu_s(processes(self.process.pid))
 
     def end(self) -> None:
         """Let it remove what it has in shared memory, then kill what is left."""

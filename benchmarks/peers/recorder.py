@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 import time
@@ -15,7 +14,6 @@ from urllib.parse import urlsplit
 
 from load import Connection
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 CONNECTIONS = 2000
 
 
@@ -23,11 +21,9 @@ CONNECTIONS = 2000
 class Record:
     """One request. Times are `time.monotonic()`. `status` is 0 if the connection broke, None without a response."""
 
-    kind: str
     intended: float
     ended: float | None = None
     status: int | None = None
-    retry_after: bool = False
 
 
 class _Connection(Connection):
@@ -45,7 +41,6 @@ class _Connection(Connection):
 
     def _complete(self, status: int) -> None:
         if self.record:
-            self.record.retry_after = b"\r\nretry-after:" in self.head
             self.record.status, self.record.ended, self.record = status, time.monotonic(), None
         if b"\r\nconnection: close" in self.head:
             self.transport.close()
@@ -55,15 +50,14 @@ class _Connection(Connection):
 
 @dataclass
 class OpenLoop(threading.Thread):
-    """Send `rate` requests/s with Poisson arrivals, until `stop()` or for `seconds`. Use it as a context manager."""
+    """Send `rate` requests/s with Poisson arrivals for `seconds`. At its end, the context waits for open requests."""
 
     url: str
-    ready: Sequence[tuple[str, bytes]]
+    ready: Sequence[bytes]
     rate: float
-    seconds: float = 3600.0
+    seconds: float
     seed: int = 1
     records: list[Record] = field(default_factory=list)
-    max_lateness_s: float = 0.0  # largest delay of a send
 
     def __post_init__(self) -> None:
         super().__init__(daemon=True)
@@ -78,10 +72,6 @@ class OpenLoop(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop sending, and wait up to 60 s for open requests."""
         self._stop_requested.set()
         self.join()
 
@@ -98,9 +88,8 @@ class OpenLoop(threading.Thread):
         ):
             if (pause := due - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
-            self.max_lateness_s = max(self.max_lateness_s, time.monotonic() - due)
-            kind, request = self.ready[random_.randrange(len(self.ready))]
-            record = Record(kind, due)
+            request = self.ready[random_.randrange(len(self.ready))]
+            record = Record(due)
             self.records.append(record)
             if not free:
                 if len(connections) >= CONNECTIONS:
@@ -151,11 +140,3 @@ def processes(pid: int) -> dict[str, int]:
         name = next((name for name in ("api_process", "relay") if name in module), "engine").replace("_", " ")
         found[name if name not in found else f"{name} {len(found)}"] = int(child)
     return found
-
-
-def memory(pid: int) -> float:
-    """Return the resident memory of a process in MiB; NaN if it has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20
-    except (OSError, IndexError):
-        return float("nan")

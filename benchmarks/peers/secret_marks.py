@@ -159,10 +159,6 @@ def serve(folder: Path, name: str, *arguments: str, **environment: str) -> tuple
         raise
 
 
-def children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def search(file: Path, needles: dict[str, bytes]) -> set[str]:
     """Return the names of the needles that a file has."""
     found, kept = set(), b""

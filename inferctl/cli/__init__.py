@@ -45,6 +45,7 @@ class Root(LazyGroup):
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
         "embed": Command("inferctl.cli.embed", "embed", "Embed files of any length, resumable, without a server."),
+        "space": Command("inferctl.cli.space", "app", "Show vector spaces, and how much a change of one matters."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
         "compare": Command("inferctl.cli.compare", "compare", "Compare two benchmarks and detect regressions."),
         "estimate": Command(

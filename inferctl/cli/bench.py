@@ -28,6 +28,8 @@ Examples:
   inferctl bench -p bf16 --search --slo 100
   # Measure every combination of batch limit and corpus
   inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed
+  # Compare two models by their retrieval on your own texts, next to speed
+  inferctl bench -m DIR -m OTHER-DIR -p fp32 -p bf16 --retrieval COLLECTION
   # Measure a running server
   inferctl bench --url t4=http://10.0.0.7:8080
   # Measure a running server that requires an API key
@@ -151,11 +153,31 @@ Report = Annotated[
 Profile = Annotated[
     bool, typer.Option("--profile", help="Also show where the time of each engine goes, at 12 sizes of batches.")
 ]
+Retrieval = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Also measure how well vectors find the documents of this judged collection."),
+]
+Dimensions = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N", min=1, help="--retrieval: truncate vectors to N dimensions; repeatable. [default: 256, 128]"
+    ),
+]
+Rerank = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="--retrieval: rank the 20 best documents again with this model or URL."),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", "-m", metavar="SOURCE", help="Use this folder, hub id or `oci://` image; repeat to compare."
+    ),
+]
 
 
 def bench(
     spec_file: options.SpecFile = None,
-    model: options.ModelSource = None,
+    model: Models = None,
     plan: PlanName = None,
     precision: Precisions = None,
     batch_tokens: BatchTokens = None,
@@ -179,17 +201,21 @@ def bench(
     output: Output = Path("bench-results"),
     report: Report = None,
     profile: Profile = False,
+    retrieval: Retrieval = None,
+    dimensions: Dimensions = None,
+    rerank: Rerank = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
     If a benchmark is interrupted, the receipts of its complete runs are kept.
     """
-    _require_packages()
+    _require_packages(*["pytrec_eval"] * bool(retrieval))
     from inferctl.cli import bench_options, bench_setup
 
     if report is not None:
-        inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
+        sources = (plan, *(model or []), *(corpus or []))
+        inputs = [options.spec_path(spec_file), *(Path(name) for name in sources if name)]
         outputs.check(report, "--report", parents=True, inputs=inputs)
     overrides: Overrides = {
         "users": users,
@@ -199,14 +225,15 @@ def bench(
         "load": {"workers": workers, "names": bench_options.parse_names(names)},
         "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
         "batch_tokens": batch_tokens,
-        "corpora": corpus,
+        "corpora": corpus or ([str(retrieval / "corpus.jsonl")] if retrieval else None),
         "search": {"slo_p99_ms": slo} if search else None,
         "slo_p99_ms": slo,
         "budget_s": None if budget is None else bench_options.parse_seconds(budget),
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
+    judged = (retrieval, rerank, dimensions or [])
     new_options = bench_options.BenchOptions(
-        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access, profile
+        spec_file, model or [], plan, precision or [], url or [], overrides, slo, output, access, profile, *judged
     )
     _run(bench_setup.prepare(new_options), report, json_)
 
@@ -254,12 +281,11 @@ def _write_results(benchmark: Bench, outcomes: list[Outcome], page: Path, json_:
     return result
 
 
-def _require_packages() -> None:
-    missing_packages = [name for name in ("locust", "numpy") if find_spec(name) is None]
+def _require_packages(*more: str) -> None:
+    missing_packages = [name for name in dict.fromkeys(("locust", "numpy", *more)) if find_spec(name) is None]
     if missing_packages:
-        raise NotReadyError(
-            f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint("bench")
-        )
+        extra = "retrieval" if "pytrec_eval" in missing_packages else "bench"
+        raise NotReadyError(f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint(extra))
 
 
 def _relative(path: Path) -> Path:

@@ -52,7 +52,7 @@ class BenchOptions:
     """The options of a new benchmark. None and empty values mean that the option is absent."""
 
     spec_file: Path | None = None
-    model: str | None = None
+    models: list[str] = field(default_factory=list)
     plan: str | None = None
     precisions: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
@@ -61,6 +61,9 @@ class BenchOptions:
     output: Path = Path("bench-results")
     access: AccessOptions = field(default_factory=AccessOptions)
     profile: bool = False
+    retrieval: Path | None = None
+    rerank: str | None = None
+    dimensions: list[int] = field(default_factory=list)
 
 
 def parse_seconds(text: str) -> float:

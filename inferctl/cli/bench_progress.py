@@ -28,7 +28,7 @@ BEFORE_S, AFTER_S, REFERENCE_S = 8.0, 4.0, 8.0
 # Start of the phase of `users: auto`. The forecast does not contain it: the number of its steps is unknown.
 FINDING_USERS = "finding users"
 # The phases of a run after its load.
-_AFTER = ("checking quality", "computing the fp32 reference", "stopping")
+_AFTER = ("checking quality", "computing the fp32 reference", "embedding the collection", "stopping")
 
 
 def expected(benchmark: Bench) -> list[float]:
@@ -57,6 +57,7 @@ def forecast(benchmark: Bench) -> str:
     """
     machine = benchmark.environment
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
+    busy += "; retrieval is not in this time" * bool(benchmark.collection)
     total = console.duration(sum(expected(benchmark))).removeprefix("~")
     settings = benchmark.plan.search
     if not settings:

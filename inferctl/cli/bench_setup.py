@@ -6,15 +6,19 @@ Every check that needs no server runs here. Nothing is started.
 from __future__ import annotations
 
 import itertools
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from inferctl.bench import privacy
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.plan import collection
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
 from inferctl.cli import bench_checks, console, download, options
@@ -49,7 +53,8 @@ def prepare(bench_options: BenchOptions) -> Bench:
             f"`--users {bench_options.overrides['users']}` has no effect: this load is an open loop with {rate}"
         )
     targets = _targets(plan, url_targets, bench_options)
-    needs_model = any(target.url is None for target in targets) or bench_options.model is not None
+    judged = collection.read(bench_options.retrieval) if bench_options.retrieval else None
+    needs_model = any(target.url is None for target in targets) or bool(bench_options.models)
     slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     bench_checks.check_search(plan, targets, slo)
     bench_checks.check_corpora(plan, targets)
@@ -73,6 +78,18 @@ def prepare(bench_options: BenchOptions) -> Bench:
         bench_checks.check_lengths(plan)
     plan = _with_names(plan, targets, lambda: _tasks(resolved, folder), servers)
     bench_checks.check_checkpoints(targets, folder)
+    if judged and plan.load.task != "embed":
+        raise UsageError(
+            f"`--retrieval` measures embeddings, but the task of the model is {plan.load.task}",
+            "add a reranker to a benchmark of embeddings: `--rerank MODEL`",
+        )
+    models = _models(folder, plan.load.task, bench_options)
+    targets = _of_models(targets, models)
+    rerank = bench_options.rerank
+    if (rerank or bench_options.dimensions) and not judged:
+        raise UsageError("`--rerank` and `--dimensions` need a collection", "add `--retrieval DIR`")
+    if rerank and not rerank.startswith(("http://", "https://")):
+        rerank = str(download.fetch(rerank, None).path.resolve())
     output = create_folder(bench_options.output, plan.name)
     command = None
     if resolved and (folder or resolved.spec.models):
@@ -87,6 +104,10 @@ def prepare(bench_options: BenchOptions) -> Bench:
         slo,
         access,
         profile=bench_options.profile,
+        collection=judged,
+        dimensions=bench_options.dimensions or (256, 128),
+        rerank=rerank,
+        models=models,
         model_source=resolved.spec.model.source if resolved and resolved.spec.model else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )
@@ -149,9 +170,11 @@ def _with_names(
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
     try:
-        return options.load(bench_options.spec_file, {"model.source": bench_options.model}, several=True)
+        return options.load(
+            bench_options.spec_file, {"model.source": next(iter(bench_options.models), None)}, several=True
+        )
     except UsageError:
-        if needed or bench_options.spec_file or bench_options.model or Path(spec.DEFAULT_FILE).exists():
+        if needed or bench_options.spec_file or bench_options.models or Path(spec.DEFAULT_FILE).exists():
             raise
         return None
 
@@ -185,6 +208,32 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
             "give each server a name of its own: `--url NAME=URL`",
         )
     return targets
+
+
+def _models(first: Path | None, task: Task, bench_options: BenchOptions) -> dict[str, Path]:
+    """Return the folders of several `--model` by source; empty for one. Raises `UsageError` if their tasks differ."""
+    if first is None or len(bench_options.models) < 2:
+        return {}
+    found = {bench_options.models[0]: first}
+    for source in bench_options.models[1:]:
+        files = download.fetch(source, None)
+        if (other := model_folder.resolve_task("auto", files, source)) != task:
+            raise UsageError(f"the models have different tasks: {task} and {other} ({source})", "measure one task")
+        found[source] = files.path.resolve()
+    return found
+
+
+def _of_models(targets: list[BenchTarget], sources: Iterable[str]) -> list[BenchTarget]:
+    """Return each configuration of a server to start for each of several models. Raises `UsageError` for equal names."""
+    names = {source: re.sub(r"[^A-Za-z0-9._-]", "-", privacy.name_of(source)) for source in sources}
+    if len({*names.values()}) < len(names):
+        raise UsageError(f"two models have the name {next(iter(names.values()))!r}", "rename one of their folders")
+    return [
+        replace(target, name=f"{names[source]}-{target.name}", model=source)
+        for source in names
+        for target in targets
+        if not target.url
+    ] + [target for target in targets if target.url or not names]
 
 
 def create_folder(parent: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from inferctl.bench.judge import comparable, compare_result
+from inferctl.bench.judge import comparable, compare_result, retrieval
 from inferctl.bench.judge import compare as comparing
 from inferctl.bench.judge.compare import CompareOptions
 from inferctl.bench.judge.compare_result import CompareResult
@@ -43,7 +43,7 @@ _THRESHOLD_HELP = (
     "Set the smallest change that counts, for all metrics or as METRIC=PERCENT; repeatable. "
     f"[default: {_default_thresholds()}]"
 )
-_METRIC_HELP = f"Judge only {', '.join(METRICS)} or {REJECTED}; repeatable. [default: all]"
+_METRIC_HELP = f"Judge only {', '.join(METRICS)}, {REJECTED} or {retrieval.NAME}; repeatable. [default: all]"
 
 
 def compare(
@@ -62,6 +62,10 @@ def compare(
             metavar="MS", min=0, max=options.MAX_SLO_MS, help="Set the smallest change of a latency that counts."
         ),
     ] = 0.05,
+    floor_ndcg: Annotated[
+        float,
+        typer.Option(metavar="POINTS", min=0, max=100, help="Set the smallest loss of nDCG@10 that counts, in points."),
+    ] = retrieval.MARGIN,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,7 +107,7 @@ def compare(
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)
     style = "json" if json_ else options.known(format_, FORMATS, "--format")
-    compare_options = _options(threshold, floor_ms, metric, allow)
+    compare_options = _options(threshold, floor_ms, floor_ndcg, metric, allow)
     pairs, notes = comparable.pairs(old, new)
     result = comparing.compare(pairs, notes, compare_options)
     if style == "text":
@@ -119,7 +123,11 @@ def compare(
 
 
 def _options(
-    threshold: list[str] | None, floor_ms: float, metric: list[str] | None, allow: list[str] | None
+    threshold: list[str] | None,
+    floor_ms: float,
+    floor_ndcg: float,
+    metric: list[str] | None,
+    allow: list[str] | None,
 ) -> CompareOptions:
     shares = {}
     for text in threshold or []:
@@ -133,7 +141,8 @@ def _options(
     return comparing.CompareOptions(
         thresholds=shares,
         floor_ms=floor_ms,
-        metrics=[options.known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
+        floor_ndcg=floor_ndcg,
+        metrics=[options.known(name, (*METRICS, REJECTED, retrieval.NAME), "--metric") for name in metric or []],
         allow=[options.known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
     )
 

@@ -44,9 +44,9 @@ def _corpora() -> Iterable[str]:
 
 
 def _metrics() -> Iterable[str]:
-    from inferctl.bench.judge import run_metrics
+    from inferctl.bench.judge import retrieval, run_metrics
 
-    return [*run_metrics.METRICS, run_metrics.REJECTED]
+    return [*run_metrics.METRICS, run_metrics.REJECTED, retrieval.NAME]
 
 
 _hardware = _listed("facts.catalog", "hardware_profiles")

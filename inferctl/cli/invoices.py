@@ -17,7 +17,9 @@ def page(report: Report) -> str:
     by = [name for name in report.dimensions if name not in ("model", "day")]
 
     def group(row: dict[str, object]) -> str:
-        return ", ".join(str((row["key_name"] if name == "key" else None) or row[name] or "-") for name in by)
+        # Keys that were created again have the name of earlier ones.
+        named = {"key": f"{row['key_name']} ({row['key']})"} if row.get("key_name") else {}
+        return ", ".join(str(named.get(name) or row[name] or "-") for name in by)
 
     rows = [row | {"group": group(row) or "all requests", "model": row["model"] or "-"} for row in report.rows]
     models = sorted({row["model"] for row in rows})

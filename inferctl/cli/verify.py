@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from inferctl.cli import build_view, console, download, options
 from inferctl.cli.build_view import show_compared, show_verified
-from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
 from inferctl.models.reference_process import LIBRARIES
 
@@ -114,19 +113,11 @@ def _compare_started(resolved: Resolved, against: str | None) -> LibraryComparis
 
     model = resolved.spec.model
     folder = download.fetch(model.source, model.revision).path
-    command = child_server.serve_command(
-        str(folder.resolve()), resolved.spec.name, Path(resolved.file).resolve() if resolved.file else None
-    )
-    with tempfile.TemporaryDirectory(prefix="inferctl-verify-") as work, console.progress("starting the server"):
-        announce = Path(work) / "server.json"
-        arguments = command(resolved.spec.serve.precision, announce, None)
-        try:
-            with child_server.serve(arguments, announce, Path(work), lambda _: None) as server:
-                outputs = _outputs(server.connection, against)
-        except child_server.ServerError as error:
-            hint = f"see its log: `inferctl serve --model {model.source}`"
-            raise InferctlError(f"the server did not start: {error.reason}", hint) from None
-    return _compare(outputs, server.connection, folder)
+    spec_file = Path(resolved.file) if resolved.file else None
+    starting = child_server.serve_folder(folder, resolved.spec.name, resolved.spec.serve.precision, spec_file)
+    with console.progress("starting the server"), starting as server:
+        outputs = _outputs(server, against)
+    return _compare(outputs, server, folder)
 
 
 def _check_library(task: str, against: str | None) -> None:

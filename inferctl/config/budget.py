@@ -12,7 +12,7 @@ from typing import NamedTuple
 UNITS = 1_000_000_000  # of one unit of a currency
 EXAMPLE = "50 EUR/month"
 PATTERN = (
-    r"^(?P<amount>\d{1,9}(\.\d{1,9})?) (?P<currency>[^\s/]{1,16})/(?P<period>day|week|month|total)"
+    r"^(?P<amount>\d{1,9}(\.\d{1,9})?) (?P<currency>[\w$€£¥]{1,16})/(?P<period>day|week|month|total)"
     r"( (?P<zone>[A-Z][A-Za-z0-9_/+-]{0,63}))?(?P<soft> soft)?$"
 )
 

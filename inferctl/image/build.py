@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.image import buildx, library, lint
+from inferctl.image import buildx, library, lint, replaced
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -119,6 +119,9 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
                     "an input changed after that image was built: build and verify again without `--expect`",
                 )
             findings, checked = yield from _lint_and_verify(plan, engine, info, image)
+            changes = [replaced.findings(engine, image, each, push=options.push) for each in plan.references]
+            findings += dict.fromkeys(itertools.chain.from_iterable(changes))
+            yield from (Note(each.text()) for each in findings if each.topic == "space")
             times["verify"] = time.monotonic()
             config = str(metadata.get("containerimage.config.digest") or image.id)
             publication = yield from publish(plan, engine, builder, request, image, config)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,21 @@ class Space:
         return replace(self, definition={**self.definition, **parts})
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the parts in which two definitions differ, with both values, None for a part that one lacks.
+
+    An object in a definition is compared part by part: `config.hidden_act`.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for part in dict.fromkeys([*one, *other]):
+        before, after = one.get(part), other.get(part)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= {f"{part}.{inner}": pair for inner, pair in differences(before, after).items()}
+        elif before != after:
+            found[part] = before, after
+    return found
+
+
 def read(folder: Path, config: EmbeddingConfig) -> dict[Output, Space]:
     """Return the spaces of all outputs of a model folder, whose configuration is `config`.
 
@@ -129,17 +144,20 @@ def _files(folder: Path) -> list[Path]:
 def _weights(files: Iterable[Path], unused: Iterable[str] = ()) -> str:
     """Return the SHA-256 of names, shapes and values of the tensors, in the order of their names.
 
-    Equal values are equal in all formats of numbers.
+    Equal values are equal in all formats of numbers. A prefix that all names have in common, such as `bert.`, does not
+    count: transformers writes it for a model with a head.
     """
     ignored, calls = re.compile("|".join(unused) or "(?!)"), {}
-    with ThreadPoolExecutor(2) as threads:  # SHA-256 runs without the lock of the interpreter
+    with ThreadPool(2) as threads:  # SHA-256 runs without the lock of the interpreter
         for file in files:
             with file.open("rb") as stream:
                 start = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in tensors(file):
                 if not ignored.fullmatch(name):
-                    calls[name] = threads.submit(_tensor, file, start, entry)
-        return _digest({name: call.result() for name, call in sorted(calls.items())})
+                    calls[name] = threads.apply_async(_tensor, (file, start, entry))
+        first = {name.partition(".")[0] for name in calls}
+        cut = len(first.pop()) + 1 if len(first) == 1 and len(calls) > 1 else 0
+        return _digest({name[cut:]: call.get() for name, call in sorted(calls.items())})
 
 
 def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
@@ -147,21 +165,17 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(entry["shape"]).encode())
     begin, end = entry["data_offsets"]
     kind = entry["dtype"]
-    data = np.memmap(file, np.uint8, "r", start + begin, (end - begin,)) if end > begin else np.empty(0, np.uint8)
-    for part in _parts(data, kind):
-        found.update(part)
+    most = {"F64": 8, "F32": 4}.get(kind, 2) * _PART
+    with file.open("rb") as stream:
+        stream.seek(start + begin)
+        while part := stream.read(min(most, start + end - stream.tell())):
+            if kind == "BF16":
+                found.update(np.left_shift(np.frombuffer(part, "<u2"), 16, dtype=np.uint32))
+            elif kind in _NUMBERS and kind != "F32":
+                found.update(np.frombuffer(part, _NUMBERS[kind]).astype("<f4").data)
+            else:
+                found.update(part)
     return found.hexdigest()
-
-
-def _parts(data: Any, kind: str) -> Iterator[Any]:
-    width = {"F64": 8, "F32": 4}.get(kind, 2)
-    for at in range(0, len(data), width * _PART):
-        part = data[at : at + width * _PART]
-        if kind == "BF16":
-            part = np.left_shift(part.view("<u2"), 16, dtype=np.uint32)
-        elif kind in _NUMBERS and kind != "F32":
-            part = part.view(_NUMBERS[kind]).astype("<f4")
-        yield np.ascontiguousarray(part)
 
 
 def _tokenizer(folder: Path, config: EmbeddingConfig) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -70,14 +71,9 @@ class EncoderModel:
         self.tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
         self.served = ServedModel.of(spec, self._config, options.truncate, number)
         self.sizes: dict[str, Any] = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0, "spaces": {}}
-        # While the engine loads the weights, a thread reads them too.
-        config, self._spaces = self._config, Future[dict[Output, Space]]()
-        if isinstance(config, EmbeddingConfig):
-            thread = ThreadPoolExecutor(1, "space")
-            self._spaces = thread.submit(space.read, folder.path, config)
-            thread.shutdown(wait=False)
-        else:
-            self._spaces.set_result({})
+        # While the engine loads the weights, a thread reads them too, for which the end of the server does not wait.
+        self._spaces = Future[dict[Output, Space]]()
+        threading.Thread(target=self._read_folder, name="space", daemon=True).start()
         self.first_ready = asyncio.Event()
         self.device: dict[str, Any] | None = None
         self._engine: EngineInfo | None = None  # the first one that was ready
@@ -92,6 +88,19 @@ class EncoderModel:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
         largest = max(self.batcher.limits.batch_tokens, self._config.max_tokens)
         return max(self._options.hang_seconds, 20 * self.batcher.latency.seconds(largest))
+
+    def _read_folder(self) -> None:
+        self._spaces.set_running_or_notify_cancel()
+        try:
+            config, _ = self._config, self.folder.digest  # which is kept, and would block the event loop too
+            self._spaces.set_result(space.read(self.folder.path, config) if isinstance(config, EmbeddingConfig) else {})
+        except Exception as error:  # noqa: BLE001  # the server ends with any
+            self._spaces.set_exception(error)
+
+    async def wait_ready(self) -> None:
+        """Return when the first engine is ready. Raises why the spaces are not known."""
+        await asyncio.wrap_future(self._spaces)
+        await self.first_ready.wait()
 
     def _engine_ready(self, info: EngineInfo) -> None:
         if not self._spaces.done():  # the server responds to probes meanwhile
@@ -124,7 +133,7 @@ class EncoderModel:
 
     def state(self) -> dict[str, Any]:
         """Return what API processes need to know of it."""
-        return {"device": self.device, "digest": self.folder.digest, **self.sizes}
+        return {"device": self.device, "digest": self.device and self.folder.digest, **self.sizes}
 
     def describe(self) -> dict[str, Any] | None:
         """Return what `GET /info` says of it; None before an engine was ready."""

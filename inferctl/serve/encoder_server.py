@@ -103,7 +103,10 @@ class EncoderServer(ServerLifetime):
     def _ready(self) -> bool:
         """Return whether the models can compute: at the start all, then any. So one does not stop the others."""
         enough = any if self._lifecycle.started else all
-        return enough(model.dispatcher.ready for model in self._models) and self._front.up > 0
+        return (
+            enough(model.dispatcher.ready and model.first_ready.is_set() for model in self._models)
+            and self._front.up > 0
+        )
 
     def _live(self) -> bool:
         engines = any(not model.pool.crash_looping for model in self._models)
@@ -155,8 +158,10 @@ class EncoderServer(ServerLifetime):
             async with asyncio.TaskGroup() as running:
                 for model in self._models:
                     engines = running.create_task(model.pool.run())
-                    ready = asyncio.create_task(model.first_ready.wait())
+                    ready = asyncio.create_task(model.wait_ready())
                     await asyncio.wait((engines, ready), return_when=asyncio.FIRST_COMPLETED)
+                    if ready.done():
+                        ready.result()
                     ready.cancel()
                     if engines.done():  # by a signal
                         break

@@ -54,7 +54,7 @@ def plan_of(folder: Path, checkpoint: object) -> Path:
 def test_a_plan_names_a_checkpoint_relative_to_its_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, prepared = folders
     file = plan_of(prepared.parent, "int8")
-    done = bench_setup.prepare(BenchOptions(None, str(model), str(file), output=tmp_path))
+    done = bench_setup.prepare(BenchOptions(None, [str(model)], str(file), output=tmp_path))
     targets = {target.name: target.checkpoint for target in done.targets}
     assert targets == {"bf16": None, "int8": str(prepared)}
     assert done.command

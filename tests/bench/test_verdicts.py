@@ -17,7 +17,7 @@ import winners
 from bench_samples import FIELDS, MACHINE, SECOND, document, row, sealed, steady, table
 
 from inferctl.bench import privacy
-from inferctl.bench.judge import slo, summary, validity
+from inferctl.bench.judge import neighbors, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import closed_loop, environment, quality
 from inferctl.bench.measure.bench import Bench
@@ -280,7 +280,7 @@ def test_equal_vectors_are_perfect_whatever_their_length() -> None:
 
 
 def test_cosine_and_recall_of_known_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "NEIGHBORS", 2)
+    monkeypatch.setattr(neighbors, "NEIGHBORS", 2)
     angles = np.radians([0, 10, 20, 100, 110, 120])
     expected = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     moved = np.radians([0, 10, 105, 100, 110, 120])  # the third moves to the other group

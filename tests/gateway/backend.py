@@ -8,62 +8,44 @@ as an engine does.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
+from collections.abc import AsyncIterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+NAME, PORT, DELAY_S = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+SLOTS, STATUSES = asyncio.Semaphore(4), list[int]()
 
 
-async def main() -> None:
-    name, port, delay_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    slots, statuses = asyncio.Semaphore(4), 0
-
-    def answer(status: str, body: bytes, *headers: str) -> bytes:
-        head = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers]
-        return "\r\n".join(head).encode() + b"\r\n\r\n" + body
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal statuses
-        while line := await reader.readline():
-            path = line.split()[1].decode()
-            headers: dict[str, str] = {}
-            while (field := (await reader.readline()).strip()) != b"":
-                key, _, value = field.decode().partition(":")
-                headers[key.lower()] = value.strip()
-            received = b""
-            if headers.get("transfer-encoding") == "chunked":
-                while size := int(await reader.readline(), 16):
-                    received += (await reader.readexactly(size + 2))[:-2]
-                await reader.readline()
-            else:
-                received = await reader.readexactly(int(headers.get("content-length", "0")))
-            if path == "/readyz":
-                writer.write(answer("200 OK", b""))
-            elif path.startswith("/status/"):
-                statuses += 1
-                writer.write(answer(f"{path.rpartition('/')[2]} Any", b""))
-            elif path == "/statuses":
-                writer.write(answer("200 OK", str(statuses).encode()))
-            elif path == "/v1/chat/completions":
-                writer.write(
-                    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-                )
-                for number in range(5):
-                    event = b"data: %d\n\n" % number
-                    writer.write(b"%x\r\n%b\r\n" % (len(event), event))
-                    await writer.drain()
-                    await asyncio.sleep(0.1)
-                writer.write(b"0\r\n\r\n")
-            else:
-                async with slots:
-                    await asyncio.sleep(delay_s)
-                body = json.dumps({"server": name, "headers": headers, "bytes": len(received)}).encode()
-                writer.write(answer("200 OK", body))
-            await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
-    async with server:
-        await server.serve_forever()
+async def events() -> AsyncIterator[bytes]:
+    for number in range(5):
+        yield b"data: %d\n\n" % number
+        await asyncio.sleep(0.1)
 
 
-if __name__ == "__main__":
-    asyncio.run(main())
+async def answer(request: Request) -> Response:
+    size = len(await request.body())
+    async with SLOTS:
+        await asyncio.sleep(DELAY_S)
+    return JSONResponse({"server": NAME, "headers": dict(request.headers), "bytes": size})
+
+
+async def status(request: Request) -> Response:
+    STATUSES.append(request.path_params["status"])
+    return Response(status_code=STATUSES[-1])
+
+
+ROUTES = [
+    Route("/readyz", lambda _: Response()),
+    Route("/status/{status:int}", status),
+    Route("/statuses", lambda _: PlainTextResponse(str(len(STATUSES)))),
+    Route(
+        "/v1/chat/completions", lambda _: StreamingResponse(events(), media_type="text/event-stream"), methods=["POST"]
+    ),
+    Route("/{path:path}", answer, methods=["GET", "POST"]),
+]
+uvicorn.run(Starlette(routes=ROUTES), port=PORT, log_level="warning")

@@ -203,65 +203,6 @@ def test_headers_that_servers_trust_or_report_do_not_pass(quiet: tuple[str, int]
     assert headers["x-request-id"]
 
 
-@pytest.fixture
-def envoy_with_trailers(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """The gateway's configuration, but with trailers, which other gateways may pass on: url of a server -> of Envoy."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(server: str) -> str:
-        settings = config.Settings(port=free_port())
-        bootstrap = config.bootstrap(settings, tmp_path, [servers.parse(server)])
-        with_trailers = {"http_protocol_options": {"enable_trailers": True}}
-        found = bootstrap["static_resources"]
-        found["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"] |= with_trailers
-        options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-        upstream = {"@type": f"type.googleapis.com/{options}", "explicit_http_config": with_trailers}
-        found["clusters"][0]["typed_extension_protocol_options"] = {options: upstream}
-        (tmp_path / "envoy.yaml").write_text(json.dumps(bootstrap))
-        command = [str(ENVOY), "-c", str(tmp_path / "envoy.yaml"), "--concurrency", "1", "--log-level", "error"]
-        processes.append(subprocess.Popen([*command, "--use-dynamic-base-id"]))
-        return f"http://127.0.0.1:{settings.port}"
-
-    yield start
-    for process in processes:
-        process.terminate()
-        process.wait(30)
-
-
-def test_a_trailer_names_nobody_behind_a_gateway_that_passes_trailers_on(
-    serve: Callable[..., ServerProcess],
-    envoy_with_trailers: Callable[[str], str],
-    minilm: Path,
-    tmp_path: Path,
-) -> None:
-    access = {"trusted_proxies": ["127.0.0.0/8"], "open": ["metrics"]}
-    spec = {"name": "echo", "model": {"source": str(minilm)}, "access": access}
-    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    server = serve("--engine", "echo")
-    url = envoy_with_trailers(server.url)
-
-    def ready() -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{url}/readyz").status_code == 200
-        return False
-
-    until(ready)
-    body = b'{"input": "x"}'
-    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    sent = head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(body), body)
-    for field in (b"x-inferctl-key-id: victim\r\n", b"X-Inferctl-Key-Id: victim\r\n"):
-        as_header, as_trailer = sent.replace(b"host", field + b"host") + b"\r\n", sent + field + b"\r\n"
-        for address, request, status in (
-            (server.url, as_header, b"200"),
-            (server.url, as_trailer, b"401"),
-            (url, as_header, b"401"),
-            (url, as_trailer, b"401"),
-        ):
-            with connect(address) as client:
-                client.sendall(request)
-                assert client.recv(4096).split(b" ", 2)[1] == status
-
-
 def parts(size: int) -> Iterator[bytes]:
     """Yield a body in parts, which a client sends without its length."""
     for start in range(0, size, 10_000):

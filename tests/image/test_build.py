@@ -362,3 +362,13 @@ def test_a_server_container_that_exits_ends_with_its_log_and_exit_code(docker: D
     assert "ended with exit code 1" in done.stderr
     assert "there is no such model" in done.stderr
     assert "hint: see the log above\n" in done.stderr
+
+
+def test_a_build_warns_that_the_image_in_the_registry_has_another_space(docker: DockerEngine, base_image: str) -> None:
+    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
+    found = []
+    for space in ("dense_1", "dense_1", "dense_2"):
+        made = tiny.plan(tiny.rendered(base_image, extra=f"LABEL io.inferctl.model.space={space}"), name=name)
+        found.append(run(docker, tiny.with_options(made, verify=False, push=True))[1])
+    assert [[each.topic for each in built.findings] for built in found] == [[], [], ["space"]]
+    assert str(found[1].digest) in str(found[2].findings[0].hint)

@@ -60,6 +60,8 @@ ONLY_IN = {
     "gevent": ("bench/loadgen/",),
     "plotly": (),
     "pyarrow": ("embed/",),
+    "pytrec_eval": ("bench/measure/retrieval.py",),
+    "scipy": ("bench/measure/retrieval.py",),
 }
 HEAVY = [
     "torch",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import shutil
@@ -17,7 +16,6 @@ from inferctl.core.errors import UsageError
 from inferctl.image import verify
 from inferctl.reading import embedding_config, prompts
 from inferctl.serve.reference import reference
-from inferctl.serve.text import text_parts
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests import tiny_models
 from tests.processes import CLIENT, ServerProcess, start, until
@@ -196,25 +194,6 @@ def test_a_pooling_without_the_prompt_is_rejected_by_the_name_of_the_default(fol
             if selected == {"prompt": "p: "} or settings:
                 with pytest.raises(UsageError, match="excludes the tokens of a prompt"):
                     found.select(**selected)
-
-
-def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
-    folder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = folder()
-    pool = TokenizerPool(path, embedding_config.read(path))
-    monkeypatch.setattr(text_parts, "SLICE_CHARACTERS", 1_000)
-    calls: list[int] = []
-    run = pool._run
-
-    async def recorded(waiting: Any, characters: int, tenant: str | None) -> Any:
-        calls.extend((len(waiting), characters))
-        return await run(waiting, characters, tenant)
-
-    monkeypatch.setattr(pool, "_run", recorded)
-    rows = asyncio.run(pool.encode(["word"] * 48, truncate=True, prompt="p " * 248))
-    assert calls == [24, 48 * 500]
-    assert [row.tolist() for row in rows] == [pool.encode_now(["p " * 248 + "word"], truncate=True)[0].tolist()] * 48
 
 
 @pytest.fixture(scope="module")

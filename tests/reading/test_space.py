@@ -16,11 +16,13 @@ from inferctl.reading.outputs import Form, mark
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.reading import saved_models
 from tests.reading.saved_models import TEXTS, WIDTH
+from tests.reading.test_outputs import multi_vector
 from tests.reading.test_saved_models import MEAN, dense, edit, normalized, pooled
 
 Change: TypeAlias = Callable[[Path], Any]
 WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
 LIBRARY, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
+MASK = "2_MultiVectorMask/config.json"
 
 
 def values(change: Callable[[dict[str, Any]], Any], file: str = WEIGHTS, **options: Any) -> Change:
@@ -131,6 +133,7 @@ SAME: dict[str, Change] = {
     "no pooler": values(lambda found: {name: each for name, each in found.items() if "pooler" not in name}),
     "stored position ids": values(lambda found: found.update({"embeddings.position_ids": _arange(130)})),
     "a head of the pretraining": values(lambda found: found.update({"cls.seq_relationship.bias": _arange(2).float()})),
+    "a prefix of all names": values(lambda found: {f"bert.{name}": each for name, each in found.items()}),
     "README": written("README.md", "other"),
     "an ONNX export": written("onnx/model.onnx", "x"),
     "version of transformers": setting(CONFIG, transformers_version="1.0"),
@@ -194,6 +197,22 @@ OTHER: dict[str, Change] = {
 }
 
 
+# The parts in which the definitions differ, where they are not the weights.
+PARTS: dict[str, str] = {
+    **dict.fromkeys([name for name in OTHER if "Dense" in name or "Normalize" in name], "layers"),
+    **dict.fromkeys(["cls pooling", "max pooling", "weighted mean"], "pooling"),
+    **dict.fromkeys(["upper case", "accents", "ids of two tokens", "long words", "no special tokens"], "tokenizer"),
+    "truncated vectors": "truncate_dim",
+    "prompt of queries": "prompts.query",
+    "prompt of documents": "prompts.document",
+    "default prompt": "default_prompt",
+    "shorter texts": "max_tokens",
+    "heads of attention": "config.num_attention_heads",
+    "activation": "config.hidden_act",
+    "epsilon of norms": "config.layer_norm_eps",
+}
+
+
 def _arange(count: int) -> Any:
     import torch
 
@@ -217,27 +236,39 @@ def computed(folder: Path, limit: int | None = None) -> dict[str, Any]:
     pool.close()
     if config.pooling:
         return {"dense": reference.embed(rows)}
-    found = [reference.outputs(row, mark(Form.SPARSE)) for row in rows]
+    form = Form.SPARSE if config.sparse else Form.TOKENS
+    found = [reference.outputs(row, mark(form)) for row in rows]
+    if config.tokens:
+        return {"tokens": np.concatenate([outputs.tokens for outputs in found])}
     sparse = np.zeros((len(rows), reference.vocabulary_size), np.float32)
     for row, outputs in zip(sparse, found, strict=True):
         row[outputs.ids] = outputs.weights
     return {"sparse": sparse}
 
 
+def spaces(folder: Path, limit: int | None = None) -> dict[Any, space.Space]:
+    return space.read(folder, embedding_config.read(folder, limit))
+
+
 def names(folder: Path, limit: int | None = None) -> dict[str, str]:
-    return {output: each.name for output, each in space.read(folder, embedding_config.read(folder, limit)).items()}
+    return {output: each.name for output, each in spaces(folder, limit).items()}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], Any]:
-    """A folder whose weights bf16 has exactly, the names of its spaces, and its vectors."""
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder whose weights bf16 has exactly, its spaces, and its vectors."""
     import torch
 
     parts = lambda: [pooled("mean"), dense(WIDTH, 24, bias=True), normalized()]  # noqa: E731
     prompts = {"query": "query: ", "document": "passage: "}
     folder = saved_models.save(tmp_path_factory.mktemp("space"), "bert", parts, {"prompts": prompts})
     values(lambda found: {name: each.bfloat16().to(torch.float32) for name, each in found.items()})(folder)
-    return folder, names(folder), computed(folder)["dense"]
+    return folder, spaces(folder), computed(folder)["dense"]
+
+
+@pytest.fixture(scope="module")
+def colbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return multi_vector(tmp_path_factory.mktemp("colbert"), "bert", ["the"], {})
 
 
 @pytest.mark.parametrize(("name", "same"), [(name, each is SAME) for each in (SAME, OTHER) for name in each])
@@ -247,13 +278,15 @@ def test_a_name_changes_if_the_vectors_do(base: Any, tmp_path: Path, name: str, 
     (SAME if same else OTHER)[name](folder)
     found = computed(folder)["dense"]
     equal = found.shape == base[2].shape and np.allclose(found, base[2], rtol=0, atol=1e-5)
-    assert (names(folder)["dense"] == base[1]["dense"], equal) == (same, same)
+    old, new = base[1]["dense"], spaces(folder)["dense"]
+    assert (old.name == new.name, equal) == (same, same)
+    assert set(space.differences(old.definition, new.definition)) == (set() if same else {PARTS.get(name, "weights")})
 
 
 @pytest.mark.parametrize(("limit", "same"), [(6, False), (128, True)])
 def test_a_limit_of_the_server_is_part_of_it(base: Any, limit: int, same: bool) -> None:
     equal = np.allclose(computed(base[0], limit)["dense"], base[2], rtol=0, atol=1e-5)
-    assert (names(base[0], limit) == base[1], equal) == (same, same)
+    assert (spaces(base[0], limit) == base[1], equal) == (same, same)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +309,24 @@ def test_the_head_of_sparse_weights_is_part_of_their_space(
     assert (names(folder) == names(splade), equal) == (same, same)
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (setting(CONFIG, torch_dtype="float16"), True),
+        (setting(MASK, skiplist_words=["the", ","]), False),  # one text has a comma
+        (shifted("linear.weight", 0.1, "1_Dense/model.safetensors"), False),
+        (setting(LIBRARY, prompts={"query": "[D] ", "document": "[D] "}), False),
+    ],
+)
+def test_vectors_of_tokens_have_a_space(colbert: Path, tmp_path: Path, change: Change, same: bool) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(colbert, folder)
+    change(folder)
+    before, after = computed(colbert)["tokens"], computed(folder)["tokens"]
+    equal = before.shape == after.shape and np.allclose(before, after, rtol=0, atol=1e-5)
+    assert (names(folder) == names(colbert), equal) == (same, same)
+
+
 def test_the_dropout_of_tokens_of_esm_is_computed(tmp_path: Path) -> None:
     folder = saved_models.save(tmp_path, "esm", MEAN, {}, mask_token_id=4)
     before = names(folder), computed(folder)["dense"]
@@ -285,8 +336,7 @@ def test_the_dropout_of_tokens_of_esm_is_computed(tmp_path: Path) -> None:
 
 
 def test_variants_and_outputs_have_names_of_their_own(base: Any) -> None:
-    spaces = space.read(base[0], embedding_config.read(base[0]))
-    whole = spaces["dense"]
-    found = [whole, *spaces.values(), whole.variant(dimensions=8), whole.variant(dimensions=9), whole.variant(a=1)]
+    whole = base[1]["dense"]
+    found = [whole, *base[1].values(), whole.variant(dimensions=8), whole.variant(dimensions=9), whole.variant(a=1)]
     assert len({each.name for each in found}) == len(found) - 1
     assert space.Space("dense", json.loads(json.dumps(whole.definition))).name == whole.name

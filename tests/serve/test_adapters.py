@@ -22,7 +22,7 @@ from inferctl.models.adapter import Slots
 from inferctl.models.model import ModelFolder
 from inferctl.serve.generate import generation_server, probe
 from tests.conftest import ROOT
-from tests.models.adapters import HOSTILE, WRONG, write_adapter, write_base
+from tests.models.adapters import write_adapter, write_base
 from tests.processes import ServerProcess, python, until, write_spec
 from tests.required import missing
 from tests.serve.test_generation import launch
@@ -166,9 +166,7 @@ def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
 @pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(900)
-def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_the_estimated_size(
-    tmp_path: Path,
-) -> None:
+def test_the_slots_of_vllm_have_the_estimated_size(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         missing("vllm", "vLLM is not installed")
     found: Any = SimpleNamespace(versions=probe.versions())
@@ -176,10 +174,7 @@ def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_th
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = python("-m", "tests.serve.vllm_alone", str(tmp_path), env=os.environ | environment, cwd=ROOT, timeout=500)
-    found = json.loads(done.stdout.splitlines()[-1])
-    known = {case: serves for case, (_, _, serves) in [*WRONG.items(), *HOSTILE.items()] if serves is not None}
-    assert {case: bool(served) for case, served in found["served"].items()} == known
-    assert found["slots"] == Slots(2, 16).numbers(ModelFolder(tmp_path / "base"))
+    assert int(done.stdout.splitlines()[-1]) == Slots(2, 16).numbers(ModelFolder(tmp_path / "base"))
 
 
 @pytest.mark.slow

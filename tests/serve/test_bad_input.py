@@ -6,7 +6,6 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from inferctl.serve.api import app, schemas
-from inferctl.serve.engines import echo
 from tests.processes import ServerProcess, until
 
-
-def is_no_fault(number: float) -> bool:
-    """Return whether the echo engine injects no fault for this token id. The server reads 15.0 as 15."""
-    return not echo.NON_FINITE_TOKEN <= number <= echo.CLOSING_TOKEN
-
-
-NUMBERS = st.integers().filter(is_no_fault)
-SCALARS = st.none() | st.booleans() | NUMBERS | st.floats().filter(is_no_fault) | st.text(max_size=20)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=20,
-)
-IDS = st.integers(-2, 40_000).filter(is_no_fault)
-INPUTS = st.text(max_size=200) | st.lists(st.text(max_size=20), max_size=6) | st.lists(IDS, max_size=6)
-BODIES = st.fixed_dictionaries(
-    {"input": INPUTS | st.lists(st.lists(IDS, max_size=4), max_size=6) | JSON},
-    optional={
-        "model": st.just("echo") | SCALARS,
-        "encoding_format": st.sampled_from(["float", "base64", "hex"]) | SCALARS,
-        "dimensions": st.integers(-1, 9) | SCALARS,
-        "truncate": SCALARS,
-        "user": SCALARS,
-    },
 )
 
 
@@ -85,12 +64,6 @@ def accepted_or_rejected(answer: httpx.Response) -> int:
 
 def post(client: httpx.Client, raw: bytes, media: str = "application/json") -> httpx.Response:
     return client.post("/v1/embeddings", content=raw, headers={"content-type": media})
-
-
-@given(BODIES)
-@settings(max_examples=300)
-def test_any_body_of_the_right_shape(client: httpx.Client, body: dict[str, Any]) -> None:
-    accepted_or_rejected(post(client, json.dumps(body).encode()))
 
 
 @given(JSON | st.dictionaries(st.text(max_size=8), JSON))
@@ -220,26 +193,3 @@ def test_no_list_of_a_request_keeps_an_error_for_each_item(
         model.model_validate(example | value, context={"max_inputs": 2048})
     except ValidationError as error:
         assert error.error_count() <= 16
-
-
-def test_valid_requests_complete_next_to_invalid_ones(server: ServerProcess) -> None:
-    bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 100_000 + b'"}']
-    bodies = [b'{"input": [5, 6]}', *bad] * 10
-    with httpx.Client(base_url=server.url, timeout=60) as shared, ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(lambda raw: accepted_or_rejected(post(shared, raw)), bodies))
-    assert statuses == [200, 400, 400, 200] * 10
-
-
-@pytest.mark.parametrize("read", [0, 100, 20_000])
-def test_clients_that_disconnect_during_the_response(server: ServerProcess, read: int) -> None:
-    body = json.dumps({"input": [[100 + i] for i in range(2000)]}).encode()
-    for _ in range(10):
-        with connected(server) as connection:
-            connection.sendall(
-                b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-            )
-            got = 0
-            while got < read:
-                got += len(connection.recv(min(4096, read - got)))
-    until(lambda: in_flight(server) == 0, 60)
-    assert server.embed(input=[5]).status_code == 200

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.core.errors import InferctlError
 from inferctl.serve import child
 from inferctl.serve.child import Child
 from tests.processes import until
@@ -99,12 +98,6 @@ def killed(told: int, *, ready: bool = True) -> Callable[[Python], Awaitable[Non
     return act
 
 
-async def hung(python: Python) -> None:
-    os.kill(python.pids[0], signal.SIGSTOP)
-    python.expect(0.1)
-    await python.until(lambda: len(python.told) == 2 and python.ready)
-
-
 def gone(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
@@ -113,10 +106,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("programs", "act", "said", "hangs"),
     [
-        ((READY,), nothing, [], 0),
         ((STUBBORN,), nothing, [], 0),
-        ((READY,), killed(1), [KILLED], 0),
-        ((READY,), hung, ["did not respond within 0.1 s; killing it", KILLED], 1),
         (
             (READY, "raise SystemExit(3)", "", "raise SystemExit(4)", READY),
             killed(4),
@@ -149,23 +139,6 @@ def test_a_stop_ends_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_MIN_PAUSE_S", 600.0)
     monkeypatch.setattr(child, "_MAX_PAUSE_S", 600.0)
     assert len(run((READY,), killed(1, ready=False)).pids) == 1
-
-
-def test_starts_that_fail_again_and_again_are_a_crash_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "_MAX_PAUSE_S", 0.01)
-    seen: set[tuple[int, bool]] = set()
-
-    async def act(python: Python) -> None:
-        os.kill(python.pids[0], signal.SIGKILL)
-        await python.until(lambda: seen.add((python.failures, python.crash_looping)) or python.failures == 5)
-
-    run((READY, "raise SystemExit(1)"), act)
-    assert seen >= {(4, False), (5, True)}
-
-
-async def test_a_first_start_that_fails_is_raised() -> None:
-    with pytest.raises(InferctlError, match="the program ended with exit code 1"):
-        await Python("raise SystemExit(1)").run()
 
 
 def test_the_children_of_a_child_end_with_it() -> None:

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 from tests.conftest import TEXTS
 from tests.processes import CLIENT, ServerProcess
-from tests.tenancy.key_files import add
 
 SPACE, OTHER_SPACE = "x-inferctl-space", "dense_0123456789abcdef"
 VARIANTS: list[dict[str, Any]] = [
@@ -169,44 +168,6 @@ def test_the_first_version_of_cohere(minilm_server: ServerProcess, reference: An
     typed = minilm_server.post("/v1/embed", body).raise_for_status().json()
     assert (typed["response_type"], typed["meta"]["api_version"]) == ("embeddings_by_type", {"version": "1"})
     same(typed["embeddings"]["float"], reference)
-
-
-def client_calls() -> dict[str, Callable[[str, str], object]]:
-    """Return for each client a function of the URL of a server and a key that embeds one text."""
-    import cohere
-    import voyageai
-    from huggingface_hub import InferenceClient
-    from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
-
-    return {
-        "openai": lambda url, key: openai.OpenAI(base_url=f"{url}/v1", api_key=key).embeddings.create(
-            model="echo", input="a"
-        ),
-        "cohere": lambda url, key: cohere.ClientV2(api_key=key, base_url=url).embed(
-            model="echo", texts=["a"], input_type="search_query"
-        ),
-        "voyage": lambda url, key: voyageai.Client(api_key=key, base_url=f"{url}/voyage").embed(["a"], model="echo"),
-        "llama-index": lambda url, key: TextEmbeddingsInference(
-            model_name="echo", base_url=url, auth_token=key
-        ).get_text_embedding("a"),
-        "hugging face": lambda url, key: InferenceClient(model=url, token=key).feature_extraction("a"),
-    }
-
-
-def test_each_client_sends_its_key_and_shows_the_error_of_a_wrong_one(
-    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    _, key = add(tmp_path / "keys.json", "team")
-    server = serve("--model", str(minilm), "--engine", "echo", "--name", "echo", "--keys", "keys.json")
-    # The one shows the status only, the other ignores it: KeyError(0).
-    unclear = {"hugging face": "401", "llama-index": "0"}
-    for name, call in client_calls().items():
-        assert call(server.url, key) is not None
-        with pytest.raises(Exception, match=unclear.get(name, "API key is missing or not valid")):
-            call(server.url, "wrong")
 
 
 PAIR = {"source_sentence": "a", "sentences": ["b"]}
@@ -480,27 +441,3 @@ def test_a_header_in_two_lines_is_one_list(minilm_server: ServerProcess) -> None
     for lines in ([name, OTHER_SPACE], [OTHER_SPACE, name], [""]):
         headers = [(SPACE, each) for each in lines]
         assert httpx.post(f"{minilm_server.url}/embed", json={"inputs": "a"}, headers=headers).status_code == 200
-
-
-def test_clients_do_not_repeat_a_request_for_another_space(
-    minilm_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import cohere
-    from huggingface_hub import InferenceClient, constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    url, headers = minilm_server.url, {SPACE: OTHER_SPACE}
-    calls: dict[str, Callable[[], object]] = {
-        "openai": lambda: openai.OpenAI(base_url=f"{url}/v1", api_key="a", default_headers=headers).embeddings.create(
-            model="minilm", input="a"
-        ),
-        "cohere": lambda: cohere.ClientV2(api_key="a", base_url=url, httpx_client=httpx.Client(headers=headers)).embed(
-            model="minilm", texts=["a"], input_type="search_query"
-        ),
-        "hugging face": lambda: InferenceClient(model=url, headers=headers).feature_extraction("a"),
-    }
-    for name, call in calls.items():
-        before = minilm_server.metric("inferctl_requests_total", status="412")
-        with pytest.raises(Exception, match="412"):
-            call()
-        assert minilm_server.metric("inferctl_requests_total", status="412") == before + 1, name

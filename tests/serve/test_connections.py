@@ -436,13 +436,6 @@ def test_a_body_in_small_chunks_is_accepted(server: Served) -> None:
     assert b'"bytes": 650000' in answer
 
 
-def test_a_body_one_byte_at_a_time_is_accepted(server: Served) -> None:
-    with server.connect() as connection:
-        for byte in HEAD + b"connection: close\r\ncontent-length: 200\r\n\r\n" + b"a" * 200:
-            connection.sendall(bytes([byte]))
-        assert b'"bytes": 200' in read_all(connection)
-
-
 def test_a_slow_but_steady_body_is_accepted(server: Served) -> None:
     size = 60 * 16 * 1024
     head = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % size

@@ -105,19 +105,6 @@ def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
     assert (done.returncode, "is a model for rerank" in done.stderr) == (2, True)
 
 
-def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from inferctl.serve.engines import head
-
-    folder = tiny_models.make_cross_encoder(tmp_path, "roberta")
-    pairs = encoded(folder)
-    call = head.Head.__call__
-    monkeypatch.setattr(head.Head, "__call__", lambda self, states: call(self, states.flip(1)))
-    engine, info = engines.loaded(folder, task="rerank")
-    assert info.attention == "padded"
-    assert "relative logit error" in info.attention_reason
-    np.testing.assert_allclose(engine.run(engines.batch_of_pairs(pairs)).rows, reference(folder, pairs), atol=2e-4)
-
-
 def changed(file: str, **settings: Any) -> Callable[[Path], Any]:
     """Return a change of a JSON file. A setting without a value (`...`) is removed."""
 

@@ -7,12 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.batching.latency_model import LatencyModel
-from inferctl.config.spec import Slo
 from inferctl.serve.engines.echo import SLOW_TOKEN
-from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
+from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize
 from inferctl.tenancy.metering.usage_event import UsageEvent
 from tests.processes import ServerProcess, until
 
@@ -88,12 +86,6 @@ def test_the_served_model_is_described(echo: ServerProcess) -> None:
     assert echo.metric("inferctl_engine_up") == 1
 
 
-def test_each_name_is_in_the_exposition_from_the_start(echo: ServerProcess) -> None:
-    """A scaler must not read "no data" before the first request."""
-    samples = {s.name for family in text_string_to_metric_families(echo.get("/metrics").text) for s in family.samples}
-    assert {OFFERED, "inferctl_queue_tokens", "inferctl_requests_waiting", "inferctl_requests_in_flight"} <= samples
-
-
 def test_the_size_of_a_request_is_learned_from_completed_ones() -> None:
     size = RequestSize(answer_tokens=256)
     assert size.estimate(4000) == pytest.approx(1256)
@@ -148,9 +140,3 @@ def test_the_fitted_capacity_needs_own_batches() -> None:
     assert model.tokens_per_second(64, 2) is None
     model.observe(64, 0.05)
     assert model.tokens_per_second(64, 2) == pytest.approx(2 * 64 / 0.05)
-
-
-def test_objectives_are_in_seconds() -> None:
-    slo = Slo(p99_ms=70, ttft_ms=500, itl_ms=None)
-    assert objectives(slo) == {"request_p99": 0.07, "first_token": 0.5}
-    assert objectives(Slo()) == {}  # type: ignore[call-arg]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +15,6 @@ import pytest
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import precision
 from inferctl.reading import embedding_config, rerank_config
-from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.modules import Normalize
-from inferctl.reading.outputs import TokensConfig
 from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, EngineConfig
 from inferctl.serve.observe import describe
@@ -123,15 +117,6 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
         engine._compute._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
     rows = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 777, 6], [7])]
     assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
-
-
-def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path, tmp_path: Path) -> None:
-    assert embedding_config.read(minilm) == EmbeddingConfig(("mean",), 256, (Normalize(),), tokens=TokensConfig())
-    assert embedding_config.read(minilm, max_input_tokens=64).max_tokens == 64
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
-    )
-    assert embedding_config.read(tmp_path) == EmbeddingConfig(("mean",), 512, assumed=True, tokens=TokensConfig())
 
 
 @pytest.mark.gpu
@@ -316,38 +301,20 @@ def test_auto_and_cuda_use_all_gpus_and_what_is_no_device_is_an_error(
 
 @pytest.mark.parametrize(("architecture", "packs"), [("qwen3", True), ("mistral", False), ("gemma3_text", True)])
 def test_a_decoder_keeps_no_keys_and_values(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, packs: bool
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, packs: bool
 ) -> None:
     import transformers
 
-    from inferctl.serve.engines.forward import Forward
-    from inferctl.serve.engines.prepared import Sequences
-
-    caches = []
-    cache = transformers.DynamicCache.__init__
-
-    def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
-        caches.append(self)
-        cache(self, *arguments, **keywords)
-
-    monkeypatch.setattr(transformers.DynamicCache, "__init__", counted)
-    engine = encoder_engine(
-        EngineConfig(model=str(tiny(architecture, "lasttoken")), precision="fp32", device="cpu", max_batch_tokens=256)
-    )
-    assert engine.load().attention == "packed"
-    forward = engine._compute._forward
-    assert isinstance(forward, Forward)
-    forward.pack(packs)
-    forward(Sequences(sequences(5)))
-    assert caches == []
-
-
-def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
     from inferctl.serve.engines import plain as reference
+    from inferctl.serve.engines.forward import Forward
 
-    monkeypatch.delattr(transformers.DynamicCache, "__init__")
+    monkeypatch.delattr(transformers.DynamicCache, "__init__")  # a cache cannot be created
+    pack = Forward.pack
+    monkeypatch.setattr(Forward, "pack", lambda forward, on=True: pack(forward, on and packs))
+    folder = tiny(architecture, "lasttoken")
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu", max_batch_tokens=256))
+    engine.load()
+    assert engine.run(batch(sequences(5, 40))).ok.all()
     folder = tiny_models.make_cross_encoder(tmp_path, "qwen3")
     model = reference.Reference(folder, rerank_config.read(folder))
     assert model.score([(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
@@ -487,28 +454,3 @@ def test_tf32_is_reported_if_fp32_uses_it(
     assert (found.tf32, "TF32" in found.reason) == (on, on)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     assert not device.choose("fp32", precision.DeviceTraits("cuda", compute_capability=capability))[0].tf32
-
-
-# Prints what torch registers for CUDA on import on a machine with CUDA and Triton.
-_REGISTERED = """
-import importlib, sys
-from inferctl.serve.engine_process.engine_protocol import EngineConfig
-from inferctl.serve.engine_process.engine_main import make_engine
-make_engine(EngineConfig(model=sys.argv[1], device="cpu"))
-from torch._native import registry, triton_utils
-from torch._vendor.packaging.version import Version
-triton_utils._check_runtime_available = lambda: (True, Version("3.7.1"))
-importlib.import_module("torch._native.ops.bmm_outer_product.triton_impl").register_to_dispatch()
-# From torch 2.15 on, the name begins with the namespace.
-print(sorted(op[-2:] for op, nodes in registry._graphs.items() if any(node.dsl_name != "native" for node in nodes)))
-"""
-
-
-@pytest.mark.parametrize(("disabled", "registered"), [(None, "[]"), ("0", "[('bmm', 'CUDA')]")])
-def test_no_triton_kernel_replaces_a_kernel_of_torch(minilm: Path, disabled: str | None, registered: str) -> None:
-    pytest.importorskip("torch._native.ops.bmm_outer_product", reason="this torch has no kernels in Triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_DISABLE_NATIVE_JIT"}
-    environment |= {"TORCH_DISABLE_NATIVE_JIT": disabled} if disabled else {}
-    command = [sys.executable, "-c", _REGISTERED, str(minilm)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.strip() == registered, done.stderr

@@ -119,14 +119,6 @@ def test_a_model_that_pads_texts_to_chunks_never_counts_below_zero() -> None:
     assert counter.model.flop(8192) == pytest.approx(8192 * (100 + 480 / 20))
 
 
-def test_a_small_batch_does_not_pay_for_the_common_start_of_a_large_one(engine: Any) -> None:
-    loaded, info = engine("qwen3", LAST)
-    loaded._shared_starts.append((99, 30))  # of a batch that runs at the same time
-    assert run(loaded, ids(31)) == pytest.approx(info.flops.flop(31))
-    large = run(loaded, ids(*[31] * 100))
-    assert large == pytest.approx(100 * info.flops.flop(31) - 99 * info.flops.flop(30))
-
-
 @pytest.mark.parametrize(
     ("hardware", "precision", "tf32", "known"),
     [

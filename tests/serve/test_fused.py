@@ -87,25 +87,6 @@ def test_norms_that_take_more_than_states_are_not_replaced() -> None:
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_of_one_class_with_other_options_are_told_apart() -> None:
-    import torch
-
-    from inferctl.serve.engines import fused
-
-    class Norm(torch.nn.Module):
-        def __init__(self, *, centered: bool) -> None:
-            super().__init__()
-            self.weight, self.eps, self.centered = torch.nn.Parameter(torch.ones(8)), 1e-6, centered
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = x - x.mean(-1, keepdim=True) if self.centered else x
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-    model = torch.nn.Sequential(Norm(centered=False), Norm(centered=True))
-    fused.apply(model)
-    assert [isinstance(module, fused.RMSNorm) for module in model] == [True, False]
-
-
 @pytest.mark.parametrize(
     ("architecture", "per_layer"),
     [
@@ -116,7 +97,7 @@ def test_norms_of_one_class_with_other_options_are_told_apart() -> None:
     ],
 )
 def test_a_layer_takes_few_launches_on_a_gpu(tiny: Any, architecture: str, per_layer: int) -> None:
-    import launches
+    from tests.serve import launches
 
     counts = []
     for layers in (2, 3):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.generate import vllm_request
@@ -17,6 +17,20 @@ from inferctl.serve.generate import vllm_request
 CONTEXT = 256
 MESSAGES = [{"role": "user", "content": "hi"}]
 FUNCTION = {"type": "function", "name": "a", "parameters": {"type": "object"}}
+
+
+class OfResponses(BaseModel):
+    """Stands in for vLLM's class. `most_items`: that it had to read at a time."""
+
+    most_items: ClassVar[int] = 0
+    input: str | list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def count(cls, data: Any) -> Any:
+        cls.most_items = max(cls.most_items, len(data["input"]), len(data.get("tools", ())))
+        return data
 
 
 def responses(**fields: Any) -> bytes:
@@ -142,6 +156,9 @@ def test_the_tokens_of_a_prompt() -> None:
         ("responses", responses(vllm_xargs={"ec_transfer_params": "a"}), "invalid_value"),
         ("responses", json.dumps({"input": MESSAGES * 200}).encode(), "context_length_exceeded"),
         ("responses", responses(instructions="a" * 80_000, image_url=1), "context_length_exceeded"),
+        ("responses", json.dumps({"input": [*MESSAGES * 100, 5]}).encode(), "invalid_value"),
+        ("responses", responses(tools=[FUNCTION] * 100 + ["a"]), "invalid_value"),
+        ("responses", json.dumps({"input": [{"content": [{}] * 300}]}).encode(), "too_many_values"),
         ("messages", chat(max_tokens=10.0), "invalid_value"),
         ("messages", chat(max_tokens=10, kv_transfer_params={}), "invalid_value"),
         # What keeps state in one process: another server, or another key, would have it or not.
@@ -169,8 +186,9 @@ def test_the_tokens_of_a_prompt() -> None:
 )
 def test_what_could_be_read_in_two_ways_or_costs_too_much_is_rejected(endpoint: str, raw: bytes, code: str) -> None:
     with pytest.raises(ApiError) as raised:
-        vllm_request.generation(endpoint, raw, CONTEXT, str)
+        vllm_request.generation(endpoint, raw, CONTEXT, str, validate=OfResponses.model_validate)
     assert (raised.value.status, raised.value.code) == (400, code)
+    assert OfResponses.most_items <= 1, "the errors of many items together block vLLM for seconds"
 
 
 @pytest.mark.parametrize(

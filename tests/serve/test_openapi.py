@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.browser import in_browser
 from tests.processes import ServerProcess, execute, until
 from tests.reading.test_outputs import bge, converted_bge
 from tests.serve.test_classify_api import server as classifier
@@ -80,12 +79,3 @@ def test_schemathesis_finds_no_failures(
     assert statuses["200"] > 0
     assert statuses["400"] > 0
     assert not [status for status in statuses if status.startswith("5")], statuses
-
-
-def test_the_page_of_the_endpoints_fits_a_small_window(echo: ServerProcess, tmp_path: Path) -> None:
-    text = echo.get("/docs").text
-    assert "`" not in re.sub(r"<pre>.*?</pre>", "", text)
-    measured = "<script>document.body.append(`width ${document.documentElement.scrollWidth} of ${innerWidth}`)</script>"
-    (tmp_path / "docs.html").write_text(text + measured)
-    (width, window) = re.findall(r"width (\d+) of (\d+)", in_browser(tmp_path / "docs.html", 600))[-1]
-    assert int(width) <= int(window)

@@ -150,11 +150,6 @@ def test_errors_use_the_envelope(
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
 
 
-def test_an_embedding_server_says_that_it_cannot_rerank(echo: ServerProcess) -> None:
-    answer = post(echo, "/v1/rerank", query="a", documents=["b"])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unsupported_task")
-
-
 def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/rerank", "/v1/score"} <= set(paths)

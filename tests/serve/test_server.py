@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,12 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.config.test_settings import SERVICE_LINKS
-from tests.processes import CLIENT, ServerProcess, inferctl, several, until
+from tests.processes import CLIENT, ServerProcess, several, until
 
 Serve = Callable[..., ServerProcess]
 
@@ -112,18 +109,6 @@ def test_probes_metrics_and_descriptions(echo: ServerProcess) -> None:
     assert "http" not in page.replace(echo.url, "")
 
 
-def test_every_route_of_the_openapi_document_exists(echo: ServerProcess) -> None:
-    document = echo.get("/openapi.json").json()
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            body = operation["requestBody"]["content"]["application/json"]["example"] if method == "post" else None
-            answer = httpx.request(method, f"{echo.url}{path.format(name='echo')}", json=body)
-            assert answer.status_code == 200, (method, path)
-    schemas = document["components"]["schemas"]
-    references = {part.rsplit("/", 1)[1] for part in json.dumps(document).split('"') if part.startswith("#/components")}
-    assert references <= set(schemas)
-
-
 def test_without_an_engine_the_server_is_live_but_not_ready(echo: ServerProcess) -> None:
     seen: set[int] = set()
     done = threading.Event()
@@ -156,19 +141,6 @@ def test_a_drain_that_exceeds_its_timeout_exits_1(serve: Serve, minilm: Path, pr
         errors = [(each.result().status_code, each.result().json()["error"]["code"]) for each in lost]
     assert errors == [(503, "stopped")] * 3
     assert "stopped after 1 s; requests without a response: 3" in server.log.read_text()
-
-
-def test_a_second_sigterm_exits_at_once_and_kills_the_engine(serve: Serve, minilm: Path) -> None:
-    server = serve("--model", str(minilm), "--engine", "echo")
-    engine = server.engine_pid()
-    with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 100)
-        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: "shutting down" in server.log.read_text())
-        assert server.stop() == 128 + signal.SIGTERM
-        assert isinstance(lost.exception(), httpx.TransportError)
-    until(lambda: not Path(f"/proc/{engine}").exists())
 
 
 def test_what_the_machine_does_not_have_is_an_error(minilm: Path, tmp_path: Path) -> None:
@@ -206,15 +178,3 @@ def test_the_api_process_imports_no_package_of_engines_or_of_the_ledger() -> Non
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     large = {"torch", "transformers", "fastapi", "sqlalchemy", "alembic", "psycopg", "nats"}
     assert "inferctl.serve.start" in loaded and not large & set(loaded)
-
-
-def test_the_server_starts_next_to_a_kubernetes_service_of_the_same_name(
-    minilm: Path, serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for variable, value in SERVICE_LINKS.items():
-        monkeypatch.setenv(variable, value)
-    running = serve("--model", str(minilm), "--engine", "echo")
-    assert running.get("/readyz").status_code == 200
-    assert "INFERCTL_" not in running.log.read_text()
-    for verb in ("check", "config"):
-        assert "INFERCTL_" not in inferctl(verb, "--model", minilm, cwd=tmp_path, code=0).stderr

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.serve.generate.generation_server import _probe
-from inferctl.serve.generate.vllm_process import _PHASES
-from inferctl.serve.observe import progress
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.signals import StopSignals
 from tests.processes import python
@@ -88,35 +83,3 @@ def test_a_pipe_gets_one_line_and_then_one_for_each_interval(monkeypatch: pytest
     shown.tick()
     shown.phase("a later start")
     assert len(lines) == 3
-
-
-def test_a_terminal_gets_the_phases_and_no_lines() -> None:
-    events: list[str] = []
-
-    @contextmanager
-    def spinner(text: str) -> Iterator[Callable[[str], None]]:
-        events.append(text)
-        yield events.append
-        events.append("end")
-
-    shown = StartProgress(pytest.fail, spinner)
-    for phase in ("a", "b"):
-        shown.phase(phase)
-    shown._printed -= 2 * progress._INTERVAL_S
-    shown.tick()
-    shown.stop()
-    shown.stop()
-    assert events == ["a", "b", "end"]
-
-
-def test_the_phases_of_vllm_are_found_in_its_log() -> None:
-    logged = [
-        "INFO 11-29 09:24:42 [api_utils.py:286] non-default args: {'model_tag': 'm'}",
-        "INFO 11-29 09:26:20 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='m'",
-        "INFO 11-29 09:26:40 [cpu_model_runner.py:60] Starting to load model /m...",
-        "INFO 11-29 09:26:44 [default_loader.py:300] Loading weights took 0.91 seconds",
-        "INFO 11-29 09:26:50 [cpu_model_runner.py:70] Warming up model for the compilation...",
-    ]
-    found: list[Any] = [next((name for pattern, name in _PHASES if pattern.search(line)), None) for line in logged]
-    assert len(set(found)) == len(logged)
-    assert None not in found

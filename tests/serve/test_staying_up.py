@@ -134,16 +134,6 @@ def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve
     assert server.process.wait(timeout=60) == 0
 
 
-def test_a_stop_while_the_engine_loads_writes_no_announce_file(minilm: Path, tmp_path: Path) -> None:
-    server = ServerProcess.launch(tmp_path, "inferctl", "serve", "--model", str(minilm), "--port", "0")
-    until(server.children)
-    assert server.stop() == 0
-    said = server.log.read_text()
-    assert "Traceback" not in said
-    assert "stopped" in said
-    assert not server.announced.exists()
-
-
 # A Python process sends itself SIGTERM when the first tokenizer thread has started, before the pool registers it.
 # Without nanotoken, since the pool starts its threads only for the library tokenizers.
 SIGNAL_WITHIN_A_START = """

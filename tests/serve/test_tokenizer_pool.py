@@ -274,23 +274,6 @@ def test_requests_on_several_threads_get_their_own_tokens(pool: TokenizerPool, w
         assert found == [whole.encode(text).ids for text in texts]
 
 
-def test_each_thread_has_its_tokenizer_before_the_first_request(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nanotoken", None)  # whose tokenizer is for all threads
-    loaded: list[str] = []
-
-    class Counted:
-        @staticmethod
-        def from_file(path: str) -> Tokenizer:
-            loaded.append(path)
-            return Tokenizer.from_file(path)
-
-    monkeypatch.setattr(tokenizer_pool, "Tokenizer", Counted)
-    pool = TokenizerPool(minilm, embedding_config.read(minilm), threads=3)
-    pool.warm()
-    pool._executor.shutdown()  # waits for the threads
-    assert len(loaded) == 4
-
-
 class PanicException(BaseException):  # the name that the Rust library uses
     """A panic of the library."""
 

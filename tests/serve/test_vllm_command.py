@@ -17,17 +17,14 @@ A100 = DeviceInfo("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000)
 BF16 = PrecisionInfo("auto", "bf16", "native", "it has bf16 tensor cores", "vLLM")
 
 
-def options(**serve: Any) -> dict[str, str]:
-    spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}, "serve": serve})
+def options(source: str = "org/model", **serve: Any) -> dict[str, str]:
+    spec = Spec.model_validate({"name": "m", "model": {"source": source}, "serve": serve})
     model = VllmModel(Path("/model"), serve.get("max_context_tokens", 8192), BF16, "bf16")
     return {each.option: each.value for each in command.options(spec, model, A100, Path("/tmp/x/vllm.sock"))}
 
 
 def test_a_folder_is_no_name_of_the_model(tmp_path: Path) -> None:
-    spec = Spec.model_validate({"name": "m", "model": {"source": str(tmp_path)}})
-    model = VllmModel(tmp_path, 8192, BF16, "bf16")
-    found = {each.option: each.value for each in command.options(spec, model, A100, Path("/tmp/x/vllm.sock"))}
-    assert found["--served-model-name"] == "m"
+    assert options(str(tmp_path))["--served-model-name"] == "m"
 
 
 def test_settings_become_options_of_vllm() -> None:

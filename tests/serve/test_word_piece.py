@@ -22,20 +22,9 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.serve.text.text_parts import InputError
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
-# Texts per tokenizer.
-COUNT = int(os.environ.get("INFERCTL_TOKENIZER_TEXTS", "400"))
+COUNT = int(os.environ.get("INFERCTL_TOKENIZER_TEXTS", "400"))  # texts per tokenizer
 CORPUS = Path(__file__).parent.parent.parent / "benchmarks" / "corpora" / "paragraphs.jsonl"
 LIMIT = 64
-BLOCKS = [(0x20, 0x7E), (0xA0, 0x24F), (0x250, 0x2AF), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x52F), (0x590, 0x5FF)]
-BLOCKS += [(0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x1E00, 0x1FFF), (0x2000, 0x2BFF)]
-BLOCKS += [
-    (0x3040, 0x30FF),
-    (0x4E00, 0x9FFF),
-    (0xAC00, 0xD7A3),
-    (0xF900, 0xFFFD),
-    (0x1F000, 0x1FAFF),
-    (0x2F800, 0x2FA1F),
-]
 
 
 def texts(count: int, seed: int) -> Iterator[str]:
@@ -43,9 +32,12 @@ def texts(count: int, seed: int) -> Iterator[str]:
     random_ = random.Random(seed)
     words = " ".join(json.loads(line)["text"] for line in CORPUS.read_text().splitlines()).split()
 
-    def word() -> str:
-        first, last = random_.choice(BLOCKS)
-        found = "".join(chr(random_.randint(first, last)) for _ in range(random_.randint(1, 12)))
+    def letters(first: int, size: int, most: int) -> str:
+        found = (chr(first + random_.randrange(size)) for _ in range(random_.randint(0, most)))
+        return "".join(each for each in found if not "\ud800" <= each <= "\udfff")
+
+    def word() -> str:  # of one block of 128 characters, and so mostly of one script
+        found = letters(random_.randrange(random_.choice((0x600, 0x3200, 0x30000))) & ~0x7F, 128, 12)
         return unicodedata.normalize("NFD", found) if random_.random() < 0.2 else found
 
     def long_word() -> str:
@@ -62,8 +54,7 @@ def texts(count: int, seed: int) -> Iterator[str]:
             makers = random_.choices((word, long_word, special, lambda: random_.choice(words)), (6, 1, 2, 3), k=8)
             yield random_.choice((" ", "", "\n", "\u00a0")).join(make() for make in makers)
         else:
-            letters = (chr(random_.randrange(0x30000)) for _ in range(random_.randint(0, 80)))
-            yield "".join(letter for letter in letters if not "\ud800" <= letter <= "\udfff")
+            yield letters(0, 0x30000, 80)
 
 
 def cased(tokenizer: Tokenizer) -> None:
@@ -120,67 +111,36 @@ def test_ids_and_pairs_equal_those_of_tokenizers(
         assert (ids.tolist(), second_start) == (pair.ids, pair.type_ids.index(1)), ascii(document)
 
 
-@pytest.fixture
-def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Replaces nanotoken by a module whose tokenizer gives what `encode_batch(tokenizer, texts, ...)` does."""
-
-    def replace(encode_batch: Any) -> None:
-        class Faulty:
-            def __init__(self, inner: Any) -> None:
-                self.inner, self.suffix_ids = inner, inner.suffix_ids
-
-            @classmethod
-            def from_json(cls, data: str) -> Faulty:
-                return cls(nanotoken.WordPieceTokenizer.from_json(data))
-
-            def encode_batch(self, texts: list[str], **options: Any) -> Any:
-                return encode_batch(self.inner, texts, **options)
-
-        names = {name: getattr(nanotoken, name) for name in ("set_cache_entries", "UnsupportedTokenizerError")}
-        monkeypatch.setitem(sys.modules, "nanotoken", SimpleNamespace(WordPieceTokenizer=Faulty, **names))
-
-    return replace
+def other_ids(ids: Any) -> Any:
+    return ids + (len(ids) > 1000)
 
 
-class PanicException(BaseException):  # the name that Rust libraries use
-    """A panic of the library."""
+def raises(_: Any) -> Any:
+    raise ValueError
 
 
-def differs(inner: Any, given: list[str], **options: Any) -> Any:
-    ids, offsets = inner.encode_batch(given, **options)
-    return ids + (len(ids) > 1000), offsets
-
-
-def raises(error: BaseException, on: str) -> Callable[..., Any]:
-    def encode_batch(inner: Any, given: list[str], **options: Any) -> Any:
-        if on in "".join(given):
-            raise error
-        return inner.encode_batch(given, **options)
-
-    return encode_batch
-
-
-@pytest.mark.parametrize(
-    ("encode_batch", "starts", "reason"),
-    [
-        (differs, False, "other ids"),
-        (raises(ValueError("a"), "[MASK]"), False, "ValueError"),
-        (raises(PanicException("a"), "[MASK]"), False, "PanicException"),
-        (raises(ValueError("a"), "a rare text"), True, "ValueError"),
-        (raises(PanicException("a"), "a rare text"), True, "PanicException"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), [(other_ids, "other ids"), (raises, "ValueError")])
 def test_tokenizers_replaces_a_faulty_nanotoken(
-    minilm: Path, replaced: Callable[[Any], None], encode_batch: Any, starts: bool, reason: str
+    minilm: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], reason: str
 ) -> None:
-    expected = TokenizerPool(minilm, embedding_config.read(minilm)).encode_now(["a text", "a rare text"], truncate=True)
-    replaced(encode_batch)
+    class Faulty:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.suffix_ids = inner, inner.suffix_ids
+
+        @classmethod
+        def from_json(cls, data: str) -> Faulty:
+            return cls(nanotoken.WordPieceTokenizer.from_json(data))
+
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            ids, offsets = self.inner.encode_batch(texts, **options)
+            return fault(ids), offsets
+
+    expected = TokenizerPool(minilm, embedding_config.read(minilm)).encode_now(["a text"], truncate=True)
+    names = {name: getattr(nanotoken, name) for name in ("set_cache_entries", "UnsupportedTokenizerError")}
+    monkeypatch.setitem(sys.modules, "nanotoken", SimpleNamespace(WordPieceTokenizer=Faulty, **names))
     pool = TokenizerPool(minilm, embedding_config.read(minilm))
-    assert pool.library["library"].startswith("nanotoken" if starts else "tokenizers")
-    rows = [pool.encode_now([text], truncate=True)[0].tolist() for text in ("a text", "a rare text")]
-    assert rows == [ids.tolist() for ids in expected]
-    assert pool.library["library"].startswith("tokenizers")
-    assert reason in pool.library["reason"]
+    assert pool.library["library"].startswith("tokenizers") and reason in pool.library["reason"]
+    assert np.array_equal(pool.encode_now(["a text"], truncate=True), expected)
 
 
 def test_other_kinds_of_tokenizers_stay_with_the_library(tmp_path: Path) -> None:

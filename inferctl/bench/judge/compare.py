@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import geometric_mean
 
-from inferctl.bench.judge import comparable, quality_drop, run_metrics, verdict
+from inferctl.bench.judge import comparable, quality_drop, retrieval, run_metrics, verdict
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import (
     CompareResult,
@@ -33,7 +33,8 @@ class CompareOptions:
     """The smallest changes that count, and what to compare.
 
     `thresholds` are shares by metric; they replace the defaults in `METRICS`. The floors are minimum absolute
-    differences: in ms, in MiB, in percentage points. `metrics` lists those to judge; empty: all that were measured.
+    differences: in ms, in MiB, in percentage points; `floor_ndcg` is
+    one of nDCG@10, in points. `metrics` lists those to judge; empty: all that were measured.
     `allow` lists differences between the receipts that are accepted, from `comparable.ALLOWABLE`.
     """
 
@@ -41,6 +42,7 @@ class CompareOptions:
     floor_ms: float = 0.05
     floor_mib: float = 8.0
     floor_rejected: float = 0.1
+    floor_ndcg: float = retrieval.MARGIN
     metrics: Sequence[str] = ()
     allow: Sequence[str] = ()
 
@@ -63,7 +65,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
     Raises `UsageError` if a pair has none of the metrics that were requested.
     """
     for pair in pairs:
-        if options.metrics and REJECTED not in options.metrics and not options.selected(pair):
+        if options.metrics and not {REJECTED, retrieval.NAME} & {*options.metrics} and not options.selected(pair):
             known = [name for name, metric in METRICS.items() if pair.old.task in metric.tasks]
             raise UsageError(
                 f"{pair.name} has no figure {' or '.join(options.metrics)}: its task is {pair.old.task}",
@@ -72,7 +74,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
     reasons = [comparable.invalid_because(pair, options.allow) for pair in pairs]
     judged = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
     family = sum(run_metrics.is_sample(pair, metric) for pair in judged for metric in options.selected(pair))
-    family += sum(_judges_rejected(pair, options) for pair in judged)
+    family += sum(_judges_rejected(pair, options) + retrieval.is_judged(pair) for pair in judged)
     family = max(1, family)
     results = [
         _invalid(pair, why, options.allow) if why else _judge_pair(pair, options, family)
@@ -85,7 +87,9 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
     rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
     rows = [_beside_noise(pair, row) for row in [*rows, *_judge_rejected(pair, options, family)]]
-    rows += quality_drop.judge(pair, options.allow)
+    rows += quality_drop.judge(pair, options.allow) + retrieval.judge(
+        pair, options.floor_ndcg, family, required=retrieval.NAME in options.metrics
+    )
     outcomes = {row.outcome for row in rows}
     order: tuple[PairOutcome, ...] = ("regression", "not enough evidence", "improvement")
     return PairResult(
@@ -238,6 +242,8 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
         notes += [f"as allowed: {difference}" for difference in comparable.hardware_differences(old, new)]
     if old.weights_sha256 != new.weights_sha256:
         notes.append("the weights differ (sha256): each quality is relative to the fp32 vectors of its own weights")
+    if retrieval.is_weak(new):
+        notes.append("nDCG@10 is that of weak queries: titles or first lines of documents")
     if closed := old.data.get("closed_loop"):
         notes.append(
             f"latencies: open loop at {old.load['rate']:g} requests/s, {old.load['capacity_percent']:g}% of the "

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,23 @@ def serve(
         yield ChildServer(process, connect(_ready(process, announce, log, on_wait)), log)
     finally:
         stop(process)
+
+
+@contextlib.contextmanager
+def serve_folder(model: Path, name: str, precision: str, spec_file: Path | None = None) -> Iterator[ServerConnection]:
+    """Start a server of a model folder, without a folder for its files, and yield its connection.
+
+    Raises `InferctlError` if it does not start.
+    """
+    command = serve_command(str(model.resolve()), name, spec_file.resolve() if spec_file else None)
+    with tempfile.TemporaryDirectory(prefix="inferctl-") as work:
+        announce = Path(work) / "server.json"
+        try:
+            with serve(command(precision, announce, None), announce, Path(work), lambda _: None) as server:
+                yield server.connection
+        except ServerError as error:
+            hint = f"see its log: `inferctl serve --model {model}`"
+            raise InferctlError(f"the server did not start: {error.reason}", hint) from None
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

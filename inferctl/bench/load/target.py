@@ -208,8 +208,10 @@ class ServerConnection:
             raise InferctlError(f"{self.endpoint_url} returned the scores of {len(scores)} texts for {len(texts)}")
         return scores
 
-    def embed(self, texts: list[str], timeout_s: float = 120, **more: object) -> list[tuple[float, ...]]:
-        """Return one vector per text. `more`: other keys of the request.
+    def embed(
+        self, texts: list[str], timeout_s: float = 120, output: str | None = None, **more: object
+    ) -> list[tuple[float, ...]]:
+        """Return one vector per text, of `output` or of the model's first output. `more`: other keys of the request.
 
         Raises `InferctlError` if the request is rejected or the response is invalid.
         """
@@ -219,7 +221,7 @@ class ServerConnection:
                 vectors = [_vector(row) for row in response]
             else:
                 rows = sorted(response["data"], key=lambda row: row["index"])
-                vectors = [self._vector(row) for row in rows]
+                vectors = [self._vector(row, output or self.output) for row in rows]
         except (KeyError, TypeError, ValueError, struct.error) as error:
             raise InferctlError(f"the response of {self.endpoint_url} is not a list of embeddings: {error}") from None
         if len(vectors) != len(texts):
@@ -232,18 +234,19 @@ class ServerConnection:
         trained: list[str] = (self.info.get("model") or {}).get("trained_outputs") or ["dense"]
         return trained[0]
 
-    def _vector(self, entry: Body) -> tuple[float, ...]:
-        if self.output == "dense":
+    def _vector(self, entry: Body, output: str) -> tuple[float, ...]:
+        if output == "dense":
             return _vector(entry["embedding"])
         size = int(self.info["model"]["vocabulary_size"])
-        return tuple(output_vectors.read(entry, self.output, size))
+        return tuple(output_vectors.read(entry, output, size))
 
-    def tokenize(self, text: str, timeout_s: float = 120) -> list[int]:
-        """Return the tokens of a text, without special tokens. Raises `InferctlError` if the server has no tokenizer.
+    def tokenize(self, text: str, timeout_s: float = 120, special_tokens: bool = False) -> list[int]:
+        """Return the tokens of a text. Raises `InferctlError` if the server has no tokenizer.
 
         The endpoint is that of vLLM and SGLang (`prompt`) and of llama.cpp's server (`content`).
         """
-        body = {"model": self.model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
+        body: Body = {"model": self.model, "prompt": text, "content": text}
+        body |= dict.fromkeys(("add_special_tokens", "add_special"), special_tokens)
         response = post(f"{self.url}/tokenize", timeout_s, body, self.access)
         try:
             return [int(token) for token in response["tokens"]]

@@ -10,13 +10,14 @@ from pathlib import Path
 from inferctl.bench.load import child_server, load_run
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.server_tokenizer import of_server
-from inferctl.bench.load.target import connect
+from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment, detect
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan import tokens
+from inferctl.bench.plan.collection import Collection
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
@@ -55,6 +56,7 @@ class Bench:
 
     - `command`: returns the command that starts a server; None if all targets run already.
     - `model`: the model folder for the quality check. Without it, vectors are not checked.
+    - `models`: the folders of several models, by source.
     - `slo_p99_ms`: the SLO of a search, if the plan has none.
     - `access`: headers and keys for running servers.
     - `users`: the concurrency found for each target with `users: auto`, by name.
@@ -62,6 +64,8 @@ class Bench:
       receive the same prompts.
     - `environment`: this machine.
     - `profile`: whether the engine of each target is profiled after its first run.
+    - `collection`: what the servers search, after the first run of each; None for no retrieval. `dimensions`: to which
+      vectors are also truncated. `rerank`: the URL or the folder of what ranks the best documents again.
     - `model_source`, `hardware_wanted`: the source of the weights and the catalog keys of the hardware in the spec.
     """
 
@@ -76,6 +80,10 @@ class Bench:
     tokenizer: Tokenizer | None = None
     environment: Environment = field(default_factory=detect)
     profile: bool = False
+    collection: Collection | None = None
+    dimensions: Sequence[int] = ()
+    rerank: str | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
     model_source: str | None = None
     hardware_wanted: Sequence[str] = ()
 
@@ -96,6 +104,10 @@ class Bench:
         load = load.with_names(load.tasks) if load.tasks else load
         found = self.users.get(target.name)
         return load.model_copy(update={"users": found.users}) if found and load.auto_users else load
+
+    def folder_of(self, target: BenchTarget) -> str | None:
+        """Return the folder of the model of a target; None for the benchmark's."""
+        return str(self.models[target.model]) if target.model else None
 
     def corpus_of(self, target: BenchTarget) -> str:
         """Return the corpus of a target."""
@@ -143,10 +155,29 @@ def started_server(
     if bench.command is None or target.precision is None:
         raise InferctlError(f"{target.name} has neither a URL nor a precision")
     announce = folder / "announce.json"
-    arguments = [*bench.command(target.precision, announce, target.checkpoint)]
+    arguments = [*bench.command(target.precision, announce, target.checkpoint or bench.folder_of(target))]
     if target.max_batch_tokens:
         arguments += ["--max-batch-tokens", str(target.max_batch_tokens)]
     load = bench.load_of(target)
     has_closed_loop = not bench.plan.search and (load.mode == "closed" or load.capacity_percent is not None)
     variables = settings.WITHOUT_ADMISSION if has_closed_loop else {}
     return child_server.serve(arguments, announce, folder, lambda passed: notify("starting", passed), variables)
+
+
+@contextlib.contextmanager
+def reranker(bench: Bench, folder: Path, notify: NotifyPhase) -> Iterator[ServerConnection]:
+    """Yield the server that ranks documents again: that of a URL, or one that inferctl starts in `folder`."""
+    assert bench.rerank
+    with contextlib.ExitStack() as stack:
+        if bench.rerank.startswith(("http://", "https://")):
+            server = connect(bench.rerank, access=bench.access)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            announce = folder / "announce.json"
+            arguments = child_server.serve_command(bench.rerank, "rerank", None)("auto", announce, None)
+            child = child_server.serve(
+                arguments, announce, folder, lambda passed: notify("starting", passed), settings.WITHOUT_ADMISSION
+            )
+            server = stack.enter_context(child).connection
+        # A model with one vector per token serves both tasks.
+        yield server.of_name(server.model, "rerank")

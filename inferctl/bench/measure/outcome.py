@@ -13,6 +13,7 @@ from inferctl.bench.judge.validity import Validity
 from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.quality import QualityResult, unchecked
+from inferctl.bench.measure.retrieval import RetrievalResult
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
@@ -23,7 +24,7 @@ class BenchTarget:
     """A benchmark target: a server that inferctl starts, or the `url` of a running one.
 
     inferctl starts a server in `precision` with `max_batch_tokens`, of the model or of its prepared `checkpoint` (a
-    folder). `corpus` and the keys of `load` replace the plan's.
+    folder). `model` is its source, if the benchmark has several. `corpus` and the keys of `load` replace the plan's.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BenchTarget:
     corpus: str | None = None
     load: Mapping[str, Any] | None = None
     checkpoint: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,14 @@ class Measurement:
 class Outcome:
     """All that a benchmark measured of one target.
 
-    `profile` is that of its engine, if it was requested. `failure` says in one line why there are fewer runs than
-    `planned`; None if the benchmark was interrupted.
+    `retrieval` and `profile` (of its engine) are there if they were requested. `failure` says in one line why there are
+    fewer runs than `planned`; None if the benchmark was interrupted.
     """
 
     target: BenchTarget
     measurements: list[Measurement] = field(default_factory=list)
     quality: QualityResult = field(default_factory=lambda: unchecked("no run reached the check"))
+    retrieval: RetrievalResult | None = None
     profile: Mapping[str, Any] | None = None
     failure: str | None = None
     planned: int = 1

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from inferctl.bench.judge.neighbors import Matrix, cosines, max_similarities, nearest, padded, shared, unit
 from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import generation_quality
 from inferctl.bench.plan import workload
@@ -27,11 +27,9 @@ from inferctl.models import divergence, reference_process, vector_format
 from inferctl.models import model as model_folder
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError, Scored
 
-NEIGHBORS = 10
 _MOST_COMPACT = 2000  # vectors, of which all pairs are compared in each number format
 _BATCH = 16
 
-Matrix = npt.NDArray[np.float32]
 Inputs = list[str] | list[list[str]]
 
 
@@ -182,16 +180,7 @@ def _values(document: Mapping[str, Any]) -> Matrix:
             row[ids] = weights
         return values.astype(np.float32)
     encoded = document.get("embeddings") or document["token_vectors"]
-    return _padded([np.frombuffer(base64.b64decode(text), "<f4") for text in encoded])
-
-
-def _padded(rows: Sequence[Sequence[float] | Matrix], width: int = 0) -> Matrix:
-    """Return rows of several widths with zeros at their ends, as an array of at least `width` columns."""
-    padded = np.zeros((len(rows), max(width, *map(len, rows))), np.float32)
-    with np.errstate(over="ignore"):
-        for target, row in zip(padded, rows, strict=True):
-            target[: len(row)] = row
-    return padded
+    return padded([np.frombuffer(base64.b64decode(text), "<f4") for text in encoded])
 
 
 def check(server: ServerConnection, expected: Reference | list[Scored], limits: Quality) -> QualityResult:
@@ -214,14 +203,14 @@ def check(server: ServerConnection, expected: Reference | list[Scored], limits: 
     size, dense = expected.values.shape[1], server.task == "classify" or server.output == "dense"
     if dense and (wrong := [len(row) for row in rows if len(row) != size]):
         raise InferctlError(f"the server returned {what} of {wrong[0]} {unit}; the reference has {size}")
-    vectors = _padded(rows, size)
+    vectors = padded(rows, size)
     if not np.isfinite(vectors).all():
         raise InferctlError(f"the server returned {what} with NaN or infinity")
     if server.task == "classify":
         return compare_labels(expected.values, vectors, limits)
     if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
-    wanted = _padded(list(expected.values), vectors.shape[1])
+    wanted = padded(list(expected.values), vectors.shape[1])
     per_token = int(server.info["model"]["token_dimensions"]) if server.output == "tokens" else None
     return compare(wanted, vectors, limits, compact_formats=dense, per_token=per_token)
 
@@ -238,12 +227,12 @@ def compare(
 
     `per_token`: each row has vectors of tokens, of so many numbers each, and MaxSim decides which rows are near.
     """
-    cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
+    cosine = np.sort(np.sum(unit(expected) * unit(found), axis=1))
     near = [
-        _nearest(each, NEIGHBORS) if per_token is None else _closest(max_similarities(each, per_token), NEIGHBORS)
+        nearest(cosines(each) if per_token is None else max_similarities(each, each, per_token))
         for each in (expected, found)
     ]
-    recall = _shared(*near)
+    recall = float(shared(*near).mean())
     p1 = float(cosine[rank(len(cosine), 0.01) - 1])
     return QualityResult(
         checked=True,
@@ -331,51 +320,21 @@ def broken(reason: str) -> QualityResult:
     return QualityResult(checked=True, passes=False, reason=reason)
 
 
-def max_similarities(rows: Matrix, per_token: int) -> Matrix:
-    """Return the MaxSim of each row with each row. Vectors of tokens have `per_token` numbers; zeros are no token."""
-    tokens = [row.reshape(-1, per_token) for row in rows]
-    tokens = [each[each.any(axis=1)] for each in tokens]
-    starts = np.cumsum([0, *map(len, tokens[:-1])])
-    every = np.concatenate(tokens).T
-    return np.stack([np.maximum.reduceat(each @ every, starts, axis=1).sum(axis=0) for each in tokens])
-
-
 def compact(expected: Matrix, found: Matrix) -> list[dict[str, Any]]:
     """Return bytes and recall@10 of the vectors in each number format of responses.
 
     The distance of bits is the number of different ones, that of numbers the cosine.
     """
-    near, rows = _nearest(expected, NEIGHBORS), []
+    near, rows = nearest(cosines(expected)), []
     for name in vector_format.FORMATS:
         if name == "binary":  # the same bits as ubinary
             continue
         converted = vector_format.convert(found, name)
         if name == "ubinary":
             bits = np.unpackbits(converted, axis=1, count=found.shape[1]).astype(np.float32)
-            got = _closest(-(bits @ (1 - bits).T) - (1 - bits) @ bits.T, NEIGHBORS)
+            got = nearest(-(bits @ (1 - bits).T) - (1 - bits) @ bits.T)
         else:
-            got = _nearest(converted, NEIGHBORS)
+            got = nearest(cosines(converted))
         size = vector_format.size(found.shape[1], name)
-        rows.append({"output_dtype": name, "bytes": size, "recall_at_10": round(_shared(near, got), 4)})
+        rows.append({"output_dtype": name, "bytes": size, "recall_at_10": round(float(shared(near, got).mean()), 4)})
     return rows
-
-
-def _nearest(vectors: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
-    unit = _unit(vectors)
-    return _closest(unit @ unit.T, k)
-
-
-def _closest(similarity: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
-    """Return the k most similar rows of each row, without itself."""
-    np.fill_diagonal(similarity, -np.inf)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(similarity) - 1)]
-
-
-def _shared(near: npt.NDArray[np.intp], got: npt.NDArray[np.intp]) -> float:
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(near.tolist(), got.tolist(), strict=True)]))
-
-
-def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    wide = vectors.astype(np.float64)
-    unit: npt.NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit

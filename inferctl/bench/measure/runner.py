@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, closed_loop, profile, quality, search
+from inferctl.bench.measure import auto_users, closed_loop, profile, quality, retrieval, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
     find_tokenizer,
     phase_notifier,
     ready_server,
+    reranker,
 )
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -48,7 +49,8 @@ def run(
     """
     by_name = {outcome.target.name: outcome for outcome in outcomes}
     bench = replace(bench, users=auto_users.find(bench, by_name, notify), tokenizer=find_tokenizer(bench))
-    checker = quality.QualityChecker(bench.plan.quality, bench.model)
+    folders: list[tuple[str | None, Path | None]] = [(None, bench.model), *bench.models.items()]
+    checkers = {source: quality.QualityChecker(bench.plan.quality, folder) for source, folder in folders}
     order = bench.order
     for number, run in enumerate(order, 1):
         outcome = by_name[run.configuration]
@@ -56,7 +58,7 @@ def run(
             continue
         notify_phase = phase_notifier(notify, run.configuration, number, len(order))
         try:
-            _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
+            _measure(bench, outcome, run, checkers[outcome.target.model], notify_phase, _capacity(outcomes))
             if bench.profile and run.repeat == 0 and not outcome.target.url:
                 try:
                     outcome.profile = profile.measure(bench, outcome, notify_phase)
@@ -67,6 +69,8 @@ def run(
         finally:
             if outcome.measurements:
                 on_measured(outcome)
+    if bench.rerank and bench.collection:
+        _rerank(bench, outcomes, phase_notifier(notify, "rerank", len(order), len(order)))
 
 
 def _measure(
@@ -98,9 +102,32 @@ def _measure(
                 if names and (bench.model is None or {*names} != {server.connection.model})
                 else checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             )
+            if bench.collection:
+                outcome.retrieval = retrieval.unmeasured(bench.collection, "the measurement was interrupted")
+                outcome.retrieval = retrieval.measure(
+                    server.connection,
+                    bench.collection,
+                    bench.dimensions,
+                    lambda passed: notify("embedding the collection", passed),
+                )
             if server.child:
                 server.child.check()
         notify("stopping")
+
+
+def _rerank(bench: Bench, outcomes: Sequence[Outcome], notify: NotifyPhase) -> None:
+    """Add the measures of the best documents of each target, ranked again, after all runs."""
+    assert bench.rerank and bench.collection  # the caller reranks only then
+    scores: dict[tuple[str, str], float] = {}
+    try:
+        with reranker(bench, bench.output / "runs" / "rerank", notify) as server:
+            for outcome in outcomes:
+                if outcome.retrieval and outcome.retrieval.variants:
+                    outcome.retrieval = retrieval.reranked(
+                        server, bench.collection, outcome.retrieval, scores, lambda passed: notify("reranking", passed)
+                    )
+    except InferctlError as error:  # the other measures are whole without it
+        notify("reranking", done=f"no reranking: {error.message}")
 
 
 def _measure_load(

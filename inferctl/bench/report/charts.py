@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from inferctl.bench.report import load_charts
+from inferctl.bench.report import load_charts, retrieval
 from inferctl.bench.report.chart import Chart, Json, slo_line, ticks
 from inferctl.receipts.receipt import Receipt
 
@@ -55,6 +55,7 @@ def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
     """Return the charts that have data, by id, in the order of the page."""
     colors = colors_of(receipts)
     charts = {
+        **retrieval.charts(retrieval.rows(receipts), colors),
         "goodput": load_charts.goodput(receipts, colors),
         "ttft": percentiles(receipts, colors, TTFT),
         "itl": percentiles(receipts, colors, ITL),

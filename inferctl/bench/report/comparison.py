@@ -18,6 +18,7 @@ _STYLES = {"regression": "bold red", "not enough evidence": "yellow", "improveme
 _LABELS = {
     "requests_per_s": "requests/s",
     "recall_at_10": "recall@10",
+    "ndcg_at_10": "nDCG@10",
     "cosine_p1": "cosine p1",
     "kendall": "Kendall's tau",
     "score_difference": "score difference",
@@ -133,6 +134,9 @@ def footnotes(result: CompareResult) -> Iterator[str]:
         yield "change: new against old. Values are (geometric) means over runs. `bench` pools all requests"
     if any(result.metrics_with("not enough evidence")):
         yield "inconclusive: not enough evidence for a verdict"
+    ndcg = [metric.limits for pair in result.pairs for metric in pair.metrics if metric.points and metric.limits]
+    if ndcg:
+        yield f"nDCG@10: points, over the same queries; a loss of up to {ndcg[0].drop_allowed:g} is tolerated"
     judged = {metric.name: metric for pair in result.pairs for metric in pair.metrics if metric.interval}
     if not judged:
         return
@@ -212,7 +216,7 @@ def _change(metric: MetricResult) -> str:
 def _number(metric: MetricResult, value: float | None) -> str:
     if value is None:
         return "-"
-    if metric.limits:
+    if metric.limits and not metric.points:
         return f"{value:.4f}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inferctl.bench.judge import summary, verdict
-from inferctl.bench.report import charts, search_findings, terminal
+from inferctl.bench.report import charts, retrieval, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat, lines
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow
@@ -63,6 +63,8 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         {"milliseconds": milliseconds, "code": code},
         result=document,
         rows=rows,
+        retrieval_headings=retrieval.HEADINGS,
+        retrieval_rows=[retrieval.cells(row) for row in result.retrieval],
         costs=[row for row in rows if row["receipt"]],
         cost_columns=terminal.cost_columns(measured, result.load.task),
         sent=terminal.received(measured),

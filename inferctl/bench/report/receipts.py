@@ -64,6 +64,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
             hardware["key"],
         ),
         "quality": privacy.without_folders(outcome.quality.as_dict()),
+        "retrieval": outcome.retrieval and privacy.without_folders(outcome.retrieval.as_dict()),
         "validity": privacy.without_folders(judged.validity.as_dict()),
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
@@ -136,7 +137,7 @@ def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         for target in bench.targets
     ]
     for configuration in plan["configurations"]:
-        for key in ("corpus", "checkpoint"):
+        for key in ("corpus", "checkpoint", "model"):
             configuration |= {key: privacy.name_of(configuration[key])} if configuration.get(key) else {}
         configuration |= (
             {"load": privacy.without_lengths_folder(configuration["load"])} if configuration.get("load") else {}
@@ -150,7 +151,7 @@ def _source(bench: Bench, info: JsonObject, target: BenchTarget) -> str | None:
     A server that inferctl starts reports the folder of the weights, so the source in the spec is used instead.
     """
     reported = (info.get("model") or {}).get("source")
-    source = reported if target.url and reported else bench.model_source or reported
+    source = reported if target.url and reported else target.model or bench.model_source or reported
     return privacy.name_of(source) if source else None
 
 

@@ -14,9 +14,10 @@ from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.report import findings, rows, search_findings
+from inferctl.bench.report import findings, retrieval, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
 from inferctl.bench.report.receipts import load_without_folder
+from inferctl.bench.report.retrieval import RetrievalRow
 from inferctl.bench.report.rows import Row
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.facts import catalog
@@ -38,6 +39,7 @@ class Result:
     environment: Environment
     output: str
     report: str
+    retrieval: Sequence[RetrievalRow] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the document of `--json` and `result.json` (docs/receipts.md describes each key)."""
@@ -50,6 +52,7 @@ class Result:
             "findings": list(self.findings),
             "caveats": [dataclasses.asdict(caveat) for caveat in self.caveats],
             "rows": [row.as_dict() for row in self.rows],
+            "retrieval": [row.as_dict() for row in self.retrieval],
             "environment": self.environment.as_dict(),
             "output": self.output,
             "report": self.report,
@@ -62,16 +65,18 @@ def collect(bench: Bench, outcomes: Sequence[Outcome], receipts: Sequence[Receip
     by_name = {receipt.name: receipt for receipt in receipts}
     measured = [rows.of_outcome(outcome, by_name.get(outcome.target.name), bench.slo_p99_ms) for outcome in outcomes]
     every = [*measured, *other_hardware(bench, measured)]
+    found = retrieval.rows(receipts)
     return Result(
         plan=plan.name,
         load=plan.load,
         repeats=plan.repeats,
-        findings=findings.describe(every, plan.error_budget_percent),
+        findings=retrieval.sentences(found, receipts) + findings.describe(every, plan.error_budget_percent),
         caveats=caveats(every),
         rows=every,
         environment=bench.environment,
         output=str(bench.output),
         report=str(report),
+        retrieval=found,
     )
 
 

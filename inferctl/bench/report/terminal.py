@@ -11,7 +11,7 @@ from rich.text import Text
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
-from inferctl.bench.report import search_findings
+from inferctl.bench.report import retrieval, search_findings
 from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import PARTS, unit_of
 from inferctl.bench.report.result import Result
@@ -58,6 +58,8 @@ def render(result: Result) -> RenderableType:
     if measured:
         sections = (names, hardware, searches, stages, costs, profiles)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
+    if result.retrieval:
+        blocks.append(found_documents(result.retrieval))
     if missing:
         blocks.append(without_figures(missing))
     for block in blocks:
@@ -194,6 +196,18 @@ def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         title = f"{row.configuration}: share of the matrix rate (limit), and of the cores' time by part (%)"
         grids.append(_titled(title, grid))
     return Group(*grids) if grids else None
+
+
+def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
+    """Return nDCG@10 and bytes of each configuration, and of all kinds of vectors of the first one."""
+    grid = _grid("vectors", "bytes", "nDCG", "change (interval)", "R@100")
+    grid.columns[1].justify = "left"
+    for row in rows:
+        if row.configuration == rows[0].configuration or not row.is_compact:
+            name, *texts = (text for text, _ in retrieval.cells(row)[:6])
+            grid.add_row(name if row.first else "", *texts)
+    title = "nDCG@10 (points); change: to the first row, or to the config's first vectors"
+    return _titled(f"{title}\nOther formats and dimensions are made here, of the server's float32 vectors", grid)
 
 
 def _titled(title: str, grid: Table) -> Group:

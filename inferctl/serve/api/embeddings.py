@@ -289,8 +289,6 @@ class EmbeddingsEndpoint:
         normalized = None if model.normalized else request.normalized
         set_space(context, model.space_names(names, dimensions, normalized))
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.caller.tenant))
-        if not context.space:  # the first engine was not ready
-            set_space(context, model.space_names(names, dimensions, normalized))
         if names == ("dense",):
             vectors = np.stack(rows) if isinstance(rows, list) else rows
             vectors = _with_dimensions(vectors, dimensions, normalized)

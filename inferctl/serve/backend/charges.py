@@ -150,6 +150,11 @@ class Charges:
 class GenerationCharges(Charges):
     """Of a server that knows the tokens of a request at its end, when vLLM has counted them."""
 
+    @property
+    def models_have_budgets(self) -> bool:
+        """Whether a request of any key may have a budget."""
+        return self._budgets.of_models
+
     def reserve(self, number: int, tokens: int) -> Quotas | None:
         """Keep the most tokens that a request can need. Return what remains of the limits. Raises `RejectedError`."""
         request, now = self._requests.get(number), time.time()

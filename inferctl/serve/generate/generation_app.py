@@ -57,6 +57,7 @@ class GenerationApp:
 
     `offer(size)` is called for each request that asks for tokens, with the bytes of its body, also if vLLM rejects it.
     `has_slots`: whether vLLM has slots for adapters. `adapters` answers `/adapters`; None if none can be added.
+    `validate`: of vLLM's class for bodies of Responses.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
@@ -74,6 +75,7 @@ class GenerationApp:
         offer: Callable[[int], None] = lambda _: None,
         has_slots: bool = False,
         adapters: Callable[[Scope, Receive], Awaitable[Any]] | None = None,
+        validate: Callable[[Any], object] = lambda _: None,
     ) -> None:
         self._names, self.context, self._charges = names, names.context, charges
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
@@ -81,7 +83,7 @@ class GenerationApp:
         self._tokenizer = Shares(_TOKENIZER_BYTES)
         self._app, self.engine = app, engine
         self._healthy, self._stopped, self._offer = healthy, stopped, offer
-        self._has_slots, self._adapters = has_slots, adapters
+        self._has_slots, self._adapters, self._validate = has_slots, adapters, validate
         self.running = self.tokenizing = self.events = 0
         self._alone: asyncio.Event | None = None  # set at the end of a request that runs alone
 
@@ -193,14 +195,20 @@ class GenerationApp:
         context = context_of(scope)
         caller, name = context.caller, functools.partial(self._names.resolve, context)
         limited, most = (
-            caller.limits[1] is not None or bool(caller.budgets),
+            caller.limits[1] is not None or bool(caller.budgets) or self._charges.models_have_budgets,
             None if caller.tenant is None else self._sequences.most,
         )
         request = await _read(
             context,
             receive,
             lambda raw: vllm_request.generation(
-                context.asked.endpoint, raw, self.context, name, limited=limited, most_sequences=most
+                context.asked.endpoint,
+                raw,
+                self.context,
+                name,
+                limited=limited,
+                most_sequences=most,
+                validate=self._validate,
             ),
         )
         context.inputs = request.prompts

@@ -77,6 +77,8 @@ class _EdgeServer:
     """The edge of one vLLM process. `app`: vLLM's application with all its middleware."""
 
     def __init__(self, app: Starlette, settings: control.EdgeSettings, folder: Path) -> None:
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
         logs.configure(settings.log)
         self._app, self._folder = app, folder
         self._healthy = True
@@ -135,6 +137,7 @@ class _EdgeServer:
             metrics.offer_body,
             "--enable-lora" in settings.info["engine"]["options"],
             self._live.answer if limits["max_adapters"] else None,
+            ResponsesRequest.model_validate,
         )
         pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(protocols.ENDPOINTS))
         self._edge = setup.edge(

@@ -28,7 +28,7 @@ _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
 _QUOTING = re.compile(r"Dumping scheduler|Failed to compile grammar|Error in (?:create_m|count_t|message stream)")
 # If vLLM's engine ends before the task that waits for its outputs, as on a busy machine, vLLM logs a traceback.
 _OF_ITS_END = re.compile(r"output_handler failed")
-_PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ")
+_PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]")
 _LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
 # What vLLM says when it cannot start -> the hint.
 _HINTS = (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from inferctl.serve.edge.errors import ApiError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
@@ -42,6 +43,8 @@ _LIMITS = {
     "responses": ("max_output_tokens",),
     "messages": ("max_tokens",),
 }
+# Lists and objects of one item of Responses, for which vLLM's class has about 15 errors each.
+_VALUES_OF_ITEM = 256
 # Lists of messages. vLLM checks each item.
 _MESSAGES = ("messages", "input")
 # What vLLM or Anthropic keep in one process. A client that chooses the id of a response can name that of another one.
@@ -85,11 +88,12 @@ def generation(
     *,
     limited: bool = False,
     most_sequences: int | None = None,
+    validate: Callable[[Any], object] = lambda _: None,
 ) -> VllmRequest:
     """Return the request of a body for `endpoint`, a key of `_LIMITS`. Raises `ApiError` 400, and as `resolve`.
 
     `context`: the largest one, in tokens. `resolve`: returns the name for vLLM of the wanted model. `limited`: the
-    answers must have a limit. `most_sequences`: of one request.
+    answers must have a limit. `most_sequences`: of one request. `validate`: of vLLM's class for Responses.
     """
     request = _object(raw, context)
     request["model"] = resolve(request.get("model"))
@@ -106,6 +110,7 @@ def generation(
         _check_media(request, endpoint == "messages")
     if endpoint == "responses":
         request["store"] = False  # vLLM's default is true
+        _check_items(request, validate)
     limit = None
     for name in reversed(_LIMITS[endpoint]):
         found = _integer(request, name)
@@ -148,6 +153,26 @@ def _check_agent(request: Mapping[str, Any], tools: tuple[str | None, ...]) -> N
     if hosted:
         message = f"is not supported: this server runs no tools; it accepts {' and '.join(filter(None, tools))} tools"
         raise _invalid(hosted[0], message, "hosted_tool")
+
+
+def _check_items(request: Mapping[str, Any], validate: Callable[[Any], object]) -> None:
+    """Raise `ApiError` for the first item that vLLM's class for Responses rejects.
+
+    Of 2,000 such items, it writes 464,000 errors in 10 s, in which nobody else is answered.
+    """
+    for name in ("input", "tools"):
+        found = request.get(name)
+        for index, item in enumerate(found if isinstance(found, list) else ()):
+            if name == "input" and sum(1 for _ in _containers([item])) > _VALUES_OF_ITEM:
+                message = f"has more than {_VALUES_OF_ITEM} lists and objects"
+                raise _invalid(f"input[{index}]", message, "too_many_values")
+            try:
+                validate({"input": "", name: [item]})
+            except ValidationError as error:
+                # The first one of the item: others say that it is no text.
+                first = max(error.errors(include_url=False), key=lambda each: 0 in each["loc"])
+                place = ".".join(map(str, first["loc"][-2:]))
+                raise _invalid(f"{name}[{index}]", f"is not valid: {place}: {first['msg']}") from None
 
 
 def _check_media(request: Mapping[str, Any], of_anthropic: bool) -> None:

@@ -125,7 +125,9 @@ class ApiProcesses:
             await asyncio.wait(running, timeout=self._drain_seconds + _EXIT_S)
             for process in self._processes:
                 process.kill()
-            await asyncio.wait(running, timeout=_EXIT_S)
+            ended, _ = await asyncio.wait(running, timeout=_EXIT_S)
+            for task in ended:
+                task.exception()  # asyncio would report those of the others, when one was raised
 
     def close(self) -> None:
         """Accept no more connections. `serve` returns after the requests in flight are complete."""

@@ -7,7 +7,6 @@ because that library does not allow two threads to use one at the same time.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +43,7 @@ from inferctl.serve.text.text_parts import (
     not_empty,
     require_truncation,
 )
-from inferctl.serve.text.word_piece import TokenizedText, guarded, is_panic
-
-log = logging.getLogger("inferctl.tokenizer")
+from inferctl.serve.text.word_piece import TokenizedText, guarded
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
 # many characters take 0.3 ms with tokenizers and 0.9 ms with nanotoken, and at most 3 ms. Each text adds its fixed
@@ -483,15 +480,9 @@ class TokenizerPool:
         tokenizer.enable_truncation(self.max_tokens - (self._eos is not None), direction=direction)
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
-        """Return the ids of texts, by nanotoken as long as it raises nothing."""
-        if (found := self._word_piece) is not None:
-            try:
-                return found.encode(texts, add_special_tokens)
-            except BaseException as error:
-                if not isinstance(error, Exception) and not is_panic(error):
-                    raise
-                self._word_piece, self._reason = None, f"nanotoken raised {type(error).__name__}"
-                log.warning("tokenizers replaces nanotoken, which raised %s", type(error).__name__)
+        """Return the ids of texts, by nanotoken if it can be used."""
+        if self._word_piece is not None:
+            return self._word_piece.encode(texts, add_special_tokens)
         return self._encode_slowly(texts, add_special_tokens)
 
     def _encode_slowly(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:

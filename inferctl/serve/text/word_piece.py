@@ -10,10 +10,10 @@ import random
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from inferctl.reading.rows import Tokens
 
@@ -40,6 +40,7 @@ _BLOCKS = (
     (0x20000, 0x2FA1F),
 )
 _TEXTS_PER_BLOCK, _LONGEST = 16, 24
+T = TypeVar("T")
 
 
 class TokenizedText(NamedTuple):
@@ -76,7 +77,8 @@ class WordPiece:
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Return the ids of texts."""
-        flat, offsets = self._library.encode_batch(texts, add_special_tokens=add_special_tokens, parallel=False)
+        encode = self._library.encode_batch
+        flat, offsets = guarded(lambda: encode(texts, add_special_tokens=add_special_tokens, parallel=False))
         ids = flat.view(np.int32)
         return [self._truncated(ids[i:j], add_special_tokens) for i, j in pairwise(offsets.tolist())]
 
@@ -104,29 +106,22 @@ def create(
             for add_special_tokens in (True, False)
             for pair in zip(encode(texts, add_special_tokens), found.encode(texts, add_special_tokens), strict=True)
         ]
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
+    except Exception as error:  # noqa: BLE001  # a young library can fail in any way
         return None, str(error) if isinstance(error, UnusableError) else f"nanotoken raised {type(error).__name__}"
     if different := sum(a.size != b.size or not np.array_equal(a.ids, b.ids) for a, b in pairs):
         return None, f"nanotoken gives other ids for {different} of {len(texts)} texts"
     return found, f"its ids are those of tokenizers for {len(texts)} texts"
 
 
-def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic of a library in Rust, which is no `Exception`."""
-    return type(error).__name__ == "PanicException"
-
-
-def guarded(encode: Callable[[], list[Encoding]]) -> list[Encoding]:
-    """Return `encode()`. Raises `RuntimeError` for a panic of tokenizers.
+def guarded(encode: Callable[[], T]) -> T:
+    """Return `encode()`. Raises `RuntimeError` for a panic of a library in Rust.
 
     A panic is not an `Exception`. It would end a thread and leave a request without a response.
     """
     try:
         return encode()
     except BaseException as error:
-        if not is_panic(error):
+        if type(error).__name__ != "PanicException":
             raise
         raise RuntimeError(f"the tokenizer panicked: {error}") from error
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
@@ -63,7 +64,8 @@ class BudgetFile:
 
     def _grow(self) -> None:
         # Written, not only extended: a page without a block would end the process if the disk is full.
-        os.pwrite(self._file, bytes(_GROWTH), self._size)
+        if os.pwrite(self._file, bytes(_GROWTH), self._size) < _GROWTH:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._free = list(range(self._size, self._size + _GROWTH, _RECORD))
         self._size += _GROWTH
         self._map = mmap.mmap(self._file, self._size)
@@ -89,4 +91,5 @@ def _read(file: Path) -> Iterator[Counter]:
     content = file.read_bytes()
     for place in range(0, len(content), _RECORD):
         if name := content[place + _VALUES.size : place + _RECORD].rstrip(b"\0"):
-            yield json.loads(name), _VALUES.unpack_from(content, place)
+            with contextlib.suppress(ValueError):  # a SIGKILL while the name was written: nothing was counted yet
+                yield json.loads(name), _VALUES.unpack_from(content, place)

@@ -102,16 +102,16 @@ class Spending:
     """One account in one window. `used`: spent, or reserved by requests in flight.
 
     `runs`: what each reserved, spent and released. `places`: of these counters, in the file. `gross`: what runs of this
-    folder reserved that have not ended, `told`: how much of it each other server confirmed.
+    folder reserved that have not ended, `told`: how much of it each other server confirmed. `alerted`: as `alert`.
     """
 
-    __slots__ = ("account", "gross", "places", "runs", "share", "spent", "told", "used", "window")
+    __slots__ = ("account", "alerted", "gross", "places", "runs", "share", "spent", "told", "used", "window")
 
     def __init__(self, account: str, window: Window) -> None:
         self.account, self.window, self.share = account, window, (account, *window)
         self.runs: dict[str, list[int]] = {}
         self.places: dict[str, int] = {}
-        self.used = self.spent = self.gross = 0
+        self.used = self.spent = self.gross = self.alerted = 0
         self.told: dict[str, int] = {}
 
     def unconfirmed(self, others: int) -> int:
@@ -193,6 +193,7 @@ class Budgets:
     ) -> None:
         self._shared = {account: parse(account, text) for account, text in shared.items()}
         self._books, self._folder, self._replicas, self._exchanges = books, folder, replicas, exchanges
+        self.of_models = any(account.startswith("model:") for account in shared)
         self.run = ""
         self._file: BudgetFile | None = None
         self._spendings: dict[tuple[str, str], Spending] = {}
@@ -200,6 +201,8 @@ class Budgets:
         self._hardware: dict[str | None, str] = {}
         self._rates: dict[tuple[str, str, int], Rate | None] = {}
         self._known, self._started, self._read_at, self._forgot = False, 0.0, -1, 0.0
+        self._continues = False  # this folder has what it spent earlier
+        self._expired: set[tuple[str, str]] = set()
         self._totals: Mapping[str, Any] = {}
         self._locals: set[str] = set()  # runs of this folder
         self._ended: set[str] = set()  # runs of which the ledger has everything
@@ -241,7 +244,7 @@ class Budgets:
             return
         self._file = BudgetFile(self._folder / _FOLDER)
         for (account, label, end, each, local), values in budget_file.take_over(self._folder / _FOLDER):
-            self._known = not self._exchanges
+            self._known, self._continues = not self._exchanges, True
             if not end or now < end + _KEPT_S:
                 if local:
                     self._locals.add(each)
@@ -323,14 +326,22 @@ class Budgets:
             if not spent:
                 continue
             level = alert(spending.spent, budget.limit)
-            if level and level > alert(spending.spent - spent, budget.limit):
+            if level > spending.alerted:  # not only by this request: others spend too
                 log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
+            spending.alerted = level
 
     def _current(self, budget: Budget, now: float) -> Spending:
         """Return the spending of a budget in the window of `now`."""
         known = self._newest.get(budget.account)
         if known is None or known[1] != now // 900 or known[0] != budget:
-            spending = self._spending(budget.account, budget.window(now))
+            window = budget.window(now)
+            spending = self._spending(budget.account, window)
+            spending.window, spending.share = window, (budget.account, *window)  # others may have sent another end
+            try:
+                self._counts(spending, self.run)  # before anything is reserved
+            except (OSError, ValueError) as error:
+                message = f"what this budget spends cannot be written: {error}"
+                raise BudgetError(UNAVAILABLE, message, retry_after=1) from None
             self._newest[budget.account] = known = budget, now // 900, spending
         return known[2]
 
@@ -343,10 +354,9 @@ class Budgets:
     def _counts(self, spending: Spending, run: str) -> list[int]:
         """Return the counters of a run."""
         if (found := spending.runs.get(run)) is None:
-            found = spending.runs[run] = [0, 0, 0]
             if self._file:
-                name = [*spending.share, run, run in self._locals]
-                spending.places[run] = self._file.add(name)
+                spending.places[run] = self._file.add([*spending.share, run, run in self._locals])
+            found = spending.runs[run] = [0, 0, 0]
         return found
 
     def _apply(self, spending: Spending, run: str, reserved: int, spent: int, released: int) -> None:
@@ -412,10 +422,15 @@ class Budgets:
                         spending.told.clear()  # it included this run
 
     def _forget(self, now: float) -> None:
-        """Forget windows that ended long ago."""
+        """Forget windows that ended long ago, also a day ago: the clock could be set back."""
+        earlier, self._expired = self._expired, set()
         self._forgot, self._newest = now, {}
         for kind, spending in list(self._spendings.items()):
-            if 0 < spending.window.end < now - _KEPT_S:
+            if not 0 < spending.window.end < now - _KEPT_S:
+                continue
+            if kind not in earlier:
+                self._expired.add(kind)
+            else:
                 del self._spendings[kind]
                 for place in spending.places.values():
                     assert self._file is not None
@@ -449,7 +464,8 @@ class Budgets:
         self._number += 1
         if self._next_base and not self._changed:
             self._base, self._next_base = self._next_base, 0
-        return {"run": self.run, "known": self._known, "numbers": [self._base, self._number], "counters": counters}
+        state = {"known": self._known, "continues": self._continues}
+        return {"run": self.run, **state, "numbers": [self._base, self._number], "counters": counters}
 
     def take(self, message: Mapping[str, Any], now: float) -> None:
         """Take over a message of another server. `now`: monotonic. Raises `ValueError` and others if it is not one."""
@@ -479,7 +495,8 @@ class Budgets:
             self.send_all()
         first, last = self._received.get(run, (0, 0))
         self._received[run] = first, last = (first if number == last + 1 else number), number
-        if first <= base:
+        # Servers that all lost their folders would only tell each other that nothing is spent.
+        if first <= base and (message["known"] or message["continues"]):
             self._informs.add(run)
             live = sum(self._heard[each] > now - _LIVE_S for each in self._informs)
             self._known |= live >= self._replicas - 1

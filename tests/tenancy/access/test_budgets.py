@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 from collections import Counter
 from datetime import datetime
 from fractions import Fraction
@@ -58,6 +59,8 @@ TEXTS: list[tuple[str, tuple[int, bool] | None]] = [
     ("50 EUR/month", (50 * UNITS, False)),
     ("0.000000001 $/day soft", (1, True)),
     ("1.5 EUR/week UTC soft", (1_500_000_000, True)),
+    ("1 €/day", (UNITS, False)),
+    *((text, None) for text in ("1 E=R/day", "1 E,R/day", "1 \x1b/day")),  # a header has it
     *((text, None) for text in ("50", "50 EUR", "50EUR/day", "-1 EUR/day", "1e3 EUR/day", "1 EUR/year")),
     *((text, None) for text in ("1.0000000001 EUR/day", "1 EUR/day Mars/X", "1 EUR/day ../../etc/passwd")),
 ]
@@ -120,6 +123,9 @@ def test_reservations_and_prices_belong_to_the_admission(tmp_path: Path, caplog:
     assert first.settle(6, 0, 0).cost == 4 * UNITS, "only once"
     assert later.settle(5, 0, 0)[6:8] == (10 * UNITS, 0)
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["100%"]
+    for at in (NOW + 9 * 86_400, NOW):  # a jump forgets no window
+        os.utime(tmp_path / TOTALS_FILE, (at, at))
+        budgets.read_totals(at)
     after = [
         (budget, 1, tomorrow),
         (budget, 7, NOW),
@@ -148,6 +154,27 @@ def test_what_has_no_certain_price_is_unavailable(
     with pytest.raises(BudgetError) as error:
         opened(tmp_path, books).reserve([parse("k", text) for text in texts], "m", 1, 0, NOW)
     assert error.value.code == UNAVAILABLE
+
+
+def test_a_full_disk_and_a_counter_without_a_name_lose_nothing(tmp_path: Path) -> None:
+    budgets, most = opened(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert isinstance(result(budgets, "9 EUR/day", 2), Hold)
+    both = [parse("k", "9 EUR/day"), parse("last", "9 EUR/day")]
+    for number in range(63):  # what a file has without growing
+        budgets.check([parse(str(number), "9 EUR/day")], NOW)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, most[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(BudgetError, match="cannot be written"):
+                budgets.reserve(both, "m", 3, 0, NOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert budgets.reserve(both, "m", 4, 0, NOW).use()[6:8] == (0, 6 * UNITS)
+    (file,) = (tmp_path / "budgets").iterdir()
+    budgets.__dict__["_file"].close()
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"last", "EUR', b'"last", "E\0\0'))
+    assert [result(opened(tmp_path), "9 EUR/day", tokens) for tokens in (4, 10)] == [PENDING, EXCEEDED]
 
 
 BUDGET, LIMIT, LARGEST = "600 EUR/month", 600, 9
@@ -216,6 +243,27 @@ class Fleet:
     @property
     def total(self) -> int:
         return self.spent.total() // UNITS
+
+
+def test_servers_that_lost_their_folders_wait_for_the_ledger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet(tmp_path, 0)
+
+    def codes() -> list[str]:
+        for _ in range(40):
+            fleet.step(0.0)
+        return [fleet.request(number, 1) for number in range(3)]
+
+    assert codes() == [UNAVAILABLE] * 3, "they only tell each other that nothing is spent"
+    fleet.store()
+    assert codes() == ["admitted"] * 3
+    for number in range(3):
+        fleet.kill(number)
+    assert codes() == ["admitted"] * 3, "all have their folders"
+    for tokens in (240, 9, 1):  # together, they reach 80% after the second one
+        for server in fleet.servers[:2]:
+            server.reserve([parse("k", f"{BUDGET} soft")], "m", tokens, 0, NOW).settle(tokens, 0, 0)
+        codes()
+    assert [record.message.rpartition(" ")[2] for record in caplog.records].count("80%") == 2, "on each"
 
 
 @pytest.mark.parametrize("seed", range(12))

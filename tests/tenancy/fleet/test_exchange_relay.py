@@ -106,26 +106,6 @@ async def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_pa
         await other.close()
 
 
-async def test_a_name_that_could_not_be_subscribed_is_tried_again(
-    nats: Nats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    subscribe, failed = FleetBroker.subscribe, list[FleetBroker]()
-
-    async def fails_once(self: FleetBroker, subject: str, receive: Callable[[bytes], None]) -> None:
-        if subject != broker.KEYS and not failed:
-            failed.append(self)
-            raise FleetBrokerError("the broker rejects it", "")
-        await subscribe(self, subject, receive)
-
-    monkeypatch.setattr(FleetBroker, "subscribe", fails_once)
-
-    found = Connected(nats.url, tmp_path)
-    async with found.run():
-        await until(lambda: failed)
-        await until(lambda: found.subscribed and found.relay._broker is not failed[0])
-        assert failed[0]._nats.is_closed
-
-
 def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     user = f'{{user: a, password: b, permissions: {{publish: ">", subscribe: {{deny: "{broker.KEYS}"}}}}}}'

@@ -16,6 +16,6 @@ def upgrade() -> None:
     op.create_table(
         "usage_budgets",
         *(sa.Column(name, sa.String, primary_key=True) for name in ("account", "label", "run")),
-        sa.Column("window_end", sa.BigInteger, nullable=False),
+        sa.Column("window_end", sa.BigInteger, nullable=False, index=True),
         sa.Column("spent", sa.BigInteger, nullable=False),
     )

@@ -177,7 +177,7 @@ async def chat(request: Request) -> Response:
     script = (body.get("messages") or body["input"])[0]["content"]
     count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
     if grammar := body.get("structured_outputs"):
-        log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", f"Error: {grammar}")
+        log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", "", f"Error: {grammar}")
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if script == "engine dies":
         log_error("dump_input.py:79", f"Dumping scheduler output for model execution: stop={body.get('stop')}")

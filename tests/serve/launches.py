@@ -1,19 +1,13 @@
-"""Print launches, syncs and bytes between host and device of a batch, before and after a change, without a GPU.
+"""Counts launches, syncs and bytes between host and device of a batch, without a GPU.
 
-    python benchmarks/engine/launches.py [--before TREE] [--texts 32] [--tokens 64] [--json FILE]
-
-`TREE` is another checkout of this repository. The device is a stand-in: torch's device `meta`, which has the shapes of
-tensors and no numbers. The code of GPUs runs with it, in bf16, and each operation that is a kernel of CUDA counts as
-one launch: attention of any length is one (its own kernel), a matrix product is one, a view is none. A copy between the
-devices counts too. A sync is where the host waits for the device. What depends on numbers is assumed: conditions are
-false.
+The device is a stand-in: torch's device `meta`, which has the shapes of tensors and no numbers. The code of GPUs runs
+with it, in bf16, and each operation that is a kernel of CUDA counts as one launch: attention of any length is one (its
+own kernel), a matrix product is one, a view is none. A copy between the devices counts too. A sync is where the host
+waits for the device. What depends on numbers is assumed: conditions are false.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +18,6 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HERE = Path(__file__).resolve().parent
 # Compositions that CUDA computes with one kernel; others are traced inside.
 WHOLE = ("linear", "layer_norm", "rms_norm", "matmul", "addmm")
 # They allocate or describe memory.
@@ -105,40 +98,3 @@ def trace(forward: Any, texts: int, tokens: int) -> Trace:
     ):
         forward(sequences)
     return found
-
-
-def row(found: Trace) -> list[int]:
-    """Return launches, syncs, bytes to the host and to the device."""
-    return [sum(found.launches.values()), found.syncs, found.to_host, found.to_device]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, default=HERE.parents[1])
-    parser.add_argument("--texts", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--traced", nargs=2, help=argparse.SUPPRESS)  # of a process of one tree: task and folder
-    args = parser.parse_args()
-    if args.traced:
-        print(json.dumps(row(trace(load(Path(args.traced[1]), args.traced[0]), args.texts, args.tokens))))
-        return
-    import share
-
-    found: dict[str, dict[str, list[int]]] = {}
-    print(f"{args.texts} texts of {args.tokens} tokens, bf16, stand-in for a GPU:")
-    print("launches, syncs, bytes to the host, to the device")
-    for name, task in share.MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            part = ["--traced", task, str(share.make(name, Path(folder) / name))]
-            part += ["--texts", str(args.texts), "--tokens", str(args.tokens)]
-            found[name] = {}
-            for when, tree in (("before", args.before.resolve()), ("after", HERE.parents[1])):
-                found[name][when] = share.run(tree, str(Path(__file__).resolve()), *part)
-                print(f"{name:12} {when:7}", *(f"{number:>12,}" for number in found[name][when]))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+from pydantic import BaseModel
+
+
+class ResponsesRequest(BaseModel):
+    """Accepts each body."""
