@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -182,7 +180,7 @@ def _print(report: Report) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, show_footer=True)
     # Columns without a value would make the table too wide for a terminal.
     sums = [name for name in report.columns if name in _ALWAYS or report.total.get(name)]
-    rows, least = _with_names(report.rows), 0
+    rows, least = invoices.with_names(report.rows), 0
     for index, name in enumerate(report.dimensions):
         # Days and ids of keys stay on one line, so that they can be copied. Ids that gateways name may be longer.
         longest = max((len(str(row[name])) for row in rows), default=0)
@@ -200,15 +198,6 @@ def _print(report: Report) -> None:
         # As Text, because Rich reads brackets in a str as markup.
         table.add_row(*map(Text, [*names, *(_shown(name, row[name]) for name in sums)]))
     console.report(table, least)
-
-
-def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows with the name of a key in place of its id, which follows only if the name could mean another row."""
-    shown = Counter(name for _, name in {(row.get("key"), row.get("key_name") or row.get("key")) for row in rows})
-    return [
-        {**row, "key": name if shown[name] == 1 else f"{name} ({row['key']})"} if (name := row.get("key_name")) else row
-        for row in rows
-    ]
 
 
 def _shown(name: str, value: object) -> str:

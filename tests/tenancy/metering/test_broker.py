@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.config.spec import Access, Metering
 from inferctl.tenancy.metering import broker as brokers
-from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import BUDGETS, Ledger
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import EventRecorder
 from inferctl.tenancy.relay.relay import Relay
@@ -221,6 +221,12 @@ async def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path,
         await first._nats._process_err("'user authentication expired'")
     await stored(2)
     assert relay._broker is not first
+    with relay._ledger._transaction() as connection:  # more than a message of NATS has
+        rows = [{"account": "k", "label": "total", "run": f"{n:0250}", "window_end": 0, "spent": n} for n in range(5000)]
+        connection.execute(BUDGETS.insert(), rows)
+    broker = await brokers.connect(nats.url)
+    assert len((await broker.totals())["spent"]) == 5000
+    await broker.close()
     relay.end()
     await running
 

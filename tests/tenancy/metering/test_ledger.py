@@ -15,6 +15,7 @@ from alembic.config import Config
 
 from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import UsageError
+from inferctl.tenancy.access.budgets import BudgetUse
 from inferctl.tenancy.database import DatabaseUnavailableError, Schema
 from inferctl.tenancy.fleet.key_store import KeyStore
 from inferctl.tenancy.metering import ledger as ledger_module
@@ -44,6 +45,18 @@ def test_a_full_replay_twice_adds_nothing(ledger: Ledger) -> None:
         assert requests(ledger) == 349
         assert [(gap.first, gap.last) for gap in ledger.gaps(*ALL)] == [(300, 300), (351, 352)]
         assert ledger.unclean_ends(*ALL) == ["a"]
+
+
+def test_a_request_with_a_budget_counts_when_it_was_admitted(ledger: Ledger) -> None:
+    """Also if the clock was set back before its end, over midnight."""
+    share, midnight = ("k", "EUR total", 0), DAY - DAY % 86_400
+    for number, (admitted, ended) in enumerate(((-1, 1), (1, -1)), 1):
+        use = BudgetUse(5, "EUR", int(1000 * (midnight + admitted)), "a", [share], 9, 5, 0, 0)
+        ledger.apply([batch_of("a", [Item(number, midnight + ended, event(budget=use))])])
+    at = int(1000 * midnight)
+    found = [row["day"] for span in ((0, at), (at, 2**62)) for row in ledger.usage(["day"], *span)]
+    assert found == ["2026-09-20", "2026-09-21"]
+    assert ledger.budgets(DAY) == {"ended": [], "spent": [(*share, "a", 10)]}
 
 
 def test_a_batch_without_its_predecessor_waits(ledger: Ledger) -> None:

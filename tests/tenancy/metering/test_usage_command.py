@@ -74,6 +74,9 @@ def test_the_names_of_keys_are_shown(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(usage(tmp_path, "--by", "key", "--format", "csv").stdout)))
     assert {row["key_name"] for row in rows} == {"'=a\x1b", "b", "alice", ""}
     assert "key_name" not in usage(tmp_path, "--by", "day", "--format", "csv").stdout
+    (tmp_path / "prices.yaml").write_text('prices: [{hardware: "*", currency: EUR, from: 2026-01-01, input: 1000}]')
+    page = usage(tmp_path, "--by", "key", "--format", "html", "--prices", "prices.yaml").stdout
+    assert [page.count(f"<h2>{each}: ") for each in (*shown[1:4], "b")] == [1, 1, 1, 0]
     (tmp_path / "keys.json").write_text("{")
     done = usage(tmp_path, "--by", "key")
     assert (done.returncode, "names of keys are not shown: the key file" in done.stderr) == (0, True)
