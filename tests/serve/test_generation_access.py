@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from inferctl.tenancy.access.key_file import ApiKey
-from tests.processes import until
+from tests.processes import until, write_spec
 from tests.serve.test_generation import Generation, Start, failing, launch, llama, start  # noqa: F401  # fixtures
 from tests.tenancy.key_files import add
 
@@ -27,8 +28,9 @@ def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ge
     _, secret = add(folder / "keys.json", "first", budget="1 EUR/month")
     price = '{hardware: "*", currency: EUR, from: 2026-01-01, input: 1000, output: 1000}'
     (folder / "prices.yaml").write_text(f"prices: [{price}]")
-    metering = {"INFERCTL_METERING_MODE": "on", "INFERCTL_METERING_PRICES": "prices.yaml"}
-    running = launch(folder, llama, "--keys", "keys.json", **metering).wait_announced()
+    access = {"keys": "keys.json", "budgets": {"model:m": "9999 EUR/month soft"}}
+    spec = write_spec(folder, llama, access=access, metering={"mode": "on", "prices": "prices.yaml"})
+    running = launch(folder, llama, "--spec", spec).wait_announced()
     until(lambda: chat(running, secret, "1").status_code == 200, 60)  # the relay says what the ledger has
     yield running
     running.kill()
@@ -155,6 +157,15 @@ def test_each_request_costs_what_its_event_says(server: Generation) -> None:
     logged = [each for api in ("chat", "responses", "messages") for each in server.requests(api)]
     used = sum(each["tokens"] + each["output_tokens"] for each in logged if each["key_id"] == key.id)
     assert (float(budget_of(found)["spent"]), budget_of(found)["reserved"]) == (used / 1000, "0")
+
+
+def test_the_budget_of_a_model_limits_answers_of_keys_without_one(server: Generation) -> None:
+    """Otherwise, an answer without `max_tokens` could cost more than was reserved."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=add_key(server)[1])
+    messages: Any = [{"role": "user", "content": "go on"}]  # 20 tokens without a limit
+    with client.chat.completions.create(model="m", messages=messages, stream=True) as stream:
+        assert stream.response.headers["x-inferctl-budget"].startswith("limit=9999.")
+        assert len(list(itertools.islice(stream, 40))) == 40
 
 
 def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> None:  # noqa: F811

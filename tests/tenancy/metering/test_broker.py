@@ -222,7 +222,9 @@ async def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path,
     await stored(2)
     assert relay._broker is not first
     with relay._ledger._transaction() as connection:  # more than a message of NATS has
-        rows = [{"account": "k", "label": "total", "run": f"{n:0250}", "window_end": 0, "spent": n} for n in range(5000)]
+        rows = [
+            {"account": "k", "label": "total", "run": f"{n:0250}", "window_end": 0, "spent": n} for n in range(5000)
+        ]
         connection.execute(BUDGETS.insert(), rows)
     broker = await brokers.connect(nats.url)
     assert len((await broker.totals())["spent"]) == 5000

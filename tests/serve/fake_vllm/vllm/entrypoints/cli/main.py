@@ -175,7 +175,7 @@ async def disconnect(request: Request) -> None:
 async def chat(request: Request) -> Response:
     body = await request.json()
     script = (body.get("messages") or body["input"])[0]["content"]
-    count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
+    count = int(script) if script.isdigit() else int(body.get("max_completion_tokens") or body.get("max_tokens") or 20)
     if grammar := body.get("structured_outputs"):
         log_error("__init__.py:208", "Failed to compile grammar for request 1", "Traceback:", "", f"Error: {grammar}")
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
