@@ -47,6 +47,7 @@ _MAY_BE = (
     "above the budget, received by clients",
     "above the budget, in the ledger",
     "left at budget_pending",
+    "received and not in the ledger",  # events of the last 20 ms before a SIGKILL
     "in flight at kills",
 )
 WORDS = ("sea", "sun", "tree", "road", "door", "bird")
