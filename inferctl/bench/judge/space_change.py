@@ -121,10 +121,8 @@ def _kept(before: npt.NDArray[np.float64], near: npt.NDArray[np.intp]) -> npt.ND
     So any of several texts with equal vectors is right: rounding decides between them.
     """
     least = np.take_along_axis(before, nearest(before)[:, -1:], axis=1)
-    kept: npt.NDArray[np.float64] = np.mean(
-        np.take_along_axis(before, near, axis=1) >= least - _ROUNDING * np.abs(least), axis=1
-    )
-    return kept
+    kept = np.take_along_axis(before, near, axis=1) >= least - _ROUNDING * np.abs(least)
+    return np.asarray(kept.mean(axis=1))
 
 
 def share(values: Sequence[float] | npt.NDArray[np.float64]) -> Share:

@@ -63,12 +63,13 @@ class RetrievalRow:
 def rows(receipts: Sequence[Receipt]) -> list[RetrievalRow]:
     """Return the rows of all receipts. Formats and dimensions are those of the first configuration of each model."""
     listed: list[tuple[Receipt, JsonObject, bool]] = []
-    models = set[str | None]()
+    models = set[str]()
     for receipt in receipts:
+        model = receipt.weights_sha256 or receipt.name
         for number, variant in enumerate((receipt.data.get("retrieval") or {}).get("variants") or ()):
-            if not number or receipt.weights_sha256 not in models or variant["milliseconds"] is not None:
+            if not number or model not in models or variant["milliseconds"] is not None:
                 listed.append((receipt, variant, not number))
-        models.add(receipt.weights_sha256)
+        models.add(model)
     rate = verdict.ERROR_RATE / max(1, len(listed) - 1)
     found: list[RetrievalRow] = []
     for receipt, variant, first in listed:
