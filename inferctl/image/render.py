@@ -58,7 +58,7 @@ _SERVER_FILES = (
     "serve/**/*.py",
     "tenancy/__init__.py",
     "tenancy/access/*.py",
-    *(f"tenancy/metering/{name}.py" for name in ("__init__", "usage_event", "outbox", "recorder")),
+    *(f"tenancy/metering/{name}.py" for name in ("__init__", "usage_event", "outbox", "prices", "recorder")),
 )
 
 

@@ -18,11 +18,11 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --slo --slo-ttft --slo-itl",
+    _BENCH: "--duration --users --rate --repeats --workers --slo --slo-ttft --slo-itl --dimensions",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
-    "compare A B": "--floor-ms",
+    "compare A B": "--floor-ms --floor-ndcg",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
     "deploy --embed texts": "--parts",
@@ -41,7 +41,7 @@ TEXTS = {
 }
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # `--port 0` takes a free port, and `--drain 0` ends at once. The rest is a limit that may be 0.
-ZERO_IS_FINE = {"--port", "--drain", "--floor-ms"}
+ZERO_IS_FINE = {"--port", "--drain", "--floor-ms", "--floor-ndcg"}
 
 
 @pytest.fixture(autouse=True)
