@@ -160,7 +160,10 @@ Retrieval = Annotated[
 Dimensions = Annotated[
     list[int] | None,
     typer.Option(
-        metavar="N", min=1, help="--retrieval: truncate vectors to N dimensions; repeatable. [default: 256, 128]"
+        metavar="N",
+        min=1,
+        max=1_000_000,
+        help="--retrieval: truncate vectors to N dimensions; repeatable. [default: 256, 128]",
     ),
 ]
 Rerank = Annotated[
