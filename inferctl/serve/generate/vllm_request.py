@@ -173,6 +173,8 @@ def _check_items(request: Mapping[str, Any], validate: Callable[[Any], object]) 
                 first = max(error.errors(include_url=False), key=lambda each: 0 in each["loc"])
                 place = ".".join(map(str, first["loc"][-2:]))
                 raise _invalid(f"{name}[{index}]", f"is not valid: {place}: {first['msg']}") from None
+            except Exception:  # noqa: BLE001  # an error of vLLM's own, with which it responds itself
+                pass
 
 
 def _check_media(request: Mapping[str, Any], of_anthropic: bool) -> None:
