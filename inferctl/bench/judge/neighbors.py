@@ -26,7 +26,8 @@ def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return vectors, shape (n, dimensions), with the length 1. Zeros, such as sparse weights of no token, stay so."""
     wide = vectors.astype(np.float64)
     lengths: npt.NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide / np.where(lengths == 0, 1, lengths)
+    found: npt.NDArray[np.float64] = wide / np.where(lengths == 0, 1, lengths)
+    return found
 
 
 def cosines(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
