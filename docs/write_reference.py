@@ -160,6 +160,7 @@ def metrics() -> str:
     def families(server: RequestMetrics) -> dict[str, tuple[str, str, str]]:
         """Return type, labels and description of each metric by its name."""
         server.watch_threads("api")
+        server.watch_budgets(lambda *_: 0)
         server.watch_outbox(typing.cast(Any, types.SimpleNamespace(depth=0, age=0, dropped=0)))
         labels = {
             getattr(collector, "_name", None): getattr(collector, "_labelnames", ())

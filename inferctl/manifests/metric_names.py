@@ -33,6 +33,7 @@ REQUESTS = frozenset(
         "inferctl_space_info",
         "inferctl_slo_seconds",
         "inferctl_thread_seconds_total",
+        "inferctl_budgets_reached",
     }
 )
 # Of servers that record usage events.

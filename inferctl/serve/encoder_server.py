@@ -114,6 +114,7 @@ class EncoderServer(ServerLifetime):
 
     async def _serve(self) -> int:
         self._metering.watch(self._metrics.general)
+        self._metrics.general.watch_budgets(self._budgets.reached)
         self._engines = asyncio.create_task(self._run_engines())
         self._budgets.open(self._metering.source, time.time())
         work = [exchange.follow_ledger(self._budgets), *([self._exchange.run()] if self._exchange else ())]

@@ -80,6 +80,7 @@ def healthy(watched: Watched) -> dict[str, Series]:
             f"inferctl_non_finite_total{{{server}}}": counter(0),
             f"inferctl_out_of_memory_total{{{server}}}": counter(0),
             f"inferctl_outbox_age_seconds{{{server}}}": gauge(2),
+            f'inferctl_budgets_reached{{{server},percent="80"}}': gauge(0),
             f"inferctl_outbox_dropped_events{{{server}}}": gauge(0),
             f"vllm:num_preemptions_total{{{server}}}": counter(1),
         }
@@ -170,6 +171,7 @@ CASES = [
     fault("few rejections", "", ('reason="queue_full"', counter(0, 5))),
     fault("limits of keys", "KeyLimitReached", ('reason="rate_limit_exceeded"', counter(0, 60))),
     fault("few over their limit", "", ('reason="rate_limit_exceeded"', counter(0, 20))),
+    fault("a budget", "BudgetReached", ('percent="80"', gauge(0, 1))),
     fault("errors", "ServerErrors", ('status="500"', counter(0, 12))),
     fault("few errors", "", ('status="500"', counter(0, 5))),
     fault("one replica is not scraped", "MetricsMissing", ("inferctl_engine_up", lost(1)), everywhere=False),
@@ -378,6 +380,7 @@ def test_options_that_a_model_lacks_have_no_alerts() -> None:
     plain = Watched("embed", "inference", "embed", EMBED.flavors[1:], keda=False, gpu=False)
     missing = {rule["alert"] for rule in rules(EMBED)} - {rule["alert"] for rule in rules(plain)}
     assert missing == {
+        "InferctlBudgetReached",
         "InferctlOverflowUsedUp",
         "InferctlScalerErrors",
         "InferctlOutboxOld",

@@ -93,6 +93,7 @@ def values(prometheus: str, expression: str) -> list[float]:
 
 def test_each_query_about_the_server_finds_its_series(prometheus: str) -> None:
     rate = "30s"
+    until(lambda: values(prometheus, f"rate(inferctl_requests_total[{rate}])"), 30)  # two scrapes, on a busy machine
     asked = 0
     for panel in dashboard(WATCHED)["panels"]:
         for query in panel.get("targets", ()):

@@ -116,6 +116,7 @@ class _EdgeServer:
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
         budgets = Budgets.of(keys, spec.metering)
         budgets.open(self._metering.source, time.time())
+        metrics.watch_budgets(budgets.reached)
         budgets.ready(None, self._metering.hardware(spec.name))
         charges = GenerationCharges(limiter, budgets)
         self._lifecycle.started = True

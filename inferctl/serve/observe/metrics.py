@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -193,6 +195,12 @@ class RequestMetrics:
         """Report the times of the event loop, which runs on the calling thread, and of threads that tokenize."""
         event_loop: Threads = [threading.get_native_id()], 1
         self.registry.register(_ThreadTimes(process, {"event_loop": [event_loop], "tokenizer": tokenizers}))
+
+    def watch_budgets(self, reached: Callable[[int, float], int]) -> None:
+        """Report how many budgets have reached 80 and 100 percent of their limit."""
+        gauge = self._gauge("budgets_reached", "Budgets that have reached this percentage of their limit.", "percent")
+        for level in (80, 100):
+            gauge.labels(level).set_function(functools.partial(lambda at: reached(at, time.time()), level))
 
     def describe_model(self, info: Mapping[str, Any]) -> None:
         """Report the served model. `info`: the document of `GET /info`."""

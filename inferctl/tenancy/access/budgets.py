@@ -267,6 +267,10 @@ class Budgets:
             if not budget.soft and spending.spent >= budget.limit:
                 raise _exceeded(budget, spending, 0)
 
+    def reached(self, level: int, now: float) -> int:
+        """Return how many budgets have reached 80 or 100 percent of their limit in a window that is not over."""
+        return sum(each.alerted >= level and not 0 < each.window.end <= now for each in self._spendings.values())
+
     def reserve(self, budgets: Sequence[Budget], model: str, prompt: int, output: int, now: float) -> Hold:
         """Reserve the most that a request can cost. `prompt`, `output`: its most tokens. Raises `BudgetError`."""
         rate = self._rate(budgets, model, now)

@@ -123,6 +123,7 @@ def test_reservations_and_prices_belong_to_the_admission(tmp_path: Path, caplog:
     assert first.settle(6, 0, 0).cost == 4 * UNITS, "only once"
     assert later.settle(5, 0, 0)[6:8] == (10 * UNITS, 0)
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["100%"]
+    assert [budgets.reached(80, at) for at in (NOW, tomorrow, NOW + 2 * 86_400)] == [1, 1, 0]
     for at in (NOW + 9 * 86_400, NOW):  # a jump forgets no window
         os.utime(tmp_path / TOTALS_FILE, (at, at))
         budgets.read_totals(at)
