@@ -1,4 +1,4 @@
-"""What vLLM's API process needs of a core, with the edge of inferctl in it: `benchmarks/peers/generation_api.py`."""
+"""What vLLM's API process needs of a core, with the edge of inferctl in it, as measured on 2026-11-30."""
 
 from __future__ import annotations
 
