@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from inferctl.core import assets
@@ -34,5 +35,6 @@ def page(report: Report) -> str:
     rows = [row | {"group": group(row) or "all requests", "model": row["model"] or "-"} for row in named]
     models = sorted({row["model"] for row in rows})
     colors = {model: _COLORS[number % len(_COLORS)] for number, model in enumerate(models)}
-    days = sorted({row["day"] for row in rows})
+    numbers = [date.fromisoformat(row["day"]).toordinal() for row in rows]
+    days = [date.fromordinal(each).isoformat() for each in range(min(numbers), max(numbers) + 1)] if rows else []
     return assets.page("invoice.html.j2", report=report, rows=rows, days=days, colors=colors)

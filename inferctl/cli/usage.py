@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -152,7 +153,7 @@ def _print_budgets(spec: Spec, *, as_json: bool) -> None:
     opened, now = Ledger.read(spec.metering.ledger_url), time.time()
     found = states(needed, opened.budgets(now), Path(spec.metering.data), now)
     opened.close()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "account": budget.account,
             "name": names.get(budget.account),
@@ -165,15 +166,23 @@ def _print_budgets(spec: Spec, *, as_json: bool) -> None:
     if as_json:
         console.document({"budgets": rows})
         return
-    table = Table("budget", "window", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    columns = ("limit", "spent", "reserved", "left", "reset", "alert")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    lines: list[tuple[str, ...]] = [("budget", "window", "limit", "spent", "reserved", "left", "alert", "reset")]
     for row in rows:
-        who = console.plain(str(row["name"] or row["account"]))
-        cells = [str(row.get(name, "-")) for name in columns]
-        table.add_row(*map(Text, (who, f"{row['window']}{' soft' if row['soft'] else ''}", *cells)))
-    console.report(table, 0)
+        who, window = console.plain(str(row["name"] or row["account"])), f"{row['window']}{' soft' * row['soft']}"
+        money = (_money(row[name]) for name in lines[0][2:6])
+        lines.append((who, window, *money, row.get("alert", "-"), row.get("reset", "-").replace("T00:00:00Z", "")))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if number > 1 else "left", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    console.report(table, sum(_GAP + max(map(len, column)) for column in zip(*lines, strict=True)))
+
+
+def _money(text: str) -> str:
+    """Return an amount with two decimals, or with four if it has more."""
+    shown = f"{Decimal(text):,.4f}"
+    return shown.removesuffix("00")
 
 
 def _print(report: Report) -> None:
