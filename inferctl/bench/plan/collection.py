@@ -90,12 +90,12 @@ def _texts(file: Path) -> dict[str, tuple[str, str]]:
     for place, line in _lines(file):
         try:
             entry = json.loads(line)
-            key, title, text = str(entry["_id"]), str(entry.get("title") or ""), str(entry["text"])
-        except (ValueError, RecursionError, KeyError, TypeError):
+            key, title, text = str(entry["_id"]), str(entry.get("title") or ""), entry["text"].strip()
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{place}: the line is not a text with an id", _LAYOUT) from None
         if key in found:
             raise UsageError(f"{place}: a second text has the id {key!r}", "give each text an id of its own")
-        found[key] = title.strip(), text.strip()
+        found[key] = title.strip(), text
     if not any(map(any, found.values())):
         raise UsageError(f"{file} has no texts", _LAYOUT)
     return found
@@ -123,7 +123,7 @@ def _lines(file: Path) -> list[tuple[str, str]]:
     """Return the lines that are not blank, each with its place."""
     try:
         # splitlines() would also split at U+2028, which JSON strings may contain.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}", _LAYOUT) from None
     return [(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
