@@ -43,7 +43,10 @@ _THRESHOLD_HELP = (
     "Set the smallest change that counts, for all metrics or as METRIC=PERCENT; repeatable. "
     f"[default: {_default_thresholds()}]"
 )
-_METRIC_HELP = f"Judge only {', '.join(METRICS)}, {REJECTED} or {retrieval.NAME}; repeatable. [default: all]"
+_METRIC_HELP = (
+    f"Judge only {', '.join(METRICS)}, {REJECTED} or {retrieval.NAME}, and always the quality against fp32; "
+    "repeatable. [default: all]"
+)
 
 
 def compare(

@@ -232,9 +232,11 @@ _PATHS = (
     "image.wheels",
     "image.locks",
     "serve.adapter_folders",
+    "serve.batches.folder",
     "access.keys",
     "access.data",
     "metering.data",
+    "metering.prices",
 )
 # Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base")

@@ -90,9 +90,10 @@ def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Pa
         ({"corpus": ""}, "no texts"),
         ({"corpus": '{"_id": "a"}\n'}, "corpus.jsonl:1"),
         ({"corpus": lines(a="x") + lines(a="y")}, "corpus.jsonl:2"),
-        ({"corpus": lines(a="one line")}, "no two queries"),
+        ({"corpus": lines(a="one line")}, "0 queries"),
+        ({"corpus": DOCUMENTS, "qrels": qrels("q b 1")}, "queries.jsonl: No such"),
         ({"corpus": DOCUMENTS, "queries": QUERIES}, "test.tsv"),
-        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "no two queries"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "0 queries"),
         (
             {"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 1", "q z 1")},
             "test.tsv:3: the judged document",

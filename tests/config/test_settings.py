@@ -290,6 +290,8 @@ def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, 
 ELSEWHERE = """model: {source: models/minilm}
 image: {base: base.yaml, wheels: w, locks: ./l}
 hardware: [t4, gpu.yaml]
+metering: {mode: "on", prices: p.yaml}
+serve: {batches: {folder: b}}
 """
 
 
@@ -308,7 +310,8 @@ def test_paths_in_a_spec_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.
         one = found[name]
         image = one.image
         paths = [one.model.source, image.wheels, image.locks, one.hardware[1], image.base]
-        expected = ["models/minilm", "w", "l", "gpu.yaml", "base.yaml"]
+        paths += [one.metering.prices, one.serve.batches.folder]
+        expected = ["models/minilm", "w", "l", "gpu.yaml", "base.yaml", "p.yaml", "b"]
         assert [Path(path or "").absolute() for path in paths] == [folder / path for path in expected]
         assert not model.is_hub_id(one.model.source)
         assert (one.hardware[0], one.name) == ("t4", "minilm")

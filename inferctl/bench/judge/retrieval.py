@@ -66,7 +66,7 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
     if not (old or new or required):
         return []
     if reason := _missing(old, new):
-        return [MetricResult(NAME, "%", "not enough evidence" if old or required else "not compared", reason)]
+        return [MetricResult(NAME, "points", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
     more = found.reason and found.queries_needed > len(first["per_query"])
@@ -74,7 +74,7 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
     return [
         MetricResult(
             NAME,
-            "%",
+            "points",
             found.outcome,
             found.reason + needed,
             round(100 * first[NAME], 4),

@@ -128,6 +128,9 @@ def _rerank(bench: Bench, outcomes: Sequence[Outcome], notify: NotifyPhase) -> N
                     )
     except InferctlError as error:  # the other measures are whole without it
         notify("reranking", done=f"no reranking: {error.message}")
+        for outcome in outcomes:
+            if outcome.retrieval and outcome.retrieval.variants:
+                outcome.retrieval = replace(outcome.retrieval, reason=f"no reranking: {error.message}")
 
 
 def _measure_load(

@@ -49,19 +49,22 @@ class Collection:
 def read(folder: Path) -> Collection:
     """Return the collection in `folder`. Raises `UsageError` for a missing, empty or contradictory file."""
     parts = _texts(folder / "corpus.jsonl")
-    weak = not (folder / "queries.jsonl").exists()
+    known = [folder / "qrels" / "test.tsv", folder / "qrels.tsv"]
+    weak = not any(each.exists() for each in (folder / "queries.jsonl", *known))
     if weak:
         documents, queries, grades, file = *_weak(parts), folder / "corpus.jsonl"
     else:
         # As BEIR and MTEB join them.
         documents = {key: f"{title} {text}".strip() for key, (title, text) in parts.items()}
         queries = {key: text for key, (_, text) in _texts(folder / "queries.jsonl").items()}
-        known = [folder / "qrels" / "test.tsv", folder / "qrels.tsv"]
         file = next((each for each in known if each.exists()), known[0])
         grades = _grades(file, queries, documents)
     relevant = [key for key in sorted(grades) if max(grades[key].values()) > 0]
     if len(relevant) < 2:
-        raise UsageError(f"{file} gives no two queries with a relevant document", f"add judgments: {_LAYOUT}")
+        raise UsageError(
+            f"{file} gives {len(relevant)} queries with a relevant document, at least 2 are needed",
+            f"add judgments: {_LAYOUT}",
+        )
     chosen = relevant[:: -(-len(relevant) // MOST_WEAK)] if weak else relevant
     texts = {key: text for key, text in sorted(documents.items()) if text}
     left_out, empty = len(queries) - len(chosen), len(documents) - len(texts)

@@ -174,7 +174,8 @@ def _label(metric: MetricResult) -> str:
 
 def _change_in_words(metric: MetricResult) -> str:
     if metric.points:
-        return f"{_label(metric)} {metric.points.difference:+.2f} percentage points"
+        unit = "" if metric.unit == "points" else " percentage points"
+        return f"{_label(metric)} {metric.points.difference:+.2f}{unit}"
     if metric.change is None:
         return f"{_label(metric)} {metric.reason}".rstrip()
     milliseconds = ""

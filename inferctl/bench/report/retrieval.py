@@ -146,7 +146,7 @@ def _compared(row: RetrievalRow, base: str) -> str:
 def _notes(section: JsonObject) -> Iterator[str]:
     """Yield what to know about the measures of a receipt."""
     if section.get("reason"):
-        yield f"no nDCG, {section['reason']}"
+        yield section["reason"] if section["variants"] else f"no nDCG, {section['reason']}"
     if section and section["collection"]["weak"]:
         yield "the queries are titles or first lines of the documents, which is weak evidence for real queries"
     if section and section["collection"]["queries"] < retrieval.MIN_QUERIES:
@@ -214,7 +214,9 @@ def _chart(
     ranges = {"x": [place for place, *_ in points], "y": [row.ndcg for _, row, _ in points]}
     markers: Json = {
         "type": "scatter",
-        "mode": "markers",
+        "mode": "markers+text",
+        "text": [name if len(points) < 10 and name not in {each[2] for each in best} else "" for *_, name in points],
+        "textposition": "bottom right",
         "showlegend": False,
         "marker": {"size": 9, "color": [colors[row.configuration] for _, row, _ in points]},
         "customdata": [row.label for _, row, _ in points],

@@ -53,7 +53,7 @@ class ConnectionNotes:
 class Asked(NamedTuple):
     """What the path and the headers of a request say. `priority` and `content_type`: as the client sent them.
 
-    `spaces`: the names of those that the client can use, comma separated; empty for any.
+    `spaces`: the names of those that the client can use, comma separated; empty without the header: any.
     """
 
     endpoint: str = ""
@@ -83,7 +83,9 @@ class Asked(NamedTuple):
             found(b"content-type", b""),
             int(found(b"content-length", b"0")),
             found(b"cache-control", b""),
-            b",".join(value for name, value in scope["headers"] if name == _SPACE) if _SPACE in headers else b"",
+            (b",".join(value for name, value in scope["headers"] if name == _SPACE) or b"(empty)")
+            if _SPACE in headers
+            else b"",
             trace,
         )
 
