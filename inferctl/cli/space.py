@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from inferctl.bench.plan.collection import Collection
 
 _EXIT_CODES = {"not needed": 0, "re-embed": 1, "not enough evidence": 4}
-_MOST_TEXTS, _READY_S = 1000, 900.0
+_MOST_TEXTS, _READY_S, _NOT_REQUESTED = 1000, 900.0, "not requested"
 _SOURCE_HELP = "Model folder, hub id, image, receipt, or URL of a server."
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
 _KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to servers.")]
@@ -89,7 +89,11 @@ def diff(
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     judged = collection.read(retrieval) if retrieval and not definition else None
-    one, other = (_read(source, probes, judged, api_key_env) for source in (old, new))
+    # A wrong source, or other outputs, are found before anything is computed.
+    one, other = (_read(source, [], None, api_key_env) for source in (old, new))
+    spaces = one.known["spaces"], other.known["spaces"]
+    if probes and (not all(spaces) or spaces[0].keys() & spaces[1].keys()):
+        one, other = (_read(source, probes, judged, api_key_env) for source in (old, new))
     found = _compared(one, other, least_kept / 100) | {"retrieval": judged and _retrieval(one, other)}
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
     found = json.loads(json.dumps(found))
@@ -113,7 +117,7 @@ def _read(source: str, texts: list[str], judged: Collection | None, api_key_env:
     from inferctl.bench.measure import retrieval, space_vectors
 
     with _opened(source, api_key_env, bool(texts)) as (known, server):
-        found: dict[str, Any] = {"source": source, "execution": {}, "not_computed": None if texts else "not requested"}
+        found: dict[str, Any] = {"source": source, "execution": {}, "not_computed": None if texts else _NOT_REQUESTED}
         if server is None:
             return _Side(found | known)
         found["spaces"] = (server.info.get("model") or {}).get("spaces") or {}
@@ -150,6 +154,8 @@ def _opened(source: str, api_key_env: str | None, compute: bool) -> Iterator[tup
         else:
             found = space.read(folder.path, embedding_config.read(folder.path))
             yield {"spaces": {output: each.described for output, each in found.items()}}, None
+    elif source.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"{source} does not exist", "name a model folder, a hub id, an image, a receipt or a URL")
     else:
         with _image(source, compute) as opened:
             yield opened
@@ -226,16 +232,20 @@ def _compared(old: _Side, new: _Side, least_kept: float) -> dict[str, Any]:
         measured = {"output": old.output, **asdict(change)}
         return {**found, "verdict": change.verdict, "reason": change.reason, "measured": measured}
     sides = (old.known, new.known)
-    reasons = [f"{side['source']}: {side['not_computed']}" for side in sides if side["not_computed"]]
-    why = "; ".join(reasons) or "too few texts, or other outputs"
+    whys = [f"{side['source']}: {why}" for side in sides if (why := side["not_computed"]) not in (None, _NOT_REQUESTED)]
+    whys = whys or (["too few texts, or other outputs"] if old.vectors else [])
     verdict, what = "not enough evidence", "the definitions differ"
     if not old.known["spaces"] or not new.known["spaces"]:
         what = "a source does not name its spaces"
     elif not spaces:
-        verdict, what = "re-embed", "no output is the same"
+        verdict, what = (
+            "re-embed",
+            f"no output is the same ({', '.join(sides[0]['spaces'])}; {', '.join(sides[1]['spaces'])})",
+        )
     elif all(each["names"][0] == each["names"][1] for each in spaces.values()):
         verdict, what = "not needed", "the definitions are equal"
-    return {**found, "verdict": verdict, "reason": f"{what}; vectors were not compared ({why})", "measured": None}
+    why = f" ({'; '.join(whys)})" if whys else ""
+    return {**found, "verdict": verdict, "reason": f"{what}; vectors were not compared{why}", "measured": None}
 
 
 def _retrieval(old: _Side, new: _Side) -> dict[str, Any]:
