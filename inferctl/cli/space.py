@@ -92,7 +92,7 @@ def diff(
     # A wrong source, or other outputs, are found before anything is computed.
     one, other = (_read(source, [], None, api_key_env) for source in (old, new))
     spaces = one.known["spaces"], other.known["spaces"]
-    if probes and (not all(spaces) or spaces[0].keys() & spaces[1].keys()):
+    if probes and (judged or not all(spaces) or spaces[0].keys() & spaces[1].keys()):
         one, other = (_read(source, probes, judged, api_key_env) for source in (old, new))
     found = _compared(one, other, least_kept / 100) | {"retrieval": judged and _retrieval(one, other)}
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}

@@ -272,7 +272,7 @@ def test_retrieval_of_something_else_is_an_error(
 
 
 def values_of(draw: np.random.Generator, count: int, gain: float = 0.0, shared: float = 0.7) -> list[list[float]]:
-    """Return nDCG of the same queries by two systems of equal quality, the second one `gain` better; most are 0 or 1."""
+    """Return nDCG of the same queries by two equal systems, the second one `gain` better; most are 0 or 1."""
     ranks = draw.geometric(0.25, (3, count))
     systems = [np.where(draw.random(count) < shared, ranks[2], ranks[side]) for side in (0, 1)]
     found = [np.where(each <= 10, 1 / np.log2(1 + each), 0.0) for each in systems]

@@ -63,9 +63,9 @@ class Variant:
 class RetrievalResult:
     """The measures of a server. The first variant is what the server returns, in float32.
 
-    `reason` says why there are no variants, or none of a reranker. `roles`: whether the server accepted what is a query and what a document.
-    `truncated` counts texts above the limit of the model; None if the server does not say it. `run` has the best
-    documents of the first variant by query.
+    `reason` says why there are no variants, or none of a reranker. `roles`: whether the server accepted what is a query
+    and what a document. `truncated` counts texts above the limit of the model; None if the server does not say it.
+    `run` has the best documents of the first variant by query.
     """
 
     collection: Mapping[str, object]

@@ -129,7 +129,7 @@ def _rerank(bench: Bench, outcomes: Sequence[Outcome], notify: NotifyPhase) -> N
     except InferctlError as error:  # the other measures are whole without it
         notify("reranking", done=f"no reranking: {error.message}")
         for outcome in outcomes:
-            if outcome.retrieval and outcome.retrieval.variants:
+            if outcome.retrieval and outcome.retrieval.variants and outcome.retrieval.variants[-1].milliseconds is None:
                 outcome.retrieval = replace(outcome.retrieval, reason=f"no reranking: {error.message}")
 
 

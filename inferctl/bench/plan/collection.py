@@ -21,7 +21,7 @@ _LAYOUT = (
 class Collection:
     """Texts by id, and the grades of judged documents by query.
 
-    `documents` and `queries` are sorted by id. Each query has a relevant document (a grade above 0). `weak`: queries are
+    `documents` and `queries` are sorted by id. Each query has a relevant one (a grade above 0). `weak`: queries are
     titles or first lines of documents, which do not contain them. `left_out` counts queries without a relevant
     document, `empty` documents without text.
     """

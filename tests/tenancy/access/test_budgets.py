@@ -1,4 +1,4 @@
-"""Budgets: their windows, the cost of a request, and what servers spend together while messages and servers are lost."""
+"""Budgets: their windows, the cost of a request, and what servers together spend while messages or servers get lost."""
 
 from __future__ import annotations
 
