@@ -261,7 +261,7 @@ def test_schemathesis_finds_no_failures(tmp_path: Path) -> None:
     command += ["--generation-database", "none", "--checks", "not_a_server_error"]
     with serving(tmp_path, {**SPEC, "serve": serve}) as server:
         done = python(
-            "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *command, cwd=tmp_path, timeout=250, code=0
+            "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *command, cwd=tmp_path, timeout=600, code=0
         )
         generated = re.search(r"(\d+) generated, \1 passed", done.stdout)
         assert generated and int(generated[1]) > 1000
