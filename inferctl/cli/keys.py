@@ -141,7 +141,7 @@ def create(
         priority=priority,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
-        budget=_budget(budget) if budget else None,
+        budget=None if budget is None else _budget(budget),
     )
 
     def add(found: dict[str, ApiKey]) -> ApiKey:

@@ -94,6 +94,8 @@ def usage(
     style = "json" if json_ else format_
     spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
     if budgets:
+        if style in ("csv", "html"):
+            raise UsageError(f"`--budgets` cannot be printed as {style}", "use `--format json`")
         _print_budgets(spec, as_json=style == "json")
         return
     with needs_packages("`inferctl usage`", "ledger"):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 UNITS = 1_000_000_000  # of one unit of a currency
 EXAMPLE = "50 EUR/month"
 PATTERN = (
-    r"^(?P<amount>\d{1,9}(\.\d{1,9})?) (?P<currency>[\w$€£¥]{1,16})/(?P<period>day|week|month|total)"
-    r"( (?P<zone>[A-Z][A-Za-z0-9_/+-]{0,63}))?(?P<soft> soft)?$"
+    r"^([0-9]{1,9}(?:\.[0-9]{1,9})?) ([\w$€£¥]{1,16})/(day|week|month|total)"
+    r"(?: ([A-Z][A-Za-z0-9_/+-]{0,63}))?( soft)?$"
 )
 
 
@@ -44,13 +44,12 @@ def parse(account: str, text: str) -> Budget:
     """Return the budget in a text such as `50 EUR/month Europe/Berlin soft`. Raises `ValueError`."""
     if not (found := re.fullmatch(PATTERN, text)):
         raise ValueError(f"{text!r} is not a budget")
-    zone = found["zone"] or "UTC"
+    number, currency, period, zone, soft = found.groups(default="")
     try:
-        _place(zone)
+        _place(zone or "UTC")
     except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
-        raise ValueError(f"{zone!r} is not a time zone, such as Europe/Berlin") from None
-    limit = int(Decimal(found["amount"]) * UNITS)
-    return Budget(account, limit, found["currency"], found["period"], zone, bool(found["soft"]))
+        raise ValueError(f"{zone!r} is not a time zone that this machine has, such as Europe/Berlin") from None
+    return Budget(account, int(Decimal(number) * UNITS), currency, period, zone or "UTC", bool(soft))
 
 
 def amount(units: int) -> str:

@@ -327,6 +327,8 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
         return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
     if path.startswith("serve.aliases."):
         return "use one word of letters, digits and ._:/@+-, as in text-embedding-3-small"
+    if path.startswith("access.budgets."):
+        return 'write `"team:NAME": 50 EUR/month` or `"model:NAME": ...`; the period is day, week, month or total'
     if kind == "one_or_several":
         return "remove one of the two, or use `--model` in another folder"
     return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None

@@ -7,15 +7,9 @@ import ipaddress
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
 
-from inferctl.config.budget import PATTERN
+from inferctl.config.budget import PATTERN, parse
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
 from inferctl.core.addresses import DatabaseAddress, NatsAddress
@@ -32,6 +26,11 @@ _KeyPlace = Annotated[
     PlainValidator(_key_place),
     PlainSerializer(addresses.serialized),
     WithJsonSchema({"type": "string", "pattern": r"^[^\r\n\x00]+$"}),
+]
+_Budget = Annotated[
+    str,
+    AfterValidator(lambda text: text if parse("", text) else ""),  # or a ValueError
+    WithJsonSchema({"type": "string", "pattern": PATTERN}),
 ]
 
 
@@ -75,9 +74,7 @@ class Access(Section):
         description="Number of servers that share the limits. Without `access.broker`, each applies limit / replicas.",
     )
 
-    budgets: dict[
-        Annotated[str, Field(pattern=r"^(team|model):[^\r\n\x00]{1,100}$")], Annotated[str, Field(pattern=PATTERN)]
-    ] = Field(
+    budgets: dict[Annotated[str, Field(pattern=r"^(team|model):[^\r\n\x00]{1,100}$")], _Budget] = Field(
         default_factory=dict,
         description="Budgets that several keys share: `team:NAME` or `model:NAME`, and an amount such as "
         "`50 EUR/month`, with an optional time zone and `soft`.",

@@ -91,7 +91,7 @@ def _problem(error: Mapping[str, Any], keys_at: KeysAt, hint_for: HintFor, where
     elif kind == "string_pattern_mismatch":
         *rest, name = (str(part) for part in location)
         name = f"item of {rest[-1]}" if isinstance(location[-1], int) else name
-        what = f"{shown(value)} is not a valid {name.replace('_', ' ')}"
+        what = f"{shown(value)} is not a valid {name.replace('_', ' ').strip('[]')}"
     elif kind == "model_type":
         got = value if isinstance(value, int | float) else "text" if isinstance(value, str) else "a list"
         what, hint = f"expected `key: value` lines, got {got}", f"known in {path}: {', '.join(keys_at(location))}"

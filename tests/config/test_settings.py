@@ -89,12 +89,10 @@ def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, w
                 "{name: b, model: {source: org/b, adapters: [{name: a, source: org/c}]}}",
             )
         ),
-        (
-            "name: m\nmodels: [{name: a, model: {source: b}}, {name: b, model: {source: c}}]",
-            None,
-            "the source of a",
-            "",
-        ),
+        ("name: m\nmodels: [{name: a, model: {source: b}}, {name: b, model: {source: c}}]", None, "source of a", ""),
+        (f"{GOOD}access: {{budgets: {{team:a: 5 EUR/year}}}}", 4, "'5 EUR/year' is not a budget", "team:NAME"),
+        (f"{GOOD}access: {{budgets: {{model:a: 5 EUR/day Mars/X}}}}", 4, "'Mars/X' is not a time zone", "team:NAME"),
+        (f"{GOOD}access: {{budgets: {{group:a: 5 EUR/day}}}}", 4, "'group:a' is not a valid key", "team:NAME"),
         (f"{GOOD}slo: 5\n", 4, "slo: expected `key: value` lines, got 5", "known in slo: p99_ms, ttft_ms, itl_ms"),
         *((f"name: {name}\nmodel: {{source: org/m}}\n", 1, "not a valid name", "") for name in BAD_NAMES),
         (f"{GOOD}image: {{repository: Team/MiniLM}}", 4, "not a valid repository", ""),

@@ -269,7 +269,8 @@ class Budgets:
 
     def reached(self, level: int, now: float) -> int:
         """Return how many budgets have reached 80 or 100 percent of their limit in a window that is not over."""
-        return sum(each.alerted >= level and not 0 < each.window.end <= now for each in self._spendings.values())
+        known = [(each, limit[1]) for limit, _, each in self._newest.values() if not 0 < each.window.end <= now]
+        return sum(alert(each.spent, limit) >= level for each, limit in known)
 
     def reserve(self, budgets: Sequence[Budget], model: str, prompt: int, output: int, now: float) -> Hold:
         """Reserve the most that a request can cost. `prompt`, `output`: its most tokens. Raises `BudgetError`."""
@@ -311,7 +312,7 @@ class Budgets:
             try:
                 self._rates[kind] = self._find_rate(*kind)
             except UsageError as error:
-                log.error("requests with a budget are rejected: %s", error.message)
+                log.error("requests with a budget are rejected: %s; %s", error.message, error.hint)
                 self._rates[kind] = None
         if (rate := self._rates[kind]) is None:
             raise BudgetError(UNAVAILABLE, f"this server has no price in {currency} that a budget can use")
@@ -319,7 +320,7 @@ class Budgets:
 
     def _find_rate(self, model: str, currency: str, day: int) -> Rate:
         if currency not in self._books:
-            raise UsageError(f"no prices in {currency}; the price book has {', '.join(self._books)}")
+            raise UsageError(f"no prices in {currency}", f"the price book has {', '.join(self._books)}")
         date = time.strftime("%Y-%m-%d", time.gmtime(86_400 * day))
         return self._books[currency].rate(self._hardware.get(model) or self._hardware.get(None, ""), model, date)
 

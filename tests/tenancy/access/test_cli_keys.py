@@ -79,6 +79,7 @@ def test_the_budget_of_a_key_changes(run: Run) -> None:
         run(*arguments)
         assert [key["budget"] for key in listed(run)] == [budget]
     assert "Mars" in run("budget", "a", "1 EUR/day Mars", code=2).stderr
+    run("create", "b", "--budget", "", code=2)  # an unset variable of a shell
 
 
 def test_a_scope_that_the_spec_does_not_have_is_named(run: Run, tmp_path: Path) -> None:
