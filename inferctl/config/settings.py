@@ -30,12 +30,13 @@ ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
 # Settings of a spec file that `null` in a variable removes. Other texts stay texts.
-_REMOVABLE = ("access.keys", "access.broker", "cache.size", "slo.p99_ms")
+_REMOVABLE = ("access.keys", "access.broker", "access.budgets", "cache.size", "slo.p99_ms")
 # The environment of a server that only its parent process uses: it asks for no keys and computes every input, whatever
 # the spec says.
 OPEN_ACCESS = {
     "INFERCTL_ACCESS_KEYS": "null",
     "INFERCTL_ACCESS_BROKER": "null",
+    "INFERCTL_ACCESS_BUDGETS": "null",
     "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
     "INFERCTL_CACHE_SIZE": "null",
 }
@@ -114,7 +115,9 @@ def resolve(
             warnings.append(f"{variable} is not a setting" + (f"; {hint}" if hint else ""))
             continue
         path = variables[variable]
-        _put(data, path, None if path in _REMOVABLE and text == "null" else _from_text(text, known[path]))
+        removed = path in _REMOVABLE and text == "null"
+        default = field(path).get_default(call_default_factory=True)
+        _put(data, path, default if removed else _from_text(text, known[path]))
         origins[path] = f"env {variable}"
     for path, value in flags.items():
         if value is not None:

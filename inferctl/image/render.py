@@ -232,6 +232,8 @@ def _container_config(spec: Spec, folders: Sequence[WeightsFolder], port: int) -
     data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
     # The addresses may have passwords, and only the relay needs them, which runs outside of the container.
     metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)
+    if spec.metering.prices:
+        metering["prices"] = f"{KEYS_PATH}/{Path(spec.metering.prices).name}"
     if metering:
         data["metering"] = metering
     data["serve"] |= {"port": port, "host": "0.0.0.0"}

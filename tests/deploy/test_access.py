@@ -47,7 +47,9 @@ def variables(container: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": NATS}
-    files = layout.files(plans.plan(spec(access, broker_secret="nats")))
+    made = spec(access, broker_secret="nats")
+    priced = made.metering.model_copy(update={"prices": "sub/prices.yaml"})
+    files = layout.files(plans.plan(made.model_copy(update={"metering": priced})))
     assert not [name for name, text in files.items() if "hunter2" in text]
     built = build(files, OVERLAYS[0])
     assert [problem for each in built for problem in problems(each, "1.36")] == []
@@ -64,6 +66,8 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     assert (found["INFERCTL_ACCESS_BROKER"], found["INFERCTL_ACCESS_DATA"]) == ("nats://relay", "/access")
     mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (relay, server)]
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
+    (shown,) = (volume["secret"]["items"] for volume in pod["volumes"] if volume["name"] == mounts[1]["/keys"])
+    assert [each["path"] for each in shown] == ["prices.yaml"]
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
     assert egress(built) == [(None, 5432), ("databases", 6432), ("messaging", 4222)]
 

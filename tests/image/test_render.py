@@ -177,9 +177,13 @@ def test_a_local_model_is_baked_from_its_own_context_without_its_path(tmp_path: 
 
 
 def test_the_config_in_the_image_is_a_valid_spec() -> None:
-    found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096)
+    budgets = {"team:a": "5 EUR/day"}
+    shared = {"access__budgets": budgets, "metering__mode": "required", "metering__prices": "sub/prices.yaml"}
+    found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096, **shared)
     document = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
-    serve = settings.resolve(document, {}, {}).spec.serve
+    spec, alone = (settings.resolve(document, env, {}).spec for env in ({}, settings.OPEN_ACCESS))
+    serve = spec.serve
+    assert (spec.access.budgets, spec.metering.prices, alone.access.budgets) == (budgets, "/keys/prices.yaml", {})
     assert (serve.precision, serve.max_batch_tokens, serve.host) == ("bf16", 4096, "0.0.0.0")
 
 

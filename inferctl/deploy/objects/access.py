@@ -7,6 +7,7 @@ counters of limits on through a socket there.
 from __future__ import annotations
 
 import urllib.parse
+from pathlib import Path
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
@@ -68,10 +69,13 @@ def environment(spec: Spec) -> dict[str, str]:
 
 
 def volumes(spec: Spec) -> list[tuple[Object, Object]]:
-    """Return the volumes of a server with their mounts: the Secret with the key file, the folder of the relay."""
-    found = []
-    if spec.access.keys and not spec.access.key_store:
-        secret = {"secretName": spec.deploy.keys_secret, "defaultMode": 0o440}
+    """Return the volumes of a server with their mounts: the Secret (key file, prices), the folder of the relay."""
+    found, prices = [], spec.metering.prices
+    if spec.access.keys and (prices or not spec.access.key_store):
+        secret: Object = {"secretName": spec.deploy.keys_secret, "defaultMode": 0o440}
+        if prices and spec.access.key_store:  # without its URL
+            name = Path(prices).name
+            secret |= {"items": [{"key": name, "path": name}], "optional": True}
         mount = {"name": _KEYS_VOLUME, "mountPath": KEYS_PATH, "readOnly": True}
         found.append(({"name": _KEYS_VOLUME, "secret": secret}, mount))
     return found + data_volumes(spec)

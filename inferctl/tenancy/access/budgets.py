@@ -46,9 +46,7 @@ class BudgetError(Exception):
     `retry_after`: seconds; None if it does not help.
     """
 
-    def __init__(
-        self, code: str, message: str, use: BudgetUse | None = None, *, retry_after: int | None = None
-    ) -> None:
+    def __init__(self, code: str, message: str, use: BudgetUse | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.code, self.use, self.retry_after = code, use, retry_after
 
@@ -156,17 +154,8 @@ def _use(
     if len(spendings) > 1:
         budget, least = min(spendings, key=lambda each: each[0].limit - each[1].used)
     spent = least.spent
-    return BudgetUse(
-        cost,
-        budget.currency,
-        int(1000 * admitted),
-        run,
-        shares,
-        budget.limit,
-        spent,
-        least.used - spent,
-        least.share[2],
-    )
+    at, reserved, reset = int(1000 * admitted), least.used - spent, least.share[2]
+    return BudgetUse(cost, budget.currency, at, run, shares, budget.limit, spent, reserved, reset)
 
 
 def _exceeded(budget: Budget, spending: Spending, most: int) -> BudgetError:
@@ -223,11 +212,11 @@ class Budgets:
 
         So does a price book that is not valid.
         """
-        recorded = metering.mode != "off" and metering.prices
-        books = read_all(Path(metering.prices)) if metering.prices and recorded else {}
         needed = [parse(account, text) for account, text in access.budgets.items()]
         if access.key_file and (file := Path(access.key_file)).exists():
             needed += [parse(key.id, key.budget) for key in key_file.read(file).keys if key.budget and not key.revoked]
+        prices = Path(metering.prices) if metering.prices and metering.mode != "off" else None
+        books = read_all(prices) if prices and (needed or prices.exists()) else {}  # the spec can be that of an image
         for budget in needed:
             if budget.currency not in books:
                 have = f"{metering.prices} has {', '.join(books)}" if books else "there are none"
