@@ -168,7 +168,7 @@ class Deploy(Section):
     keys_secret: ObjectName | None = Field(
         None,
         description="Secret with the key file, under `keys.json`, or, if `access.keys` is a database, with its URL, "
-        "under `url`. Requires `access.keys`.",
+        "under `url`. Also the price book. Requires `access.keys`.",
     )
     broker_secret: ObjectName | None = Field(
         None,
