@@ -15,10 +15,12 @@ import typer
 from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
 from inferctl.config.budget import EXAMPLE, parse
+from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, did_you_mean, shown
 from inferctl.tenancy.access import key_file, keys
 from inferctl.tenancy.access.key_file import ApiKey, Priority, StoredDigest
+from inferctl.tenancy.metering import prices
 
 _ENDPOINTS = (
     *("embeddings", "rerank", "score", "classify", "predict", "tokenize"),
@@ -141,7 +143,7 @@ def create(
         priority=priority,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
-        budget=None if budget is None else _budget(budget),
+        budget=None if budget is None else _budget(budget, spec),
     )
 
     def add(found: dict[str, ApiKey]) -> ApiKey:
@@ -271,8 +273,9 @@ def set_budget(
 
     Example: inferctl keys budget search "80 EUR/month"
     """
-    place, now = Place(options.access(spec_file, keys_)), key_file.now()
-    new = None if budget == "none" else _budget(budget)
+    spec = options.without_model(spec_file, {"access.keys": keys_})
+    place, now = Place(options.with_keys(spec.access)), key_file.now()
+    new = None if budget == "none" else _budget(budget, spec)
     with place.edit() as found:
         key = _find(found, _id_of(key_id), place.name, now)
         found[key.id] = key = key.model_copy(update={"budget": new})
@@ -282,12 +285,14 @@ def set_budget(
     console.note(f"the budget of {key.id} ({console.plain(key.name)}) in {place.name} is {new or 'removed'}")
 
 
-def _budget(text: str) -> str:
+def _budget(text: str, spec: Spec) -> str:
     try:
-        parse("", text)
+        currency = parse("", text).currency
     except ValueError as error:
         hint = f'write an amount, a currency and day, week, month or total: "{EXAMPLE}"'
         raise UsageError(str(error), hint) from None
+    if (file := spec.metering.prices) and currency not in (books := prices.read_all(Path(file))):
+        console.warn(f"{file} has no prices in {currency}, only {', '.join(books)}: servers with it do not start")
     return text
 
 

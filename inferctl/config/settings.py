@@ -231,15 +231,8 @@ def paths() -> dict[str, Any]:
 _ABSENT = object()
 # Settings that can be a local file or folder; `~` is expanded.
 _PATHS = (
-    "model.source",
-    "image.wheels",
-    "image.locks",
-    "serve.adapter_folders",
-    "serve.batches.folder",
-    "access.keys",
-    "access.data",
-    "metering.data",
-    "metering.prices",
+    *("model.source", "image.wheels", "image.locks", "serve.adapter_folders", "serve.batches.folder"),
+    *("access.keys", "access.data", "metering.data", "metering.prices"),
 )
 # Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base")

@@ -39,9 +39,7 @@ def check(spec: Spec) -> None:
                 "use PostgreSQL, or a key file (access.keys: keys.json) with deploy.keys_secret",
             )
         if _is_socket(store.public):
-            raise UsageError(
-                f"{spec.name}: access.keys names a Unix socket, which pods do not have", "name a host in the URL"
-            )
+            raise UsageError(f"{spec.name}: access.keys names a Unix socket, which pods lack", "name a host in the URL")
     if spec.access.has_relay and not spec.deploy.tools_image:
         what = "keys in a database require" if spec.access.key_store else "access.broker requires"
         raise UsageError(

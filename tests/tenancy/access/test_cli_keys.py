@@ -80,6 +80,10 @@ def test_the_budget_of_a_key_changes(run: Run) -> None:
         assert [key["budget"] for key in listed(run)] == [budget]
     assert "Mars" in run("budget", "a", "1 EUR/day Mars", code=2).stderr
     run("create", "b", "--budget", "", code=2)  # an unset variable of a shell
+    Path("p.yaml").write_text("prices: [{hardware: cpu, currency: EUR, from: 2026-01-01, input: 1}]")
+    Path("inferctl.yaml").write_text("{name: m, model: {source: ./a}, metering: {prices: p.yaml}}")
+    warned = [run("budget", "a", f"1 {name}/day").stderr.count("no prices in USD") for name in ("EUR", "USD")]
+    assert warned == [0, 1]
 
 
 def test_a_scope_that_the_spec_does_not_have_is_named(run: Run, tmp_path: Path) -> None:
