@@ -115,9 +115,8 @@ def resolve(
             warnings.append(f"{variable} is not a setting" + (f"; {hint}" if hint else ""))
             continue
         path = variables[variable]
-        removed = path in _REMOVABLE and text == "null"
         default = field(path).get_default(call_default_factory=True)
-        _put(data, path, default if removed else _from_text(text, known[path]))
+        _put(data, path, default if path in _REMOVABLE and text == "null" else _from_text(text, known[path]))
         origins[path] = f"env {variable}"
     for path, value in flags.items():
         if value is not None:

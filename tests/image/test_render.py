@@ -182,9 +182,8 @@ def test_the_config_in_the_image_is_a_valid_spec() -> None:
     found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096, **shared)
     document = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
     spec, alone = (settings.resolve(document, env, {}).spec for env in ({}, settings.OPEN_ACCESS))
-    serve = spec.serve
     assert (spec.access.budgets, spec.metering.prices, alone.access.budgets) == (budgets, "/keys/prices.yaml", {})
-    assert (serve.precision, serve.max_batch_tokens, serve.host) == ("bf16", 4096, "0.0.0.0")
+    assert (spec.serve.precision, spec.serve.max_batch_tokens, spec.serve.host) == ("bf16", 4096, "0.0.0.0")
 
 
 NONSENSE = {
