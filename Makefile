@@ -41,7 +41,7 @@ demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-demo-retrieval: $(VENV)/.dev model  ## retrieval and speed of real models on two judged collections
+demo-retrieval: $(VENV)/.dev model  ## retrieval and speed of real models on two collections, in 20 minutes
 	$(BIN)/python benchmarks/demo_retrieval.py $(MODEL) $(SPLADE)
 
 FAST := -m "not docker and not vllm and not slow and not slow_measurement"

@@ -159,7 +159,9 @@ def _notes(section: JsonObject) -> Iterator[str]:
 
 
 def _changed(found: Difference) -> str:
-    """Return the change in words: `lose 0.4 points (0.1 to 0.8)`; negative ends are gains."""
+    """Return the change in words: `lose 0.4 points (0.1 to 0.8)`."""
+    if found.low <= 0 <= found.high:
+        return f"are not shown to gain or lose points, {_interval(found)},"
     verb, sign = ("gain", 1) if found.points > 0 else ("lose", -1)
     low, high = sorted((sign * found.low, sign * found.high))
     return f"{verb} {abs(found.points):.1f} points ({low:.1f} to {high:.1f})"
