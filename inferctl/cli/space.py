@@ -15,7 +15,7 @@ import typer
 from inferctl.cli import console, download, options
 from inferctl.cli.options import Json
 from inferctl.core import outputs
-from inferctl.core.errors import NotReadyError, UsageError, needs_packages
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError, needs_packages
 from inferctl.models import image_source
 from inferctl.models.model import is_hub_id, resolve_task
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from inferctl.bench.load.target import ServerConnection
     from inferctl.bench.measure.retrieval import RetrievalResult
     from inferctl.bench.plan.collection import Collection
+    from inferctl.cli.bench_options import AccessOptions
 
 _EXIT_CODES = {"not needed": 0, "re-embed": 1, "not enough evidence": 4}
 _MOST_TEXTS, _READY_S, _NOT_REQUESTED = 1000, 900.0, "not requested"
 _SOURCE_HELP = "Model folder, hub id, image, receipt, or URL of a server."
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
 _KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to servers.")]
+_SERVED_MODEL_HELP = "Read this model of a server. [default: the first it lists]"
 
 app = options.group("space", "Show vector spaces, and how much a change of one matters.")
 
@@ -45,12 +47,19 @@ Examples:
 
 
 @app.command()
-def show(source: _Source, api_key_env: _KeyVariable = None, as_json: Json = False) -> None:
+def show(
+    source: _Source,
+    api_key_env: _KeyVariable = None,
+    served_model: Annotated[str | None, typer.Option(metavar="NAME", help=_SERVED_MODEL_HELP)] = None,
+    as_json: Json = False,
+) -> None:
     """Print the names of the spaces of a model.
 
     Example: inferctl space show ./all-MiniLM-L6-v2
     """
-    found = _read(source, [], None, api_key_env).known
+    from inferctl.cli.bench_options import AccessOptions
+
+    found = _read(source, [], None, AccessOptions(api_key_env=api_key_env, served_model=served_model)).known
     console.result(found, "\n".join(each["name"] for each in found["spaces"].values()), as_json=as_json)
 
 
@@ -69,6 +78,9 @@ def diff(
     ] = None,
     definition: Annotated[bool, typer.Option("--definition", help="Compare definitions, and compute nothing.")] = False,
     api_key_env: _KeyVariable = None,
+    served_model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"{_SERVED_MODEL_HELP} Twice: of OLD, of NEW.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the record of the comparison.")
     ] = None,
@@ -80,6 +92,7 @@ def diff(
     machine. Receipts and other images have no vectors, so only their definitions are compared.
     """
     from inferctl.bench.plan import collection, workload
+    from inferctl.cli.bench_options import AccessOptions
     from inferctl.receipts import receipt
 
     if output is not None:
@@ -89,11 +102,21 @@ def diff(
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     judged = collection.read(retrieval) if retrieval and not definition else None
-    # A wrong source, or other outputs, are found before anything is computed.
-    one, other = (_read(source, [], None, api_key_env) for source in (old, new))
-    spaces = one.known["spaces"], other.known["spaces"]
-    if probes and (judged or not all(spaces) or spaces[0].keys() & spaces[1].keys()):
-        one, other = (_read(source, probes, judged, api_key_env) for source in (old, new))
+    names: list[str | None] = list(served_model) if served_model else [None]
+    sides = [
+        (source, AccessOptions(api_key_env=api_key_env, served_model=name))
+        for source, name in ((old, names[0]), (new, names[-1]))
+    ]
+    try:
+        # A wrong source, or other outputs, are found before anything is computed.
+        one, other = (_read(source, [], None, access) for source, access in sides)
+        spaces = one.known["spaces"], other.known["spaces"]
+        if probes and (judged or not all(spaces) or spaces[0].keys() & spaces[1].keys()):
+            one, other = (_read(source, probes, judged, access) for source, access in sides)
+    except InferctlError as error:
+        if error.exit_code != _EXIT_CODES["re-embed"]:
+            raise
+        raise NotReadyError(error.message, error.hint) from None  # a model that does not start is no verdict
     found = _compared(one, other, least_kept / 100) | {"retrieval": judged and _retrieval(one, other)}
     found |= {"schema": "inferctl.space-diff/1", "texts": {"name": Path(texts).name, "sha256": digest}}
     found = json.loads(json.dumps(found))
@@ -113,10 +136,10 @@ class _Side(NamedTuple):
     retrieval: RetrievalResult | None = None
 
 
-def _read(source: str, texts: list[str], judged: Collection | None, api_key_env: str | None) -> _Side:
+def _read(source: str, texts: list[str], judged: Collection | None, access: AccessOptions) -> _Side:
     from inferctl.bench.measure import retrieval, space_vectors
 
-    with _opened(source, api_key_env, bool(texts)) as (known, server):
+    with _opened(source, access, bool(texts)) as (known, server):
         found: dict[str, Any] = {"source": source, "execution": {}, "not_computed": None if texts else _NOT_REQUESTED}
         if server is None:
             return _Side(found | known)
@@ -133,15 +156,14 @@ def _read(source: str, texts: list[str], judged: Collection | None, api_key_env:
 
 
 @contextlib.contextmanager
-def _opened(source: str, api_key_env: str | None, compute: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+def _opened(source: str, access: AccessOptions, compute: bool) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yield what a source says, and the server that computes it; None for one that cannot, or need not."""
     from inferctl.bench.load import child_server
     from inferctl.bench.load.target import connect
-    from inferctl.cli.bench_options import AccessOptions
     from inferctl.reading import embedding_config, space
 
     if source.startswith(("http://", "https://")):
-        yield {}, connect(source, access=AccessOptions(api_key_env=api_key_env).access())
+        yield {}, connect(source, access=access.access())
     elif Path(source).is_file():
         yield _of_file(Path(source)), None
     elif Path(source).is_dir() or image_source.is_image(source) or is_hub_id(source):

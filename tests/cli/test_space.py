@@ -21,13 +21,17 @@ def sources(minilm: Path, minilm_server: ServerProcess, tmp_path_factory: pytest
     (changed / POOLING).unlink()  # a link of the copy may be the model's own file
     settings = {"word_embedding_dimension": 384, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (changed / POOLING).write_text(json.dumps(settings))
+    shutil.copytree(
+        minilm, unusable := place / "unusable", ignore=shutil.ignore_patterns("tokenizer.json", "vocab.txt")
+    )
     receipt, unnamed = place / "receipt.json", place / "old.json"
     receipt.write_text(json.dumps({"model": minilm_server.get("/info").json()["model"], "precision": {}}))
     unnamed.write_text(json.dumps({"model": {}}))
     words = place / "words.txt"
     words.write_text("\n".join(f"text {number}" for number in range(20)))
     found = {"folder": minilm, "server": minilm_server.url, "changed": changed, "receipt": receipt, "unnamed": unnamed}
-    return {**{name: str(each) for name, each in found.items()}, "words": str(words), "absent": str(place / "absent")}
+    found |= {"unusable": unusable, "words": words, "absent": place / "absent"}
+    return {name: str(each) for name, each in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,11 @@ def test_what_names_no_space_is_an_error_with_a_hint(sources: dict[str, str], so
     done = inferctl("space", "show", sources[source])
     assert done.returncode in (2, 3)
     assert "hint:" in done.stderr
+
+
+def test_a_model_that_does_not_start_has_no_verdict(sources: dict[str, str]) -> None:
+    done = inferctl("space", "diff", sources["server"], sources["unusable"], code=3)
+    assert "did not start" in done.stderr
 
 
 def test_the_name_of_a_folder_is_that_of_its_server(sources: dict[str, str]) -> None:
