@@ -96,6 +96,8 @@ def usage(
     if budgets:
         if style in ("csv", "html"):
             raise UsageError(f"`--budgets` cannot be printed as {style}", "use `--format json`")
+        if since or until or currency:
+            raise UsageError("`--since`, `--until` and `--currency` do not select budgets", "remove them")
         _print_budgets(spec, as_json=style == "json")
         return
     with needs_packages("`inferctl usage`", "ledger"):

@@ -6,6 +6,7 @@ pure function and reports all errors at once, each with its line.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -294,6 +295,9 @@ def _from_text(text: str, annotation: Any) -> Any:
     """Convert an environment variable to the type of its setting. A tag of 20250101 stays text."""
     if typing.get_origin(annotation) is list:
         return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+    if typing.get_origin(annotation) is dict:
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
     if not {int, float, bool} & {annotation, *typing.get_args(annotation)}:
         return text
     return documents.scalar(text)

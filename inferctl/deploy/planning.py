@@ -209,10 +209,9 @@ def _check_settings(spec: Spec) -> None:
             f"{spec.name} has several models, and a receipt does not say how fast a mix of them is",
             "remove receipt and deploy.bench; set tokens_per_second of your mix, or min_replicas and max_replicas",
         )
-    if settings.keys_secret and not spec.access.keys:
-        raise UsageError(
-            "deploy.keys_secret is set, but the server asks for no keys", "set access.keys in the spec as well"
-        )
+    if not spec.access.keys and (settings.keys_secret or spec.access.budgets):
+        what = "deploy.keys_secret" if settings.keys_secret else "access.budgets"
+        raise UsageError(f"{what} is set, but the server asks for no keys", "set access.keys in the spec as well")
     if spec.access.keys and not settings.keys_secret:
         stored = spec.access.key_store is not None
         raise UsageError(

@@ -209,6 +209,7 @@ def test_no_text_crashes_the_reader(text: str) -> None:
 WRITTEN: list[tuple[str | None, dict[str, str], dict[str, object], str, object]] = [
     (GOOD, {"INFERCTL_HARDWARE": "t4, l4"}, {}, "hardware", ["t4", "l4"]),
     (GOOD, {"INFERCTL_SERVE_ALIASES": "a, b/c"}, {}, "serve.aliases", ["a", "b/c"]),
+    (GOOD, {"INFERCTL_ACCESS_BUDGETS": '{"team:a": "5 EUR/day"}'}, {}, "access.budgets", {"team:a": "5 EUR/day"}),
     (GOOD, {}, {"serve__aliases": "a,b/c"}, "serve.aliases", ["a", "b/c"]),
     (None, {}, {"model__source": "sentence-transformers/all-MiniLM-L6-v2"}, "name", "all-minilm-l6-v2"),
     (None, {}, {"model__source": "org/M"}, "repository", "inferctl/m"),

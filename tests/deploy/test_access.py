@@ -47,6 +47,7 @@ def variables(container: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": NATS}
+    access["budgets"] = {"team:a": "5 EUR/day"}
     made = spec(access, broker_secret="nats")
     priced = made.metering.model_copy(update={"prices": "sub/prices.yaml"})
     files = layout.files(plans.plan(made.model_copy(update={"metering": priced})))
@@ -64,6 +65,8 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     found = variables(server)
     assert found["INFERCTL_ACCESS_KEYS"] == STORE
     assert (found["INFERCTL_ACCESS_BROKER"], found["INFERCTL_ACCESS_DATA"]) == ("nats://relay", "/access")
+    assert json.loads(found["INFERCTL_ACCESS_BUDGETS"]) == access["budgets"], "also if the image has others"
+    assert found["INFERCTL_METERING_PRICES"] == "/keys/prices.yaml"
     mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (relay, server)]
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     (shown,) = (volume["secret"]["items"] for volume in pod["volumes"] if "secret" in volume)
@@ -110,8 +113,9 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
         ({"keys": "postgresql:///keys"}, {}, "names a Unix socket"),
         ({"broker": "nats://user:pw@nats:4222"}, {}, r"access\.broker has credentials"),
         ({}, {"broker_secret": "nats"}, "nothing uses a broker"),
+        ({"keys": None, "budgets": {"model:a": "5 EUR/day"}}, {"keys_secret": None}, "access.budgets is set"),
     ],
-    ids=["sqlite", "socket", "no-host", "credentials", "unused-secret"],
+    ids=["sqlite", "socket", "no-host", "credentials", "unused-secret", "budgets"],
 )
 def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -6,6 +6,7 @@ counters of limits on through a socket there.
 
 from __future__ import annotations
 
+import json
 import urllib.parse
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def environment(spec: Spec) -> dict[str, str]:
         found["INFERCTL_ACCESS_DATA"] = DATA
     if limits_broker(spec):
         found["INFERCTL_ACCESS_BROKER"] = _THROUGH_RELAY
+    if spec.access.budgets:  # the image can be older
+        found["INFERCTL_ACCESS_BUDGETS"] = json.dumps(spec.access.budgets)
+        if spec.metering.prices:
+            found["INFERCTL_METERING_PRICES"] = f"{KEYS_PATH}/{Path(spec.metering.prices).name}"
     return found
 
 

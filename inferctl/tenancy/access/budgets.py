@@ -158,7 +158,15 @@ def _use(
     return BudgetUse(cost, budget.currency, at, run, shares, budget.limit, spent, reserved, reset)
 
 
+def _log_level(budget: Budget, spending: Spending) -> None:
+    level = alert(spending.spent, budget.limit)
+    if level > spending.alerted:  # by this request, by other servers, or by a lower limit
+        log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
+    spending.alerted = level
+
+
 def _exceeded(budget: Budget, spending: Spending, most: int) -> BudgetError:
+    _log_level(budget, spending)
     use, of = _use([(budget, spending)]), budget.account if ":" in budget.account else "this key"
     message = f"the budget of {of} is {amount(budget.limit)} {spending.window.label}, {amount(use.spent)} are spent"
     message += f", and the request can cost {amount(most)}" if most else ""
@@ -317,12 +325,8 @@ class Budgets:
         """Add to what this process reserved, spent and released."""
         for budget, spending in spendings:
             self._apply(spending, self.run, reserved, spent, released)
-            if not spent:
-                continue
-            level = alert(spending.spent, budget.limit)
-            if level > spending.alerted:  # not only by this request: others spend too
-                log.warning("the budget of %s (%s) has reached %d%%", spending.account, spending.window.label, level)
-            spending.alerted = level
+            if spent:
+                _log_level(budget, spending)
 
     def _current(self, budget: Budget, now: float) -> Spending:
         """Return the spending of a budget in the window of `now`."""

@@ -133,6 +133,7 @@ def test_reservations_and_prices_belong_to_the_admission(tmp_path: Path, caplog:
         reached.append([budgets.reached(level, now) for level in (80, 100)] + [budgets.reached(80, now + 86_400)])
     assert reached == [[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]], "also if nothing was spent since then"
     assert found[:3] == [EXCEEDED] * 3, "of the next day, of this one, and a lower limit"
+    assert [record.message.rpartition(" ")[2] for record in caplog.records[1:]] == ["100%"], "of the lower limit"
     assert all(isinstance(each, Hold) for each in found[3:])
 
 
