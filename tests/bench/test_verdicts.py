@@ -622,7 +622,8 @@ def with_rows(folder: Path, *listed: Row) -> result.Result:
 
 def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Path) -> None:
     home = Path.home()
-    info = {"model": {"source": f"{home}/models/mini", "sha256": "a"}, "note": f"below {home}/models"}
+    path = f"{home}/models/mini"
+    info = {"model_id": path, "model": {"source": path, "sha256": "a"}, "note": f"below {home}/models"}
     outcome = outcome_of(tmp_path, steady(100, 10), **info)
     chosen = plan.read_plan("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
     (tmp_path / "own.txt").write_text("a text\n")

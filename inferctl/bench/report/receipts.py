@@ -157,7 +157,7 @@ def _source(bench: Bench, info: JsonObject, target: BenchTarget) -> str | None:
 
 def _without_paths(info: JsonObject) -> dict[str, Any]:
     """Return `GET /info` with the name of the model folder instead of its path."""
-    found = dict(info)
+    found = dict(info) | ({"model_id": privacy.name_of(info["model_id"])} if info.get("model_id") else {})
     if models := info.get("models"):
         found["models"] = [_without_paths(each) for each in models]
     for key, name in (("model", "source"), ("api", "model")):
