@@ -402,7 +402,7 @@ def test_folders_are_matched_by_name_and_a_configuration_that_is_missing_in_new_
     for name in ("bf16", "int8"):
         receipts_of(old, run_values(20, STEADY), run_values(20, STEADY), names=(name, "other"))
     (old / "receipts" / "other.json").unlink()
-    receipts_of(new, run_values(20, STEADY), run_values(20, STEADY), names=("bf16", "fp16"))
+    receipts_of(new, run_values(20.1, STEADY), run_values(20, STEADY), names=("bf16", "fp16"))
     pairs, notes = comparable.pairs(old, new / "receipts")
     result = compare.compare(pairs, notes, compare.CompareOptions()).as_dict()
     assert [part["outcome"] for part in result["configurations"]] == ["no regression", "invalid"]
@@ -421,11 +421,12 @@ def test_a_regression_is_more_severe_than_an_invalid_pair(tmp_path: Path) -> Non
 
 def test_usage_errors_differ_from_invalid_receipts(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
-    with pytest.raises(UsageError, match="same receipt"):
-        comparable.pairs(old.path, old.path)
+    for path in (old.path, old.path.parent):
+        with pytest.raises(UsageError, match="same receipt"):
+            compare.compare(*comparable.pairs(path, path), compare.CompareOptions())
     with pytest.raises(UsageError, match="does not exist"):
         comparable.pairs(old.path, tmp_path / "absent.json")
-    with pytest.raises(UsageError, match="a file and a folder"):
+    with pytest.raises(UsageError, match="not two files or two folders"):
         comparable.pairs(old.path, tmp_path)
     new.path.write_text(new.path.read_text().replace("Test CPU", "Rest CPU"))
     with pytest.raises(InvalidRunError, match="altered"):

@@ -49,13 +49,10 @@ def pairs(old: Path, new: Path) -> tuple[list[ReceiptPair], list[str]]:
     Raises `UsageError`, or `InvalidRunError` for an altered receipt.
     """
     if old.is_file() and new.is_file():
-        before, after = receipt.load(old), receipt.load(new)
-        if before.seal == after.seal:
-            raise UsageError(f"{old} and {new} are the same receipt", "give the baseline first, then the candidate")
-        return [ReceiptPair(before, after)], []
+        return [ReceiptPair(receipt.load(old), receipt.load(new))], []
     if not (old.is_dir() and new.is_dir()):
         missing = next((path for path in (old, new) if not path.exists()), None)
-        what = f"{missing} does not exist" if missing else f"{old} and {new} are a file and a folder"
+        what = f"{missing} does not exist" if missing else f"{old} and {new} are not two files or two folders"
         raise UsageError(what, "give two receipts, or two output folders of `inferctl bench`")
     baselines, candidates = _by_name(old), _by_name(new)
     if not baselines.keys() & candidates.keys():

@@ -62,9 +62,12 @@ class CompareOptions:
 def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: CompareOptions) -> CompareResult:
     """Return the result for all pairs. All metrics that are judged share one error rate.
 
-    Raises `UsageError` if a pair has none of the metrics that were requested.
+    Raises `UsageError` if a pair is one receipt twice, or has none of the metrics that were requested.
     """
     for pair in pairs:
+        if pair.new and pair.new.seal == pair.old.seal:
+            what = f"{pair.old.path} and {pair.new.path} are the same receipt"
+            raise UsageError(what, "give the baseline first, then the candidate")
         if options.metrics and not {REJECTED, retrieval.NAME} & {*options.metrics} and not options.selected(pair):
             known = [name for name, metric in METRICS.items() if pair.old.task in metric.tasks]
             raise UsageError(
@@ -155,7 +158,7 @@ def _beside_noise(pair: ReceiptPair, row: MetricResult) -> MetricResult:
     In interleaved runs, the noise is in the differences within the repeats, and so in the interval.
     """
     noise = [found for sealed in (pair.old, pair.new) if sealed for found in of_receipt(sealed.data)]
-    if pair.interleaved or not noise or row.unit not in ("ms", "/s", "%") or row.outcome == "not compared":
+    if pair.interleaved or not noise or row.unit not in ("ms", "/s", "%") or (row.change is None and not row.points):
         return row
     worst = max(noise, key=lambda found: found.share)
     reason = f"{worst.text}, and the runs do not alternate: measure both in one benchmark, or {worst.action}"

@@ -18,7 +18,7 @@ from inferctl.core import assets, validation
 from inferctl.core.document import Document, read
 from inferctl.core.errors import Problem, SpecError, UsageError, did_you_mean, shown
 
-_GUIDE = "docs/bench.md explains every key"
+_GUIDE = "docs/reference/settings.md lists the keys of a plan"
 # The limit in seconds of a request to a generation server, if the plan sets none.
 _GENERATION_TIMEOUT_S = 300.0
 
@@ -243,9 +243,9 @@ def read_plan(name: str) -> Plan:
     try:
         plan = Plan.model_validate(document.data).with_checkpoints_in(path.parent.absolute())
     except ValidationError as error:
-        raise SpecError(document.file, validation.problems(error, document, _keys_at, _GUIDE)) from None
+        raise SpecError(document.file, validation.problems(error, document, _keys_at, ""), _GUIDE) from None
     if problems := _contradictions(plan, document):
-        raise SpecError(document.file, problems)
+        raise SpecError(document.file, problems, _GUIDE)
     return plan
 
 
