@@ -56,10 +56,10 @@ def compared(random: Random, repeats: int, slower: float, noise: float, burst: f
         "model": {},
         "quality": {"checked": False, "reason": "simulated"},
         "created": "",
-        "seal": "",
     }
     old, new = (
-        receipt.Receipt(Path(), shared | {"runs": runs(values, side == 0)}) for side, values in enumerate(sides)
+        receipt.Receipt(Path(), shared | {"seal": f"{side}", "runs": runs(values, side == 0)})
+        for side, values in enumerate(sides)
     )
     result = compare.compare([comparable.ReceiptPair(old, new)], [], compare.CompareOptions())
     return result.outcome, result.repeats_needed
