@@ -140,6 +140,7 @@ FOUR = {
             {"matrix_share_percent": 75},
         ),
         (SERVER, [f"{exposition()}inferctl_engine_flops_total {flops}\n" for flops in (1e12, 2e12)], {}),
+        (SERVER, [exposition() + f'inferctl_engine_restarts{{name="a"}} {n}\n' for n in "13"], {"engine_restarts": 2}),
         (SERVER, (EARLY, LATER.replace("created 5", "created 6")), {}),  # another replica, or a restart
         (SERVER, (EARLY, ""), {}),
         (SERVER, ("", ""), {}),

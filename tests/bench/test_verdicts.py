@@ -34,8 +34,7 @@ LIMITS = sections.Quality.model_validate({})
 
 
 def judged(part: summary.RunRecords, **resources: float) -> validity.Validity:
-    found = summary.summarize([part])
-    return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found, 0.1)
+    return validity.combine([alone(part, **resources)], summary.summarize([part]), 0.1)
 
 
 def offered(part: summary.RunRecords, count: int) -> summary.RunRecords:
@@ -214,6 +213,10 @@ def test_a_front_end_without_time_left_is_named_if_engines_had_some(
 
 def alone(part: summary.RunRecords, **resources: float) -> validity.Validity:
     return validity.judge(summary.summarize([part]), resources, {"steady": True}, cores=2)
+
+
+def test_a_run_in_which_an_engine_crashed_is_invalid() -> None:
+    assert "engines crashed and restarted" in judged(steady(100, 10), engine_restarts=1.0).reasons[0]
 
 
 # 30 answers are too few for a p90, 300 for a p99.

@@ -35,11 +35,9 @@ class ReceiptPair:
 
     @property
     def name(self) -> str:
-        return (
-            self.old.name
-            if self.new is None or self.new.name == self.old.name
-            else f"{self.new.name} against {self.old.name}"
-        )
+        if self.new is None or self.new.name == self.old.name:
+            return self.old.name
+        return f"{self.new.name} against {self.old.name}"
 
 
 def pairs(old: Path, new: Path) -> tuple[list[ReceiptPair], list[str]]:
@@ -144,11 +142,8 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         return f"the loads differ: {values}"
     before, after = _schedules(old), _schedules(new)
     if before.get(0) != after.get(0):
-        return (
-            "the schedules differ (texts, order or times): another corpus, another seed or another version of inferctl"
-        )
-    other = [str(repeat + 1) for repeat in sorted(before.keys() & after.keys()) if before[repeat] != after[repeat]]
-    if other:
+        return "the schedules differ (texts, order or times): another corpus, seed or version of inferctl"
+    if other := [str(repeat + 1) for repeat in sorted(before.keys() & after.keys()) if before[repeat] != after[repeat]]:
         return f"the schedules of repeat {', '.join(other)} differ: another version of inferctl or another seed"
     return ""
 

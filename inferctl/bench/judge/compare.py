@@ -33,9 +33,8 @@ class CompareOptions:
     """The smallest changes that count, and what to compare.
 
     `thresholds` are shares by metric; they replace the defaults in `METRICS`. The floors are minimum absolute
-    differences: in ms, in MiB, in percentage points; `floor_ndcg` is
-    one of nDCG@10, in points. `metrics` lists those to judge; empty: all that were measured.
-    `allow` lists differences between the receipts that are accepted, from `comparable.ALLOWABLE`.
+    differences: in ms, in MiB, in percentage points; `floor_ndcg` is one of nDCG@10, in points. `metrics` are judged;
+    empty: all that were measured. `allow` lists accepted differences, from `comparable.ALLOWABLE`.
     """
 
     thresholds: Mapping[str, float] = field(default_factory=dict)

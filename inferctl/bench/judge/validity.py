@@ -47,8 +47,7 @@ class Validity:
 
     def labeled(self, label: str) -> Validity:
         """Return this validity with `label: ` before each reason and caution."""
-        reasons, cautions = (tuple(f"{label}: {text}" for text in texts) for texts in (self.reasons, self.cautions))
-        return Validity(reasons, cautions)
+        return Validity(*(tuple(f"{label}: {text}" for text in texts) for texts in (self.reasons, self.cautions)))
 
     def as_dict(self) -> dict[str, Any]:
         return {"valid": self.valid, "reasons": list(self.reasons), "cautions": list(self.cautions)}
@@ -91,6 +90,8 @@ def judge(
         of_server.append(
             f"{dropped} of {summary['requests']} requests were dropped, because too many were in flight: lower the rate"
         )
+    if restarts := resources.get("engine_restarts"):
+        of_server.append(f"engines crashed and restarted in the measured window ({restarts:.0f}): see the server's log")
     if late:
         cautions.append(
             f"the load generator sent {summary['late']} of {sent} requests over 1 ms late "
@@ -137,9 +138,8 @@ def judge_front_end(resources: Mapping[str, float], info: JsonObject) -> Validit
         hint = "give the server more CPU cores, of its own if the load generator shares them"
     if engines is not None:
         figures += f", and the engines {engines:.0f}%"
-    return Validity(
-        cautions=(f"the front end limited the server: the {threads} of {processes} had work {figures}: {hint}",)
-    )
+    limited = f"the front end limited the server: the {threads} of {processes} had work {figures}: {hint}"
+    return Validity(cautions=(limited,))
 
 
 def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
@@ -232,9 +232,8 @@ def judge_samples(summary: JsonObject) -> Validity:
         return Validity(cautions=(f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
         message = f"the true p99 may be above its interval, since the effective sample size is {size} ({n} responses"
-        return Validity(
-            (), (f"{message}, autocorrelated), and the p99 needs {p99['needed']}: use a longer `--duration`",)
-        )
+        message += f", autocorrelated), and the p99 needs {p99['needed']}: use a longer `--duration`"
+        return Validity(cautions=(message,))
     return Validity()
 
 
@@ -246,8 +245,7 @@ def judge_identity(infos: Sequence[JsonObject]) -> Validity:
             f"the runs differ in {name} ({', '.join(found)}): do not change the server during a benchmark"
             for name, found in values.items()
             if len(found) > 1
-        ),
-        (),
+        )
     )
 
 

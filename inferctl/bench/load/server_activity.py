@@ -14,7 +14,7 @@ from inferctl.core.errors import InferctlError
 # replicas behind one address.
 _SAMPLE = re.compile(
     r'^inferctl_(?:thread_seconds_total\{process="(\w+)",state="(\w+)",thread="(\w+)"\}'
-    r"|(batch_duration_seconds_sum|tokens_created)(?:\{.*\})?"
+    r"|(batch_duration_seconds_sum|tokens_created|engine_restarts)(?:\{.*\})?"
     r'|(engine_flops_total|matrix_flops_per_second)(?:\{(?:.*model="([^"]*)")?.*\})?) (\S+)$',
     re.MULTILINE,
 )
@@ -47,6 +47,7 @@ class ServerActivity:
         of API processes that tokenize did not. `*_waiting_percent`: the part of it in which they waited for a core.
         `engine_busy_percent`: engines computed. All are means: over API processes, or what engines can run at a time.
         `matrix_share_percent`: the floating-point operations of batches, of those that matrix products could have done.
+        `engine_restarts`: how many engines crashed and restarted; only if any did.
         """
         inside = [sample for sample in self._samples if start_ns <= sample[0] <= end_ns]
         if len(inside) < 2:
@@ -75,6 +76,8 @@ class ServerActivity:
         if rates := {key.removeprefix(head): rate for key, rate in last.items() if key.startswith(head)}:
             parts = (used.get(f"engine_flops_total {model}", 0.0) / rate for model, rate in rates.items())
             shares["matrix_share_percent"] = sum(parts)
+        if restarts := last.get("engine_restarts", 0.0) - first.get("engine_restarts", 0.0):
+            shares["engine_restarts"] = restarts
         return shares
 
 
