@@ -326,6 +326,8 @@ def test_compare_says_why_there_is_no_verdict(
     assert metric.outcome == outcome
     assert reason in metric.reason
     assert any("weak" in note for note in pair.notes) == bool(new)
+    only = comparing.compare([ReceiptPair(*sides)], [], comparing.CompareOptions(metrics=["memory"]))
+    assert judging.NAME not in {each.name for each in only.pairs[0].metrics} and only.family == 1
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ class CompareOptions:
 
     def selected(self, pair: ReceiptPair) -> list[Metric]:
         """Return the metrics of a pair to judge by their ratio."""
-        return [
-            metric
-            for name, metric in METRICS.items()
-            if pair.old.task in metric.tasks and (not self.metrics or name in self.metrics)
-        ]
+        return [metric for name, metric in METRICS.items() if pair.old.task in metric.tasks and self.judges(name)]
+
+    def judges(self, name: str) -> bool:
+        """Return whether to judge a metric, by its name."""
+        return not self.metrics or name in self.metrics
 
     def tolerance(self, metric: Metric) -> verdict.Tolerance:
         floor = {"ms": self.floor_ms, "MiB": self.floor_mib}.get(metric.unit, 0.0)
@@ -69,14 +69,13 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
             raise UsageError(what, "give the baseline first, then the candidate")
         if options.metrics and not {REJECTED, retrieval.NAME} & {*options.metrics} and not options.selected(pair):
             known = [name for name, metric in METRICS.items() if pair.old.task in metric.tasks]
-            raise UsageError(
-                f"{pair.name} has no figure {' or '.join(options.metrics)}: its task is {pair.old.task}",
-                f"use: {', '.join(known)}",
-            )
+            what = f"{pair.name} has no figure {' or '.join(options.metrics)}: its task is {pair.old.task}"
+            raise UsageError(what, f"use: {', '.join(known)}")
     reasons = [comparable.invalid_because(pair, options.allow) for pair in pairs]
     judged = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
     family = sum(run_metrics.is_sample(pair, metric) for pair in judged for metric in options.selected(pair))
-    family += sum(_judges_rejected(pair, options) + retrieval.is_judged(pair) for pair in judged)
+    ndcg = options.judges(retrieval.NAME)
+    family += sum(_judges_rejected(pair, options) + (ndcg and retrieval.is_judged(pair)) for pair in judged)
     family = max(1, family)
     results = [
         _invalid(pair, why, options.allow) if why else _judge_pair(pair, options, family)
@@ -89,9 +88,9 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
     rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
     rows = [_beside_noise(pair, row) for row in [*rows, *_judge_rejected(pair, options, family)]]
-    rows += quality_drop.judge(pair, options.allow) + retrieval.judge(
-        pair, options.floor_ndcg, family, required=retrieval.NAME in options.metrics
-    )
+    rows += quality_drop.judge(pair, options.allow)
+    if options.judges(retrieval.NAME):
+        rows += retrieval.judge(pair, options.floor_ndcg, family, required=bool(options.metrics))
     outcomes = {row.outcome for row in rows}
     order: tuple[PairOutcome, ...] = ("regression", "not enough evidence", "improvement")
     return PairResult(
@@ -214,12 +213,9 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
     old, new = (round(math.fsum(side) / len(side), 4) for side in (values.old, values.new))
     sample = SampleResult(True, 0.0, floor, values.old, values.new)
     if values.fewest < verdict.MIN_RUNS:
-        reason = f"requests were rejected: {verdict.RECOMMENDED_REPEATS} repeats are needed to judge that"
-        return [
-            MetricResult(
-                REJECTED, "%", "not enough evidence", reason, old, new, verdict.RECOMMENDED_REPEATS, sample=sample
-            )
-        ]
+        needed = verdict.RECOMMENDED_REPEATS
+        reason = f"requests were rejected: {needed} repeats are needed to judge that"
+        return [MetricResult(REJECTED, "%", "not enough evidence", reason, old, new, needed, sample=sample)]
     found = verdict.decide_difference(values.old, values.new, pair.interleaved, floor, verdict.ERROR_RATE / family)
     points = PointsResult(
         round(found.change, 4), (round(found.low, 4), round(found.high, 4)), round(found.worst_case, 4)
@@ -229,10 +225,8 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
 
 def _judges_rejected(pair: ReceiptPair, options: CompareOptions) -> bool:
     """Return whether to judge the share of rejected requests: if it is requested, or if a side rejected any."""
-    if options.metrics and REJECTED not in options.metrics:
-        return False
     values = run_metrics.rejected(pair)
-    return bool(options.metrics) or any(values.old) or any(values.new)
+    return options.judges(REJECTED) and (bool(options.metrics) or any(values.old) or any(values.new))
 
 
 def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
