@@ -46,20 +46,22 @@ def check_folder(folder: Path, option: str) -> None:
     try:
         _probe(folder, parents=True)
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written: {_reason(error)}", f"name another folder with `{option}`"
-        ) from None
+        what = f"{folder} cannot be written: {_reason(error)}"
+        raise UsageError(what, f"name another folder with `{option}`") from None
 
 
 def write(file: Path, content: str | bytes, option: str) -> None:
-    """Write `content` (text as UTF-8) to `file` and create missing folders. Raises `NotReadyError`."""
+    """Write `content` (text as UTF-8) to `file` and create missing folders. Raises `NotReadyError`; no new file stays."""
+    new = not os.path.lexists(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise NotReadyError(
-            f"{file} cannot be written: {_reason(error)}", f"name another place with `{option}`"
-        ) from None
+        if new:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        what = f"{file} cannot be written: {_reason(error)}"
+        raise NotReadyError(what, f"name another place with `{option}`") from None
 
 
 def write_all(folder: Path, files: Mapping[str, bytes], option: str) -> None:
@@ -134,9 +136,8 @@ def announce(file: Path, url: str) -> None:
     try:
         replace(file, json.dumps({"url": url, "pid": os.getpid()}))
     except OSError as error:
-        raise NotReadyError(
-            f"{file} cannot be written: {_reason(error)}", "name another file with `--announce`"
-        ) from None
+        what = f"{file} cannot be written: {_reason(error)}"
+        raise NotReadyError(what, "name another file with `--announce`") from None
 
 
 def _is_input(file: Path, path: Path) -> bool:

@@ -190,6 +190,9 @@ def test_nothing_is_written_through_a_link_of_another_user(
 def test_a_disk_that_fills_up_later_is_an_error_of_the_machine() -> None:
     with pytest.raises(NotReadyError, match="/dev/full cannot be written: no space left on device"):
         outputs.write(Path("/dev/full"), "text", "--output")
+    code = "import pathlib, inferctl.core.outputs as to; to.write(pathlib.Path('new'), 'text' * 1000, '--output')"
+    assert subprocess.run(["sh", "-c", 'ulimit -f 1; exec "$0" -c "$1"', sys.executable, code], check=False).returncode
+    assert not Path("new").exists()
 
 
 def test_a_server_that_cannot_announce_itself_ends(minilm: Path, tmp_path: Path) -> None:
