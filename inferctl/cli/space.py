@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -31,7 +32,7 @@ _MOST_TEXTS, _READY_S, _NOT_REQUESTED = 1000, 900.0, "not requested"
 _SOURCE_HELP = "Model folder, hub id, image, receipt, or URL of a server."
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
 _KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to servers.")]
-_SERVED_MODEL_HELP = "Read this model of a server. [default: the first it lists]"
+_SERVED_MODEL_HELP = "Read this model of a server or image. [default: the first it lists]"
 
 app = options.group("space", "Show vector spaces, and how much a change of one matters.")
 
@@ -179,7 +180,7 @@ def _opened(source: str, access: AccessOptions, compute: bool) -> Iterator[tuple
     elif source.startswith(("/", "./", "../", "~")):
         raise UsageError(f"{source} does not exist", "name a model folder, a hub id, an image, a receipt or a URL")
     else:
-        with _image(source, compute) as opened:
+        with _image(source, compute, access) as opened:
             yield opened
 
 
@@ -191,17 +192,19 @@ def _of_file(path: Path) -> dict[str, Any]:
         precision = found.get("precision")
         known = {"spaces": {output: {**each, "name": str(each["name"])} for output, each in spaces.items()}}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{path} names no space", "name a receipt of `inferctl embed` or `inferctl bench`") from None
+        raise UsageError(f"{path} names no space", "name a receipt, a model folder, an image or a URL") from None
     precision = precision.get("effective") if isinstance(precision, dict) else precision
     return {**known, "execution": {"precision": precision}, "not_computed": "a receipt has no vectors"}
 
 
 @contextlib.contextmanager
-def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], ServerConnection | None]]:
+def _image(
+    reference: str, compute: bool, access: AccessOptions
+) -> Iterator[tuple[dict[str, Any], ServerConnection | None]]:
     """Yield the names in the labels of an image, and its server if the image is on this machine with its weights."""
     from inferctl.bench.load.target import connect
     from inferctl.config import settings
-    from inferctl.image import registry, serve_image
+    from inferctl.image import registry, replaced, serve_image
     from inferctl.image.docker import DockerEngine
     from inferctl.image.image_name import full_reference
     from inferctl.image.running_container import exit_error, free_port, wait_ready
@@ -215,14 +218,17 @@ def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], Serv
     except NotReadyError as error:
         why = error.message
     labels = image.labels if image else registry.remote_image(reference, "linux/amd64").labels
-    names = labels.get("io.inferctl.model.space", "")
-    if not names:
+    models = replaced.spaces(labels)
+    if not models:
         raise UsageError(f"{reference} has no label `io.inferctl.model.space`", "start it, and name its URL")
+    model = next(iter(models)) if access.served_model is None else access.served_model
+    if model not in models:
+        raise UsageError(f"{reference} has no model {model!r}", f"its models with vectors: {', '.join(models)}")
     if labels.get("io.inferctl.model.weights") == "mount":
         why = "the image has no weights of its own"
     if engine is None or image is None or not compute or labels.get("io.inferctl.model.weights") == "mount":
         known = {key: labels.get(f"io.inferctl.{key}") for key in ("stack", "precision", "version")}
-        spaces = {name.partition("_")[0]: {"name": name, "definition": None} for name in names.split(",")}
+        spaces = {name.partition("_")[0]: {"name": name, "definition": None} for name in models[model].split(",")}
         yield {"spaces": spaces, "execution": known, "not_computed": why}, None
         return
     address = serve_image.Address("127.0.0.1", free_port())
@@ -230,7 +236,7 @@ def _image(reference: str, compute: bool) -> Iterator[tuple[dict[str, Any], Serv
     with container:
         if not wait_ready(container, (address.host, address.port), _READY_S):
             raise exit_error(container) or NotReadyError(f"the image was not ready after {_READY_S:.0f} s")
-        yield {}, connect(f"http://{address.host}:{address.port}")
+        yield {}, connect(f"http://{address.host}:{address.port}", access=access.access())
 
 
 def _compared(old: _Side, new: _Side, least_kept: float) -> dict[str, Any]:
@@ -288,10 +294,7 @@ def _text(found: Mapping[str, Any]) -> str:
     for output, each in found["spaces"].items():
         old, new = each["names"]
         lines.append(f"{output}: {old}, equal definitions" if old == new else f"{output}: {old} -> {new}")
-        lines += [
-            f"  {part}: {json.dumps(a)[:40]} -> {json.dumps(b)[:40]}"
-            for part, (a, b) in (each["differs"] or {}).items()
-        ]
+        lines += [f"  {part}: {_values(*pair)}" for part, pair in (each["differs"] or {}).items()]
     lines += [f"{name}: {a} -> {b}" for name, (a, b) in found["execution"].items()]
     if measured := found["measured"]:
         if measured["cosine_min"] is not None:
@@ -304,6 +307,14 @@ def _text(found: Mapping[str, Any]) -> str:
     if judged := found["retrieval"]:
         lines.append(_retrieval_text(judged))
     return "\n".join(map(console.plain, [*lines, f"{found['verdict']}: {found['reason']}"]))
+
+
+def _values(*pair: Any) -> str:
+    """Return two values from shortly before where they differ, 40 characters of each."""
+    texts = [json.dumps(each, ensure_ascii=False) for each in pair]
+    start = max(0, len(os.path.commonprefix(texts)) - 10)
+    shown = ("…" * bool(start) + text[start : start + 40] + "…" * (len(text) > start + 40) for text in texts)
+    return " -> ".join(shown)
 
 
 def _retrieval_text(judged: Mapping[str, Any]) -> str:

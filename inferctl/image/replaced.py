@@ -22,7 +22,7 @@ def findings(engine: DockerEngine, image: ImageInfo, reference: str, *, push: bo
 
     With `push`, this is the image in the registry. Empty if there is none, or if no space is known of one of them.
     """
-    new = _spaces(image.labels)
+    new = spaces(image.labels)
     if not new:
         return []
     old_name, labels = "", {}
@@ -37,11 +37,12 @@ def findings(engine: DockerEngine, image: ImageInfo, reference: str, *, push: bo
 
 def compare(old: Mapping[str, str], new: Mapping[str, str], command: str) -> list[Finding]:
     """Return the warnings about two images, by their labels. `command` measures how much a change matters."""
-    before, after, found = _spaces(old), _spaces(new), []
+    before, after, found = spaces(old), spaces(new), []
     for name in (name for name in after if name in before and before[name] != after[name]):
         what = f"{name + ': ' if name else ''}the vector space changes from {before[name]} to {after[name]}"
         why = "vectors that are stored from the image with this name before are of another space"
-        found.append(Finding("warn", "space", what, why, f"embed them again unless `{command}` says not needed"))
+        run = command + (f" --served-model {name}" if name else "")
+        found.append(Finding("warn", "space", what, why, f"embed them again unless `{run}` says not needed"))
     keys = [f"io.inferctl.{key}" for key in _EXECUTION]
     changed = [f"{old[key]} -> {new[key]}" for key in keys if key in old and key in new and old[key] != new[key]]
     if changed and before and before == after:
@@ -50,7 +51,7 @@ def compare(old: Mapping[str, str], new: Mapping[str, str], command: str) -> lis
     return found
 
 
-def _spaces(labels: Mapping[str, str]) -> dict[str, str]:
+def spaces(labels: Mapping[str, str]) -> dict[str, str]:
     """Return the spaces of each model of an image by its name, which is empty for the only one."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         listed = [

@@ -204,6 +204,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def tokenizer_file(folder: Path, static: str | None = None) -> Path:
+    """Return the `tokenizer.json` of a model, in `static` if that is its folder. Raises `UsageError` without one."""
+    if not (file := folder / (static or "") / "tokenizer.json").is_file():
+        hint = f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`"
+        raise UsageError(f"{file.parent} has no tokenizer.json", hint)
+    return file
+
+
 def number(folder: Path, settings: Mapping[str, Any], name: str) -> int | None:
     """Return a number above 0 of the settings of a folder; None without one, and for no limit (1e30)."""
     value = settings.get(name)

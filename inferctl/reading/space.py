@@ -22,7 +22,7 @@ import numpy as np
 from inferctl.models.model import ModelFolder, tensors
 from inferctl.reading import architecture
 from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.modules import Layer, read_object
+from inferctl.reading.modules import Layer, read_object, tokenizer_file
 from inferctl.reading.outputs import Output
 
 HEADER = "x-inferctl-space"
@@ -180,7 +180,7 @@ def _tensor(file: Path, start: int, entry: Mapping[str, Any]) -> str:
 
 def _tokenizer(folder: Path, config: EmbeddingConfig) -> str:
     """Return the SHA-256 of what the tokenizer does. The server truncates and pads itself."""
-    found = read_object(folder / (config.static or "") / "tokenizer.json")  # where the server reads it
+    found = read_object(tokenizer_file(folder, config.static))
     parts = {name: value for name, value in found.items() if name not in ("truncation", "padding", "version")}
     if "last" in config.pooling:  # see `tokenizer_files.missing_eos`
         settings = read_object(folder / "tokenizer_config.json")

@@ -24,6 +24,7 @@ from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
 from inferctl.reading import tokenizer_files
 from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import tokenizer_file
 from inferctl.reading.rerank_config import RerankConfig
 from inferctl.reading.rows import Tokens, slices
 from inferctl.reading.segments import returns_segments
@@ -99,16 +100,11 @@ class TokenizerPool:
         """
         self.private: PrivateTokens | None = None  # of a template, which renders pairs as one text
         self._static = config.static if isinstance(config, EmbeddingConfig) else None
-        self._file, self._config = folder / (self._static or "") / "tokenizer.json", config
+        self._file, self._config = tokenizer_file(folder, self._static), config
         self._on_truncated = on_truncated
         tokens = config.tokens if isinstance(config, EmbeddingConfig) else None
         self._markers = tokens.markers if tokens else ()
         self._prompt = config.prompts.default_text
-        if not self._file.is_file():
-            raise UsageError(
-                f"{self._file.parent} has no tokenizer.json",
-                f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
-            )
         self._has_segments = returns_segments(folder)
         template = config.template if isinstance(config, RerankConfig) else None
         self._rendered: RenderedPairs | None = None
