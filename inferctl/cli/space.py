@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -61,6 +60,8 @@ def show(
     from inferctl.cli.bench_options import AccessOptions
 
     found = _read(source, [], None, AccessOptions(api_key_env=api_key_env, served_model=served_model)).known
+    if not found["spaces"]:
+        raise UsageError(f"{source} names no space", "name an embedding model that inferctl serves")
     console.result(found, "\n".join(each["name"] for each in found["spaces"].values()), as_json=as_json)
 
 
@@ -97,7 +98,8 @@ def diff(
     from inferctl.receipts import receipt
 
     if output is not None:
-        outputs.check(output, "--output", parents=True)
+        inputs = [Path(each) for each in (old, new, texts, retrieval) if each]
+        outputs.check(output, "--output", parents=True, inputs=inputs)
     corpus, digest = workload.read_corpus(texts)
     # Drawn, since the order of a file may follow its topics or languages.
     unique = list(dict.fromkeys(corpus))
@@ -112,7 +114,8 @@ def diff(
         # A wrong source, or other outputs, are found before anything is computed.
         one, other = (_read(source, [], None, access) for source, access in sides)
         spaces = one.known["spaces"], other.known["spaces"]
-        if probes and (judged or not all(spaces) or spaces[0].keys() & spaces[1].keys()):
+        computable = all(side.known["not_computed"] == _NOT_REQUESTED for side in (one, other))
+        if probes and computable and (judged or not all(spaces) or spaces[0].keys() & spaces[1].keys()):
             one, other = (_read(source, probes, judged, access) for source, access in sides)
     except InferctlError as error:
         if error.exit_code != _EXIT_CODES["re-embed"]:
@@ -172,6 +175,7 @@ def _opened(source: str, access: AccessOptions, compute: bool) -> Iterator[tuple
         if (task := resolve_task("auto", folder, source)) != "embed":
             raise UsageError(f"{source} is a model for {task}, which has no vectors", "name a model for embeddings")
         if compute:
+            console.note(f"starting {source} in fp32")
             with child_server.serve_folder(folder.path, "model", "fp32") as server:
                 yield {}, server
         else:
@@ -209,28 +213,29 @@ def _image(
     from inferctl.image.image_name import full_reference
     from inferctl.image.running_container import exit_error, free_port, wait_ready
 
-    engine = image = None
+    engine, image, why = None, None, "the image is not on this machine"
     reference = reference if reference.startswith("sha256:") else full_reference(reference)
-    why = "the image is not on this machine"
     try:
         engine = DockerEngine.connect()
-        image = engine.image(reference)
+        if image := engine.image(reference):
+            why = _NOT_REQUESTED
     except NotReadyError as error:
         why = error.message
     labels = image.labels if image else registry.remote_image(reference, "linux/amd64").labels
     models = replaced.spaces(labels)
     if not models:
         raise UsageError(f"{reference} has no label `io.inferctl.model.space`", "start it, and name its URL")
-    model = next(iter(models)) if access.served_model is None else access.served_model
+    model = "" if "" in models else access.served_model or next(iter(models))
     if model not in models:
         raise UsageError(f"{reference} has no model {model!r}", f"its models with vectors: {', '.join(models)}")
-    if labels.get("io.inferctl.model.weights") == "mount":
+    if mounted := labels.get("io.inferctl.model.weights") == "mount":
         why = "the image has no weights of its own"
-    if engine is None or image is None or not compute or labels.get("io.inferctl.model.weights") == "mount":
+    if engine is None or image is None or not compute or mounted:
         known = {key: labels.get(f"io.inferctl.{key}") for key in ("stack", "precision", "version")}
         spaces = {name.partition("_")[0]: {"name": name, "definition": None} for name in models[model].split(",")}
         yield {"spaces": spaces, "execution": known, "not_computed": why}, None
         return
+    console.note(f"starting {reference}")
     address = serve_image.Address("127.0.0.1", free_port())
     container, address = serve_image.start(engine, image, {}, address, console.note, environment=settings.OPEN_ACCESS)
     with container:
@@ -312,7 +317,8 @@ def _text(found: Mapping[str, Any]) -> str:
 def _values(*pair: Any) -> str:
     """Return two values from shortly before where they differ, 40 characters of each."""
     texts = [json.dumps(each, ensure_ascii=False) for each in pair]
-    start = max(0, len(os.path.commonprefix(texts)) - 10)
+    differs = (place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other)
+    start = max(0, next(differs, 0) - 10)
     shown = ("…" * bool(start) + text[start : start + 40] + "…" * (len(text) > start + 40) for text in texts)
     return " -> ".join(shown)
 

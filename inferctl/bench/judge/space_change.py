@@ -103,7 +103,8 @@ def measure(old: Vectors, new: Vectors, least_kept: float = LEAST_KEPT) -> Space
     if mixed.low >= least_kept or mixed.high < least_kept:
         verdict = "not needed" if mixed.low >= least_kept else "re-embed"
     interval = f"{mixed.value:.1%} ({mixed.low:.1%} to {mixed.high:.1%})"
-    reason = f"a mixed store of {count:,} texts keeps {interval} of the {NEIGHBORS} nearest, required {least_kept:.0%}"
+    required = f"{100 * least_kept:g}%"
+    reason = f"a mixed store of {count:,} texts keeps {interval} of the {NEIGHBORS} nearest, required {required}"
     return SpaceChange(count, sizes, lowest, median, mixed, reembedded, least_kept, verdict, reason)
 
 
@@ -138,4 +139,5 @@ def share(values: Sequence[float] | npt.NDArray[np.float64]) -> Share:
     square = _NORMAL_975**2 / count
     center = (mean + square / 2) / (1 + square)
     half = math.sqrt(square * (mean * (1 - mean) + square / 4)) / (1 + square)
-    return Share(mean, max(0.0, center - half), min(1.0, center + half))
+    # Rounding must not put the mean outside.
+    return Share(mean, max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half)))
