@@ -21,16 +21,15 @@ def sources(minilm: Path, minilm_server: ServerProcess, tmp_path_factory: pytest
     (changed / POOLING).unlink()  # a link of the copy may be the model's own file
     settings = {"word_embedding_dimension": 384, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (changed / POOLING).write_text(json.dumps(settings))
-    shutil.copytree(
-        minilm, unusable := place / "unusable", ignore=shutil.ignore_patterns("tokenizer.json", "vocab.txt")
-    )
+    for name in ("unusable", "untokenized"):
+        shutil.copytree(minilm, place / name, ignore=shutil.ignore_patterns("tokenizer.json"))
+    (place / "unusable" / "tokenizer.json").write_text("{}")
     receipt, unnamed = place / "receipt.json", place / "old.json"
     receipt.write_text(json.dumps({"model": minilm_server.get("/info").json()["model"], "precision": {}}))
     unnamed.write_text(json.dumps({"model": {}}))
-    words = place / "words.txt"
-    words.write_text("\n".join(f"text {number}" for number in range(20)))
+    (place / "words.txt").write_text("\n".join(f"text {number}" for number in range(20)))
     found = {"folder": minilm, "server": minilm_server.url, "changed": changed, "receipt": receipt, "unnamed": unnamed}
-    found |= {"unusable": unusable, "words": words, "absent": place / "absent"}
+    found |= {name: place / name for name in ("unusable", "untokenized", "absent", "words.txt")}
     return {name: str(each) for name, each in found.items()}
 
 
@@ -40,7 +39,8 @@ def sources(minilm: Path, minilm_server: ServerProcess, tmp_path_factory: pytest
         ("folder", "receipt", [], "not needed", set()),
         ("receipt", "changed", ["--definition"], "not enough evidence", {"pooling"}),
         ("server", "server", [], "not needed", set()),
-        ("server", "server", ["--texts", "words"], "not enough evidence", set()),
+        ("server", "server", ["--least-kept", "100"], "not enough evidence", set()),
+        ("server", "server", ["--texts", "words.txt"], "not enough evidence", set()),
         pytest.param("server", "changed", [], "re-embed", {"pooling"}, marks=pytest.mark.slow),
     ],
 )
@@ -74,7 +74,7 @@ def test_ndcg_of_both_is_measured_on_a_judged_collection(sources: dict[str, str]
     assert "nDCG@10 was not measured" in done.stdout
 
 
-@pytest.mark.parametrize("source", ["unnamed", "absent", "words"])
+@pytest.mark.parametrize("source", ["unnamed", "absent", "words.txt", "untokenized"])
 def test_what_names_no_space_is_an_error_with_a_hint(sources: dict[str, str], source: str) -> None:
     done = inferctl("space", "show", sources[source])
     assert done.returncode in (2, 3)
