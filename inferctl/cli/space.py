@@ -21,7 +21,6 @@ from inferctl.models.model import is_hub_id, resolve_task
 
 if TYPE_CHECKING:
     from inferctl.bench.judge.space_change import Vectors
-    from inferctl.bench.load.target import ServerConnection
     from inferctl.bench.measure.retrieval import RetrievalResult
     from inferctl.bench.plan.collection import Collection
     from inferctl.cli.bench_options import AccessOptions
@@ -105,11 +104,8 @@ def diff(
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     judged = collection.read(retrieval) if retrieval and not definition else None
-    names: list[str | None] = list(served_model) if served_model else [None]
-    sides = [
-        (source, AccessOptions(api_key_env=api_key_env, served_model=name))
-        for source, name in ((old, names[0]), (new, names[-1]))
-    ]
+    options_of = [AccessOptions(api_key_env=api_key_env, served_model=name) for name in served_model or [None]]
+    sides = (old, options_of[0]), (new, options_of[-1])
     try:
         # A wrong source, or other outputs, are found before anything is computed.
         one, other = (_read(source, [], None, access) for source, access in sides)
@@ -202,10 +198,8 @@ def _of_file(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _image(
-    reference: str, compute: bool, access: AccessOptions
-) -> Iterator[tuple[dict[str, Any], ServerConnection | None]]:
-    """Yield the names in the labels of an image, and its server if the image is on this machine with its weights."""
+def _image(reference: str, compute: bool, access: AccessOptions) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield the names in the labels of an image, and its server if the image is on this machine."""
     from inferctl.bench.load.target import connect
     from inferctl.config import settings
     from inferctl.image import registry, replaced, serve_image
@@ -213,7 +207,7 @@ def _image(
     from inferctl.image.image_name import full_reference
     from inferctl.image.running_container import exit_error, free_port, wait_ready
 
-    engine, image, why = None, None, "the image is not on this machine"
+    engine, image, why = None, None, "the image is not on this machine: `docker pull` it"
     reference = reference if reference.startswith("sha256:") else full_reference(reference)
     try:
         engine = DockerEngine.connect()
@@ -228,9 +222,9 @@ def _image(
     model = "" if "" in models else access.served_model or next(iter(models))
     if model not in models:
         raise UsageError(f"{reference} has no model {model!r}", f"its models with vectors: {', '.join(models)}")
-    if mounted := labels.get("io.inferctl.model.weights") == "mount":
-        why = "the image has no weights of its own"
-    if engine is None or image is None or not compute or mounted:
+    if "io.inferctl.stack" not in labels:
+        image, why = None, f"the image is a model without a server: name it `oci://{reference}`"
+    if engine is None or image is None or not compute:
         known = {key: labels.get(f"io.inferctl.{key}") for key in ("stack", "precision", "version")}
         spaces = {name.partition("_")[0]: {"name": name, "definition": None} for name in models[model].split(",")}
         yield {"spaces": spaces, "execution": known, "not_computed": why}, None
@@ -271,10 +265,8 @@ def _compared(old: _Side, new: _Side, least_kept: float) -> dict[str, Any]:
     if not old.known["spaces"] or not new.known["spaces"]:
         what = "a source does not name its spaces"
     elif not spaces:
-        verdict, what = (
-            "re-embed",
-            f"no output is the same ({', '.join(sides[0]['spaces'])}; {', '.join(sides[1]['spaces'])})",
-        )
+        verdict = "re-embed"
+        what = f"no output is the same ({'; '.join(', '.join(side['spaces']) for side in sides)})"
     elif all(each["names"][0] == each["names"][1] for each in spaces.values()):
         verdict, what = "not needed", "the definitions are equal"
     why = f" ({'; '.join(whys)})" if whys else ""
@@ -306,9 +298,8 @@ def _text(found: Mapping[str, Any]) -> str:
             figures = f"lowest {measured['cosine_min']:.6f}, median {measured['cosine_median']:.6f}"
             lines.append(f"cosine of old and new on {measured['texts']:,} texts: {figures}")
         again = measured["reembedded"]
-        lines.append(
-            f"neighbors kept if all is embedded again: {again['value']:.1%} ({again['low']:.1%} to {again['high']:.1%})"
-        )
+        share = f"{again['value']:.1%} ({again['low']:.1%} to {again['high']:.1%})"
+        lines.append(f"neighbors kept if all is embedded again: {share}")
     if judged := found["retrieval"]:
         lines.append(_retrieval_text(judged))
     return "\n".join(map(console.plain, [*lines, f"{found['verdict']}: {found['reason']}"]))

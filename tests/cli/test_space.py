@@ -90,3 +90,12 @@ def test_the_name_of_a_folder_is_that_of_its_server(sources: dict[str, str]) -> 
     shown = [inferctl("space", "show", sources[each], code=0).stdout for each in ("folder", "server", "receipt")]
     assert shown[0].startswith("dense_")
     assert len(set(shown)) == 1
+
+
+def test_long_values_are_shown_where_they_differ(sources: dict[str, str], tmp_path: Path) -> None:
+    document = json.loads(Path(sources["receipt"]).read_text())
+    for name in "ab":
+        document["model"]["spaces"]["dense"] = {"name": name, "definition": {"default_prompt": 60 * "x" + name}}
+        (tmp_path / name).write_text(json.dumps(document))
+    done = inferctl("space", "diff", tmp_path / "a", tmp_path / "b", "--definition", code=4)
+    assert 'xa" -> …' in done.stdout

@@ -33,4 +33,5 @@ def several(**spaces: str) -> dict[str, str]:
 def test_what_changes(old: Any, new: Any, said: list[str]) -> None:
     found = replaced.compare(old, new, "inferctl space diff")
     assert len(found) == len(said)
+    assert all(("--served-model b" in (each.hint or "")) == each.what.startswith("b: ") for each in found)
     assert all(part in each.what for part, each in zip(said, found, strict=True))

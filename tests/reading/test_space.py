@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ Change: TypeAlias = Callable[[Path], Any]
 WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
 LIBRARY, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 MASK = "2_MultiVectorMask/config.json"
+PAD = {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
 
 
 def values(change: Callable[[dict[str, Any]], Any], file: str = WEIGHTS, **options: Any) -> Change:
@@ -78,28 +80,22 @@ def setting(file: str, **changes: Any) -> Change:
     return lambda folder: edit(folder / file, changes)
 
 
-def tokenizer(change: Callable[[dict[str, Any]], Any]) -> Change:
+def rewritten(file: str, change: Callable[[Any], Any]) -> Change:
     def write(folder: Path) -> None:
-        found = json.loads((folder / TOKENIZER).read_text())
+        found = json.loads((folder / file).read_text())
         change(found)
-        (folder / TOKENIZER).write_text(json.dumps(found, indent=1))
+        (folder / file).write_text(json.dumps(found, indent=1))
 
     return write
+
+
+tokenizer, modules = partial(rewritten, TOKENIZER), partial(rewritten, "modules.json")
 
 
 def swapped_ids(found: dict[str, Any]) -> None:
     vocabulary = found["model"]["vocab"]
     one, other = "a", "##a"
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-
-
-def modules(change: Callable[[list[dict[str, Any]]], Any]) -> Change:
-    def write(folder: Path) -> None:
-        found = json.loads((folder / "modules.json").read_text())
-        change(found)
-        (folder / "modules.json").write_text(json.dumps(found))
-
-    return write
 
 
 def moved(folder: Path) -> None:
@@ -144,23 +140,10 @@ SAME: dict[str, Change] = {
     "labels": setting(CONFIG, id2label={"0": "yes"}, label2id={"yes": 0}),
     "initialization": setting(CONFIG, initializer_range=0.9),
     "space in tokenizer.json": tokenizer(lambda _: None),
-    "truncation of the tokenizer": tokenizer(
-        lambda found: found.update(
-            truncation={"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-        )
+    "truncation of the tokenizer": setting(
+        TOKENIZER, truncation={"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     ),
-    "padding of the tokenizer": tokenizer(
-        lambda found: found.update(
-            padding={
-                "strategy": {"Fixed": 40},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "[PAD]",
-            }
-        )
-    ),
+    "padding of the tokenizer": setting(TOKENIZER, padding={"strategy": {"Fixed": 40}, "direction": "Right", **PAD}),
     "cleaning of decoded text": setting("tokenizer_config.json", clean_up_tokenization_spaces=True),
     "folder of a module": moved,
     "versions of the library": setting(LIBRARY, __version__={"sentence_transformers": "9"}),
