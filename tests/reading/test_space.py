@@ -273,41 +273,27 @@ def test_a_limit_of_the_server_is_part_of_it(base: Any, limit: int, same: bool) 
 
 
 @pytest.mark.parametrize(
-    ("change", "same"),
+    ("model", "output", "change", "same"),
     [
-        (shifted("pooler.dense.bias"), True),
-        (setting(CONFIG, torch_dtype="float16"), True),
-        (shifted("predictions.transform.dense.weight"), False),
-        (shifted("layer.0.output.dense.bias"), False),
+        ("splade", "sparse", shifted("pooler.dense.bias"), True),
+        ("splade", "sparse", setting(CONFIG, torch_dtype="float16"), True),
+        ("splade", "sparse", shifted("predictions.transform.dense.weight"), False),
+        ("splade", "sparse", shifted("layer.0.output.dense.bias"), False),
+        ("colbert", "tokens", setting(CONFIG, torch_dtype="float16"), True),
+        ("colbert", "tokens", setting(MASK, skiplist_words=["the", ","]), False),  # one text has a comma
+        ("colbert", "tokens", shifted("linear.weight", 0.1, "1_Dense/model.safetensors"), False),
+        ("colbert", "tokens", setting(LIBRARY, prompts={"query": "[D] ", "document": "[D] "}), False),
     ],
 )
-def test_the_head_of_sparse_weights_is_part_of_their_space(
-    splade: Path, tmp_path: Path, change: Change, same: bool
+def test_sparse_weights_and_vectors_of_tokens_have_spaces(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, output: str, change: Change, same: bool
 ) -> None:
-    folder = tmp_path / "changed"
-    shutil.copytree(splade, folder)
+    source, folder = request.getfixturevalue(model), tmp_path / "changed"
+    shutil.copytree(source, folder)
     change(folder)
-    before, after = computed(splade)["sparse"], computed(folder)["sparse"]
-    equal = np.allclose(before, after, rtol=0, atol=1e-5)
-    assert (names(folder) == names(splade), equal) == (same, same)
-
-
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        (setting(CONFIG, torch_dtype="float16"), True),
-        (setting(MASK, skiplist_words=["the", ","]), False),  # one text has a comma
-        (shifted("linear.weight", 0.1, "1_Dense/model.safetensors"), False),
-        (setting(LIBRARY, prompts={"query": "[D] ", "document": "[D] "}), False),
-    ],
-)
-def test_vectors_of_tokens_have_a_space(colbert: Path, tmp_path: Path, change: Change, same: bool) -> None:
-    folder = tmp_path / "changed"
-    shutil.copytree(colbert, folder)
-    change(folder)
-    before, after = computed(colbert)["tokens"], computed(folder)["tokens"]
+    before, after = computed(source)[output], computed(folder)[output]
     equal = before.shape == after.shape and np.allclose(before, after, rtol=0, atol=1e-5)
-    assert (names(folder) == names(colbert), equal) == (same, same)
+    assert (names(folder) == names(source), equal) == (same, same)
 
 
 def test_the_dropout_of_tokens_of_esm_is_computed(tmp_path: Path) -> None:
