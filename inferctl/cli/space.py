@@ -104,7 +104,7 @@ def diff(
     unique = list(dict.fromkeys(corpus))
     probes = [] if definition else random.Random(0).sample(unique, min(_MOST_TEXTS, len(unique)))
     judged = collection.read(retrieval) if retrieval and not definition else None
-    options_of = [AccessOptions(api_key_env=api_key_env, served_model=name) for name in served_model or [None]]
+    options_of = [AccessOptions(api_key_env=api_key_env, served_model=name) for name in served_model or (None,)]
     sides = (old, options_of[0]), (new, options_of[-1])
     try:
         # A wrong source, or other outputs, are found before anything is computed.
