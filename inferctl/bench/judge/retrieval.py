@@ -57,6 +57,12 @@ def difference(old: Sequence[float], new: Sequence[float], margin: float, error_
     return Difference(outcome, points, low, high, round(found.worst_case, 4), needed, reason)
 
 
+def needed(found: Difference, done: int) -> str:
+    """Return the end of a sentence: the queries that one point needs, if `done` are fewer but enough for an estimate."""
+    more = found.reason and found.queries_needed > done >= MIN_QUERIES
+    return f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
+
+
 def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list[MetricResult]:
     """Return the verdict on the first variant of a pair, as a list of one.
 
@@ -69,14 +75,12 @@ def judge(pair: ReceiptPair, margin: float, family: int, required: bool) -> list
         return [MetricResult(NAME, "points", "not enough evidence" if old or required else "not compared", reason)]
     first, second = (side["variants"][0] for side in (old, new))
     found = difference(first["per_query"], second["per_query"], margin, verdict.ERROR_RATE / family)
-    more = found.reason and found.queries_needed > len(first["per_query"])
-    needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
     return [
         MetricResult(
             NAME,
             "points",
             found.outcome,
-            found.reason + needed,
+            found.reason + needed(found, len(first["per_query"])),
             round(100 * first[NAME], 4),
             round(100 * second[NAME], 4),
             points=PointsResult(found.points, (found.low, found.high), found.loss_at_most),

@@ -139,7 +139,7 @@ def reranked(
         notify(time.monotonic() - started)
     milliseconds = round(1000 * float(np.median(times)), 2) if times else 0.0
     variant = replace(found.variants[0], name="reranked", milliseconds=milliseconds)
-    return replace(found, variants=[*found.variants, _measured(variant, run, collection)])
+    return replace(found, variants=[*found.variants, _measured(variant, run, collection)], reason=None)
 
 
 def ranked(scores: Scores, queries: Sequence[str], names: Sequence[str]) -> Run:

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from inferctl.bench.measure import auto_users, closed_loop, profile, quality, retrieval, search
@@ -104,12 +105,11 @@ def _measure(
             )
             if bench.collection:
                 outcome.retrieval = retrieval.unmeasured(bench.collection, "the measurement was interrupted")
-                outcome.retrieval = retrieval.measure(
-                    server.connection,
-                    bench.collection,
-                    bench.dimensions,
-                    lambda passed: notify("embedding the collection", passed),
+                found = retrieval.measure(
+                    server.connection, bench.collection, bench.dimensions, partial(notify, "embedding the collection")
                 )
+                missing = "no reranking: the benchmark was interrupted" if bench.rerank and found.variants else None
+                outcome.retrieval = replace(found, reason=missing or found.reason)
             if server.child:
                 server.child.check()
         notify("stopping")
@@ -129,7 +129,7 @@ def _rerank(bench: Bench, outcomes: Sequence[Outcome], notify: NotifyPhase) -> N
     except InferctlError as error:  # the other measures are whole without it
         notify("reranking", done=f"no reranking: {error.message}")
         for outcome in outcomes:
-            if outcome.retrieval and outcome.retrieval.variants and outcome.retrieval.variants[-1].milliseconds is None:
+            if outcome.retrieval and outcome.retrieval.variants and outcome.retrieval.reason:
                 outcome.retrieval = replace(outcome.retrieval, reason=f"no reranking: {error.message}")
 
 

@@ -16,7 +16,7 @@ from inferctl.bench.report.chart import Chart, Json, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 HEADINGS = (
-    *("configuration", "vectors", "bytes", "nDCG@10", "change", "recall@100", "recall@10", "MRR@10"),
+    *("configuration", "vectors", "bytes", "nDCG@10", "change", "recall@10", "recall@100", "MRR@10"),
     *("verdict", "queries for 1 point"),
 )
 # Low end, value and high end.
@@ -138,9 +138,7 @@ def _compared(row: RetrievalRow, base: str) -> str:
     done = len(row.variant["per_query"])
     if found.outcome == "not enough evidence" and found.high < 0 and done >= retrieval.MIN_QUERIES:
         relation = f"is worse, perhaps by less than {retrieval.MARGIN:g} point, than"
-    more = found.reason and found.queries_needed > done
-    needed = f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
-    return f"{row.label} {relation} {base}: {_interval(found)} points{needed}."
+    return f"{row.label} {relation} {base}: {_interval(found)} points{retrieval.needed(found, done)}."
 
 
 def _notes(section: JsonObject) -> Iterator[str]:
@@ -180,9 +178,9 @@ def cells(row: RetrievalRow) -> list[tuple[str, str]]:
         (f"{variant['bytes']:,.0f}", ""),
         (f"{row.ndcg[1]:.1f}", f"{row.ndcg[0]:.1f} – {row.ndcg[2]:.1f}"),
         (_interval(found) if found else "reference", ""),
-        *((f"{variant[key]:.3f}", "") for key in ("recall_at_100", "recall_at_10", "mrr_at_10")),
+        *((f"{variant[key]:.3f}", "") for key in ("recall_at_10", "recall_at_100", "mrr_at_10")),
         (found.outcome, found.reason) if found else ("", ""),
-        (f"{found.queries_needed:,}" if found else "", ""),
+        (f"{found.queries_needed:,}" if found and len(variant["per_query"]) >= retrieval.MIN_QUERIES else "", ""),
     ]
 
 
@@ -193,14 +191,9 @@ def charts(found: Sequence[RetrievalRow], colors: Mapping[str, str]) -> dict[str
     rates = [(row.rate, row, row.configuration) for row in first if row.rate[1]]
     sizes = [((float(row.variant["bytes"]),) * 3, row, row.vectors) for row in found]
     priced = len(costs) == len(first)
+    axis, points = ("USD per million texts", costs) if priced else ("requests/s", rates)
     return {
-        "retrieval": _chart(
-            "Quality and cost",
-            "USD per million texts" if priced else "requests/s",
-            costs if priced else rates,
-            priced,
-            colors,
-        ),
+        "retrieval": _chart("Quality and cost", axis, points, priced, colors),
         "vectors": _chart("Quality and size", "bytes of a document", sizes, True, colors),
     }
 

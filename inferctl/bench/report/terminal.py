@@ -200,7 +200,7 @@ def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
 
 def found_documents(rows: Sequence[retrieval.RetrievalRow]) -> RenderableType:
     """Return nDCG@10 and bytes of each configuration, and of all kinds of vectors of the first one."""
-    grid = _grid("vectors", "bytes", "nDCG", "change (interval)", "R@100")
+    grid = _grid("vectors", "bytes", "nDCG", "change (interval)", "R@10")
     grid.columns[1].justify = "left"
     for row in rows:
         if row.configuration == rows[0].configuration or not row.is_compact:
