@@ -16,7 +16,7 @@ from inferctl.bench import privacy
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
-from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.bench import Bench, rerank_server
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import collection
 from inferctl.bench.plan import plan as plans
@@ -29,6 +29,7 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
 from inferctl.models import model as model_folder
+from inferctl.reading import model_summary
 
 
 def prepare(bench_options: BenchOptions) -> Bench:
@@ -88,8 +89,10 @@ def prepare(bench_options: BenchOptions) -> Bench:
     rerank = bench_options.rerank
     if (rerank or bench_options.dimensions) and not judged:
         raise UsageError("`--rerank` and `--dimensions` need a collection", "add `--retrieval DIR`")
-    if rerank and not rerank.startswith(("http://", "https://")):
-        rerank = str(download.fetch(rerank, None).path.resolve())
+    if rerank and rerank.startswith(("http://", "https://")):
+        rerank_server(rerank, access, targets)
+    elif rerank:
+        rerank = str(_rerank_folder(rerank))
     output = create_folder(bench_options.output, plan.name)
     command = None
     if resolved and (folder or resolved.spec.models):
@@ -111,6 +114,18 @@ def prepare(bench_options: BenchOptions) -> Bench:
         model_source=resolved.spec.model.source if resolved and resolved.spec.model else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )
+
+
+def _rerank_folder(source: str) -> Path:
+    """Return the folder of a model that ranks documents. Raises `UsageError` for another model."""
+    files = download.fetch(source, None)
+    task = model_folder.resolve_task("auto", files, source)
+    if task != "rerank" and (
+        task != "embed" or "tokens" not in model_summary.read(task, files.path)["trained_outputs"]
+    ):
+        made = "a cross-encoder, or a model for embeddings with one vector per token"
+        raise UsageError(f"`--rerank {source}` is a model for {task} that cannot rank documents", f"pass {made}")
+    return files.path.resolve()
 
 
 def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:

@@ -21,10 +21,11 @@ from inferctl import cli
 from inferctl.bench.judge import compare as comparing
 from inferctl.bench.judge import retrieval as judging
 from inferctl.bench.judge.comparable import ReceiptPair
-from inferctl.bench.load.http_json import StatusError
+from inferctl.bench.load.http_json import ServerAccess, StatusError
 from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import retrieval
-from inferctl.bench.measure.bench import Progress
+from inferctl.bench.measure.bench import Progress, rerank_server
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import collection
 from inferctl.bench.report import retrieval as report
 from inferctl.bench.report.receipts import write_all
@@ -263,14 +264,30 @@ def test_what_was_interrupted_has_a_reason(answering: Callable[..., str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("rerank", "message"), [(False, "the task of the model is rerank"), (True, "need a collection")]
+    ("options", "message"),
+    [
+        ("rerank --retrieval={mine}", "the task of the model is rerank"),
+        ("embed --rerank=http://127.0.0.1:1", "need a collection"),
+        ("embed --retrieval={mine} --rerank=http://127.0.0.1:1", "cannot connect"),
+        ("embed --retrieval={mine} --rerank={model}", "a model for classify that cannot rank"),
+    ],
 )
-def test_retrieval_of_something_else_is_an_error(
-    answering: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rerank: bool, message: str
+def test_what_cannot_be_measured_is_an_error_before_the_load(
+    answering: Callable[..., str], weights: Any, tmp_path: Path, capsys: Any, options: str, message: str
 ) -> None:
-    more = ["--rerank", "http://127.0.0.1:1"] if rerank else ["--retrieval", str(judged(tmp_path / "mine", 5))]
-    assert cli.run(["bench", f"--url=a={answering('--task', 'rerank')}", *more, "--plan", SHORT_PLAN]) == 2
+    mine, (model, _) = judged(tmp_path / "mine", 5), weights("classify")
+    (model / "model.safetensors").touch()
+    task, *more = options.format(mine=mine, model=model).split()
+    assert cli.run(["bench", f"--url=a={answering('--task', task)}", *more, "--plan", SHORT_PLAN]) in (2, 3)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_keys_are_sent_to_a_reranker_at_the_origin_of_a_server_only(answering: Callable[..., str], same: bool) -> None:
+    url = answering("--task", "rerank")
+    target = BenchTarget("a", url=f"{url}/v1" if same else "http://127.0.0.1:1")
+    found = rerank_server(url, ServerAccess({"Authorization": "Bearer secret"}, "other"), [target])
+    assert (bool(found.access.headers), found.model == "other") == (same, False)
 
 
 def values_of(draw: np.random.Generator, count: int, gain: float = 0.0, shared: float = 0.7) -> list[list[float]]:
@@ -333,7 +350,7 @@ def test_compare_says_why_there_is_no_verdict(
 @pytest.mark.parametrize(
     ("losses", "variants", "outcome", "part"),
     [
-        ([0.0] * 20, 2, "not enough evidence", "not shown to be better or worse"),
+        ([0.4] * 20, 2, "not enough evidence", "too few judged queries"),
         ([0.2, -0.2] * 100, 2, "not enough evidence", "one point needs"),
         ([0.05, -0.014] * 1000, 2, "regression", "is worse than"),
         ([0.1, -0.084] * 500, 2, "not enough evidence", "is worse, perhaps"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from inferctl.bench.load import child_server, load_run
 from inferctl.bench.load.http_json import ServerAccess
@@ -164,20 +166,29 @@ def started_server(
     return child_server.serve(arguments, announce, folder, lambda passed: notify("starting", passed), variables)
 
 
+def rerank_server(url: str, access: ServerAccess, targets: Sequence[BenchTarget]) -> ServerConnection:
+    """Return the server of a URL that ranks documents. Headers and keys are sent only to an origin of the targets.
+
+    Raises `InferctlError` if it does not rank.
+    """
+    known = {urlsplit(target.url)[:2] for target in targets if target.url}
+    server = connect(url, access=ServerAccess(access.headers if urlsplit(url)[:2] in known else {}))
+    # A model with one vector per token serves both tasks.
+    name = next((name for name, task in server.tasks().items() if task == "rerank"), server.model)
+    server = server.of_name(name, "rerank")
+    server.rerank(["ready", "ready"])
+    return server
+
+
 @contextlib.contextmanager
 def reranker(bench: Bench, folder: Path, notify: NotifyPhase) -> Iterator[ServerConnection]:
     """Yield the server that ranks documents again: that of a URL, or one that inferctl starts in `folder`."""
     assert bench.rerank
-    with contextlib.ExitStack() as stack:
-        if bench.rerank.startswith(("http://", "https://")):
-            server = connect(bench.rerank, access=bench.access)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            announce = folder / "announce.json"
-            arguments = child_server.serve_command(bench.rerank, "rerank", None)("auto", announce, None)
-            child = child_server.serve(
-                arguments, announce, folder, lambda passed: notify("starting", passed), settings.WITHOUT_ADMISSION
-            )
-            server = stack.enter_context(child).connection
-        # A model with one vector per token serves both tasks.
-        yield server.of_name(server.model, "rerank")
+    if bench.rerank.startswith(("http://", "https://")):
+        yield rerank_server(bench.rerank, bench.access, bench.targets)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    announce, starting = folder / "announce.json", partial(notify, "starting")
+    arguments = child_server.serve_command(bench.rerank, "rerank", None)("auto", announce, None)
+    with child_server.serve(arguments, announce, folder, starting, settings.WITHOUT_ADMISSION) as child:
+        yield rerank_server(child.connection.url, bench.access, ())

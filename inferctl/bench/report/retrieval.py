@@ -136,7 +136,9 @@ def _compared(row: RetrievalRow, base: str) -> str:
         "no regression": f"is within {retrieval.MARGIN:g} point of, or better than,",
     }.get(found.outcome, "is not shown to be better or worse than")
     done = len(row.variant["per_query"])
-    if found.outcome == "not enough evidence" and found.high < 0 and done >= retrieval.MIN_QUERIES:
+    if done < retrieval.MIN_QUERIES:
+        relation = "has too few judged queries for a verdict against"
+    elif found.outcome == "not enough evidence" and found.high < 0:
         relation = f"is worse, perhaps by less than {retrieval.MARGIN:g} point, than"
     return f"{row.label} {relation} {base}: {_interval(found)} points{retrieval.needed(found, done)}."
 
