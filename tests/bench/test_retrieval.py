@@ -269,15 +269,13 @@ def test_what_was_interrupted_has_a_reason(answering: Callable[..., str], tmp_pa
         ("rerank --retrieval={mine}", "the task of the model is rerank"),
         ("embed --rerank=http://127.0.0.1:1", "need a collection"),
         ("embed --retrieval={mine} --rerank=http://127.0.0.1:1", "cannot connect"),
-        ("embed --retrieval={mine} --rerank={model}", "a model for classify that cannot rank"),
+        ("embed --retrieval={mine} --rerank={model}", "a model for embed that cannot rank"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_before_the_load(
-    answering: Callable[..., str], weights: Any, tmp_path: Path, capsys: Any, options: str, message: str
+    answering: Callable[..., str], minilm: Path, tmp_path: Path, capsys: Any, options: str, message: str
 ) -> None:
-    mine, (model, _) = judged(tmp_path / "mine", 5), weights("classify")
-    (model / "model.safetensors").touch()
-    task, *more = options.format(mine=mine, model=model).split()
+    task, *more = options.format(mine=judged(tmp_path / "mine", 5), model=minilm).split()
     assert cli.run(["bench", f"--url=a={answering('--task', task)}", *more, "--plan", SHORT_PLAN]) in (2, 3)
     assert message in capsys.readouterr().err
 
