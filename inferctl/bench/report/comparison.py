@@ -217,8 +217,8 @@ def _change(metric: MetricResult) -> str:
 def _number(metric: MetricResult, value: float | None) -> str:
     if value is None:
         return "-"
-    if metric.limits and not metric.points:
-        return f"{value:.4f}"
+    if metric.limits:
+        return f"{value:.{1 if metric.points else 4}f}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 

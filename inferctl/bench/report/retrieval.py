@@ -16,8 +16,8 @@ from inferctl.bench.report.chart import Chart, Json, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 HEADINGS = (
-    *("configuration", "vectors", "bytes", "nDCG@10", "change", "recall@10", "recall@100", "MRR@10"),
-    *("verdict", "queries for 1 point"),
+    *("configuration", "vectors", "bytes per document", "nDCG@10 (points)", "change (points)", "recall@10"),
+    *("recall@100", "MRR@10", "verdict", "queries for 1 point"),
 )
 # Low end, value and high end.
 Range = tuple[float, float, float]
@@ -196,7 +196,7 @@ def charts(found: Sequence[RetrievalRow], colors: Mapping[str, str]) -> dict[str
     axis, points = ("USD per million texts", costs) if priced else ("requests/s", rates)
     return {
         "retrieval": _chart("Quality and cost", axis, points, priced, colors),
-        "vectors": _chart("Quality and size", "bytes of a document", sizes, True, colors),
+        "vectors": _chart("Quality and size", "bytes per document", sizes, True, colors),
     }
 
 
