@@ -174,14 +174,18 @@ def _label(metric: MetricResult) -> str:
 
 def _change_in_words(metric: MetricResult) -> str:
     if metric.points:
-        unit = "" if metric.unit == "points" else " percentage points"
-        return f"{_label(metric)} {metric.points.difference:+.2f}{unit}"
+        return f"{_label(metric)} {_change(metric)} {points_of(metric)}"
     if metric.change is None:
         return f"{_label(metric)} {metric.reason}".rstrip()
     milliseconds = ""
     if metric.unit == "ms" and metric.old is not None and metric.new is not None:
         milliseconds = f" ({metric.new - metric.old:+.3g} ms)"
     return f"{_label(metric)} {_percent(metric.change)}{milliseconds}"
+
+
+def points_of(metric: MetricResult) -> str:
+    """Return the unit of a difference: those of nDCG are 0.01."""
+    return "points" if metric.unit == "points" else "percentage points"
 
 
 def _verdict(metric: MetricResult) -> str:

@@ -49,6 +49,6 @@ def _add_case(suite: Xml.Element, suite_name: str, name: str, outcome: str, mess
 def _message(metric: MetricResult) -> str:
     change = f"{100 * metric.change:+.1f}%" if metric.change is not None else ""
     if metric.points:
-        change = f"{metric.points.difference:+.2f} percentage points"
+        change = f"{metric.points.difference:+.2f} {comparison.points_of(metric)}"
     needed = f"about {metric.repeats_needed} repeats are needed" if metric.repeats_needed else ""
     return "; ".join(part for part in (change, metric.reason, needed) if part)
