@@ -108,7 +108,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         access,
         profile=bench_options.profile,
         collection=judged,
-        dimensions=bench_options.dimensions or (256, 128),
+        dimensions=list(dict.fromkeys(bench_options.dimensions)) or (256, 128),
         rerank=rerank,
         models=models,
         model_source=resolved.spec.model.source if resolved and resolved.spec.model else None,

@@ -211,7 +211,7 @@ def test_a_benchmark_shows_quality_next_to_speed_and_compare_judges_it(
     assert rows["bad", "reranked"]["difference"]["points"] > 0
     assert "nDCG@10" in result["finding"]
     page, printed = (folder / "report.html").read_text(), capsys.readouterr().out
-    assert "Quality and cost" in page
+    assert "Quality and speed" in page
     assert "int8-16" in printed
     receipts = [folder / "receipts" / f"{name}.json" for name in ("good", "bad")]
     for receipt in receipts:

@@ -18,14 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from inferctl.bench.measure import auto_users, closed_loop, profile, quality, retrieval, search
-from inferctl.bench.measure.bench import (
-    Bench,
-    NotifyProgress,
-    find_tokenizer,
-    phase_notifier,
-    ready_server,
-    reranker,
-)
+from inferctl.bench.measure.bench import Bench, NotifyProgress, find_tokenizer, phase_notifier, ready_server, reranker
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inferctl.bench.judge import summary, verdict
 from inferctl.bench.report import charts, retrieval, search_findings, terminal
-from inferctl.bench.report.caveats import Caveat, lines
+from inferctl.bench.report.caveats import Caveat, by_text, lines
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core import assets, outputs
@@ -21,12 +21,8 @@ PLOTLY = "plotly-basic.min.js.gz"
 # The percentiles in the table of results: the key of the summary, and the percentile.
 COLUMNS = (("latency_ms", "p50"), ("latency_ms", "p90"), ("latency_ms", "p99"))
 GENERATION_COLUMNS = (
-    ("ttft_ms", "p50"),
-    ("ttft_ms", "p90"),
-    ("ttft_ms", "p99"),
-    ("itl_ms", "p50"),
-    ("itl_ms", "p99"),
-    ("tpot_ms", "p50"),
+    *(("ttft_ms", name) for name in ("p50", "p90", "p99")),
+    *(("itl_ms", "p50"), ("itl_ms", "p99"), ("tpot_ms", "p50")),
 )
 
 
@@ -95,30 +91,23 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
 
 def unknown_costs(receipts: Sequence[Receipt]) -> list[str]:
     """Return why energy or cost is unknown: each reason once, with its configurations."""
-    names_by_reason: dict[tuple[str, str], list[str]] = {}
-    for receipt in receipts:
-        for cost, reason in ((receipt.data.get("efficiency") or {}).get("unknown") or {}).items():
-            names_by_reason.setdefault((cost, reason), []).append(receipt.name)
-    labels = {"joules": "Energy", "cost": "Cost"}
+    unknown = [((receipt.data.get("efficiency") or {}).get("unknown") or {}, receipt.name) for receipt in receipts]
     return [
-        f"{labels[cost]} is unknown for {', '.join(names)}: {reason}"
-        for (cost, reason), names in names_by_reason.items()
+        f"{label} is unknown for {names}: {reason}"
+        for key, label in (("cost", "Cost"), ("joules", "Energy"))
+        for reason, names in by_text((found.get(key), name) for found, name in unknown)
+        if reason
     ]
 
 
 def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
     """Return what a reader must know before using the numbers: caveats of the result, and properties of the setup."""
-    notes = list(result.caveats)
-    measured = [row for row in result.rows if isinstance(row, MeasuredRow)]
-    if any(row.mode == "closed" for row in measured):
-        text = "Closed loop: a slow server receives fewer requests. Its latency at a fixed rate would be higher."
-        notes.append(Caveat("setup", text))
+    texts = list[str]()
+    if any(isinstance(row, MeasuredRow) and row.mode == "closed" for row in result.rows):
+        texts.append("Closed loop: a slow server receives fewer requests. Its latency at a fixed rate would be higher.")
     if any(receipt.data["configuration"]["this_machine"] for receipt in receipts):
-        text = (
-            "Load generator and server share the cores of this machine: compare the rows with each other, not with "
-            "other machines."
-        )
-        notes.append(Caveat("setup", text))
+        shared = "Load generator and server share the cores of this machine"
+        texts.append(f"{shared}: compare the rows with each other, not with other machines.")
     fewest = min((len(receipt.runs) for receipt in receipts), default=1)
     runs = "One run" if fewest == 1 else f"{fewest} runs"
     do = "include" if fewest >= verdict.MIN_RUNS else "do not include"
@@ -126,7 +115,7 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
     text = f"{runs} each: {which} {do} differences between runs{' if these are large' if do == 'include' else ''}."
     if fewest < verdict.RECOMMENDED_REPEATS:
         text += f" `inferctl compare` needs {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended."
-    return [*notes, Caveat("setup", text)]
+    return [*result.caveats, *(Caveat("setup", each) for each in (*texts, text))]
 
 
 def _requests(receipt: Receipt) -> str:

@@ -193,9 +193,9 @@ def charts(found: Sequence[RetrievalRow], colors: Mapping[str, str]) -> dict[str
     rates = [(row.rate, row, row.configuration) for row in first if row.rate[1]]
     sizes = [((float(row.variant["bytes"]),) * 3, row, row.vectors) for row in found]
     priced = len(costs) == len(first)
-    axis, points = ("USD per million texts", costs) if priced else ("requests/s", rates)
+    title, axis, points = ("cost", "USD per million texts", costs) if priced else ("speed", "requests/s", rates)
     return {
-        "retrieval": _chart("Quality and cost", axis, points, priced, colors),
+        "retrieval": _chart(f"Quality and {title}", axis, points, priced, colors),
         "vectors": _chart("Quality and size", "bytes per document", sizes, True, colors),
     }
 
@@ -224,7 +224,7 @@ def _chart(
             "array": [high - value for _, value, high in every],
             "arrayminus": [value - low for low, value, _ in every],
         }
-        bars = {"type": "data", "symmetric": False, "thickness": 1, **ends}
+        bars = {"type": "data", "symmetric": False, "thickness": 1, "color": "#8c8c8c", **ends}
         markers |= {side: [value for _, value, _ in every], f"error_{side}": bars}
     joined: Json = {
         "type": "scatter",
