@@ -160,10 +160,7 @@ def _tasks(resolved: Resolved | None, folder: Path | None) -> dict[str, Task]:
 
 
 def _with_names(
-    plan: Plan,
-    targets: list[BenchTarget],
-    of_spec: Callable[[], dict[str, Task]],
-    servers: dict[str, ServerConnection],
+    plan: Plan, targets: list[BenchTarget], of_spec: Callable[[], dict[str, Task]], servers: dict[str, ServerConnection]
 ) -> Plan:
     """Return the plan with the tasks of the names that requests use. `of_spec` returns those of the spec.
 

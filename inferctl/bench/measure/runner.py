@@ -32,10 +32,7 @@ def outcomes(bench: Bench) -> list[Outcome]:
 
 
 def run(
-    bench: Bench,
-    outcomes: Sequence[Outcome],
-    notify: NotifyProgress,
-    on_measured: Callable[[Outcome], object],
+    bench: Bench, outcomes: Sequence[Outcome], notify: NotifyProgress, on_measured: Callable[[Outcome], object]
 ) -> None:
     """Measure all runs, and add them to `outcomes`.
 

@@ -25,13 +25,6 @@ _LABELS = {
     "kl": "KL divergence",
     "top_1": "top-1 agreement",
 }
-_VERDICTS = {
-    "no regression": "no regression",
-    "improvement": "improvement",
-    "not enough evidence": "inconclusive",
-    "not compared": "not compared",
-    "regression": "regression",
-}
 
 
 def render(result: CompareResult) -> RenderableType:
@@ -190,7 +183,7 @@ def points_of(metric: MetricResult) -> str:
 
 def _verdict(metric: MetricResult) -> str:
     needed = f": needs {metric.repeats_needed} repeats" if metric.repeats_needed else ""
-    return _VERDICTS[metric.outcome] + needed
+    return ("inconclusive" if metric.outcome == "not enough evidence" else metric.outcome) + needed
 
 
 def _interval(metric: MetricResult) -> str:

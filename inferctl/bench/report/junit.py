@@ -22,15 +22,9 @@ def render(result: CompareResult) -> str:
     for pair in result.pairs:
         outcomes: list[str] = [metric.outcome for metric in pair.metrics] or [pair.outcome]
         elements = [_ELEMENTS.get(outcome) for outcome in outcomes]
-        suite = Xml.SubElement(
-            root,
-            "testsuite",
-            name=pair.name,
-            tests=str(len(outcomes)),
-            failures=str(elements.count("failure")),
-            errors=str(elements.count("error")),
-            skipped=str(elements.count("skipped")),
-        )
+        kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+        counts = {name: str(elements.count(kind)) for name, kind in kinds.items()}
+        suite = Xml.SubElement(root, "testsuite", name=pair.name, tests=str(len(outcomes)), **counts)
         for metric in pair.metrics:
             _add_case(suite, pair.name, metric.name, metric.outcome, _message(metric))
             Xml.SubElement(suite[-1], "system-out").text = "  ".join(text for text in comparison.cells(metric) if text)
