@@ -95,12 +95,11 @@ def names(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     rate = "tok/s" if rows[0].task == "generate" else "req/s"
     grid = _grid("name", *(heading for heading, *_ in columns), rate, "requests", "failed", "429")
     for label, listed in found:
-        for name in listed:
+        for number, name in enumerate(listed):
             figures = [_quantile(name[figure][key]) for _, figure, key in columns]
             speed = name["output_tokens_per_s" if "ttft_ms" in name else "requests_per_s"]
             lost = (name["requests"], sum(failures(name).values()), name["rejected"])
-            grid.add_row(label, name["name"], *figures, short(speed), *map(str, lost))
-            label = ""
+            grid.add_row("" if number else label, name["name"], *figures, short(speed), *map(str, lost))
     return _titled("names that requests use, latency in ms", grid)
 
 
@@ -144,14 +143,12 @@ def stages(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         return None
     grid = _grid("stage", "time (s)", "load", "p50", "p99", "failed", "429")
     for name, listed in found:
-        label = name
-        for stage in listed:
+        for number, stage in enumerate(listed):
             level = f"{stage['rate']:g} req/s" if stage["rate"] is not None else f"{stage['users']} users"
             span = f"{stage['start_s']:g} - {stage['end_s']:g}"
             figures = [_quantile(stage["latency_ms"][key]) for key in ("p50", "p99")]
             lost = (sum(failures(stage).values()), stage.get("rejected", 0))
-            grid.add_row(label, stage["name"], span, level, *figures, *map(str, lost))
-            label = ""
+            grid.add_row("" if number else name, stage["name"], span, level, *figures, *map(str, lost))
     return _titled("stages of the load, latency in ms", grid)
 
 
@@ -280,12 +277,11 @@ def notes(result: Result) -> Iterator[str]:
     """Yield the lines below the tables: units and load, further findings, prices, and limitations."""
     measured = [row for row in result.rows if isinstance(row, MeasuredRow)]
     task = measured[0].task if measured else None
-    quality = "cosine (mean) and recall@10 against fp32"
+    quality = {
+        "rerank": "maximum score difference and Kendall's tau (mean) against fp32",
+        "classify": "maximum score difference against fp32, and share of texts with the same label",
+    }.get(task or "", "cosine (mean) and recall@10 against fp32")
     latency = "latency in ms"
-    if task == "rerank":
-        quality = "maximum score difference and Kendall's tau (mean) against fp32"
-    if task == "classify":
-        quality = "maximum score difference against fp32, and share of texts with the same label"
     if task == "generate":
         latency = "TTFT (percentiles over requests) and ITL (over gaps) in ms; tok/s: output tokens/s"
         quality = f"{_tokens(measured)}; KL divergence (mean) and top-1 agreement with fp32"
