@@ -24,7 +24,7 @@ def render(result: CompareResult) -> str:
         elements = [_ELEMENTS.get(outcome) for outcome in outcomes]
         kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
         counts = {name: str(elements.count(kind)) for name, kind in kinds.items()}
-        suite = Xml.SubElement(root, "testsuite", name=pair.name, tests=str(len(outcomes)), **counts)
+        suite = Xml.SubElement(root, "testsuite", {"name": pair.name, "tests": str(len(outcomes)), **counts})
         for metric in pair.metrics:
             _add_case(suite, pair.name, metric.name, metric.outcome, _message(metric))
             Xml.SubElement(suite[-1], "system-out").text = "  ".join(text for text in comparison.cells(metric) if text)
