@@ -134,9 +134,7 @@ Names = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        "--budget",
-        metavar="TIME",
-        help="Limit all searches together to this time: 300 (seconds), 5m or 1.5h.",
+        "--budget", metavar="TIME", help="Limit all searches together to this time: 300 (seconds), 5m or 1.5h."
     ),
 ]
 Repeats = Annotated[int | None, typer.Option(metavar="N", help="Run each configuration N times. [default: the plan's]")]
@@ -267,19 +265,22 @@ def _write_results(benchmark: Bench, outcomes: list[Outcome], page: Path, json_:
     """Write receipts, result.json and the report, print the result, and return it."""
     from inferctl.bench.report import html, receipts, terminal
     from inferctl.bench.report import result as results
+    from inferctl.receipts import receipt
 
-    sealed = receipts.write_all(benchmark, outcomes)
+    sealed = receipts.sealed(benchmark, outcomes)
     result = results.collect(benchmark, outcomes, sealed, page)
-    results.write(benchmark.output / "result.json", result)
     try:
+        for each in sealed:
+            receipt.save(each)
+        results.write(benchmark.output / "result.json", result)
         html.write(page, result, sealed)
     finally:
-        # If the report cannot be written, the measured figures are still printed.
+        # If a file cannot be written, the measured figures are still printed.
         if json_:
             console.document(result.as_dict())
         else:
             console.report(terminal.render(result))
-        console.note(f"receipts: {benchmark.output / 'receipts'}")
+    console.note(f"receipts: {benchmark.output / 'receipts'}")
     console.note(f"report:   {page}")
     return result
 

@@ -90,13 +90,22 @@ def seal_of(document: JsonObject) -> str:
     return hashlib.sha256(canonical({key: value for key, value in document.items() if key != "seal"})).hexdigest()
 
 
+def sealed(path: Path, document: JsonObject) -> Receipt:
+    """Return the receipt of `document` for the file `path`, which `save` writes."""
+    plain = json.loads(canonical({"schema": SCHEMA, **document}))
+    return Receipt(path, {**plain, "seal": seal_of(plain)})
+
+
+def save(found: Receipt) -> Receipt:
+    """Write a receipt atomically and return it."""
+    found.path.parent.mkdir(parents=True, exist_ok=True)
+    outputs.replace(found.path, json.dumps(found.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return found
+
+
 def write(path: Path, document: JsonObject) -> Receipt:
     """Seal `document`, write it atomically and return it."""
-    plain = json.loads(canonical({"schema": SCHEMA, **document}))
-    sealed = {**plain, "seal": seal_of(plain)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    outputs.replace(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return Receipt(path, sealed)
+    return save(sealed(path, document))
 
 
 def load(path: Path) -> Receipt:

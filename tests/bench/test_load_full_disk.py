@@ -11,10 +11,12 @@ from pathlib import Path
 
 import known_server
 import pytest
+from bench_samples import SHORT_PLAN
 from test_load import measure
 
 from inferctl import cli
 from inferctl.bench.load import load_run, records
+from inferctl.core import outputs
 
 
 @pytest.fixture
@@ -85,3 +87,15 @@ def test_a_bench_on_a_full_disk_stops_with_the_error_and_a_hint(
     shown = capsys.readouterr().err
     assert "error: no space left on device: " in shown
     assert "hint: free some space, or use another folder" in shown
+
+
+def test_a_disk_that_is_full_after_the_load_loses_no_figures(
+    answering: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(outputs, "replace", replace)
+    line = ["bench", "--url", f"mine={answering()}", "--plan", SHORT_PLAN, "--output", str(tmp_path)]
+    assert cli.run(line) == 3
+    assert "req/s" in capsys.readouterr().out

@@ -23,16 +23,16 @@ from inferctl.receipts import receipt
 from inferctl.receipts.receipt import JsonObject
 
 
+def sealed(bench: Bench, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
+    """Return one receipt for each outcome that has at least one run."""
+    measured, folder = (outcome for outcome in outcomes if outcome.measurements), bench.output / "receipts"
+    documents = ((each.target.name, privacy.without_home(_document(bench, each))) for each in measured)
+    return [receipt.sealed(folder / f"{name}.json", document) for name, document in documents]
+
+
 def write_all(bench: Bench, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
-    """Write one receipt for each outcome that has at least one run."""
-    return [
-        receipt.write(
-            bench.output / "receipts" / f"{outcome.target.name}.json",
-            privacy.without_home(_document(bench, outcome)),
-        )
-        for outcome in outcomes
-        if outcome.measurements
-    ]
+    """Write the receipts of `sealed`, and return them."""
+    return [receipt.save(each) for each in sealed(bench, outcomes)]
 
 
 def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
