@@ -104,19 +104,11 @@ class MeasuredServer:
             info=connection.info,
             serial=serial,
             telemetry=self.monitor.window(
-                *window,
-                connection.info,
-                on_this_machine=self.on_this_machine,
-                started_by_bench=self.child is not None,
+                *window, connection.info, on_this_machine=self.on_this_machine, started_by_bench=self.child is not None
             ),
             load=load,
             workload=WorkloadRecord(
-                work.digest,
-                privacy.name_of(work.corpus),
-                work.corpus_sha256,
-                work.seed,
-                load.inputs,
-                work.approximate,
+                work.digest, privacy.name_of(work.corpus), work.corpus_sha256, work.seed, load.inputs, work.approximate
             ),
             pace=self._pace(load.names or [connection.model]),
         )

@@ -149,12 +149,7 @@ def _compute(
         return error.message
 
 
-def reference(
-    model: Path,
-    inputs: Inputs,
-    max_input_tokens: int | None,
-    on_wait: Callable[[float], None],
-) -> Reference:
+def reference(model: Path, inputs: Inputs, max_input_tokens: int | None, on_wait: Callable[[float], None]) -> Reference:
     """Compute the reference in a process; `on_wait` receives the seconds passed.
 
     Inputs are truncated at `max_input_tokens`, as the server truncates them. Raises `InferctlError` if the process
@@ -216,12 +211,7 @@ def check(server: ServerConnection, expected: Reference | list[Scored], limits: 
 
 
 def compare(
-    expected: Matrix,
-    found: Matrix,
-    limits: Quality,
-    *,
-    compact_formats: bool = True,
-    per_token: int | None = None,
+    expected: Matrix, found: Matrix, limits: Quality, *, compact_formats: bool = True, per_token: int | None = None
 ) -> QualityResult:
     """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row.
 

@@ -18,12 +18,7 @@ from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 THROTTLED_LIMIT = 0.05
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons (nvml.h), by cause.
 # An idle GPU and clocks that a user sets have bits of their own, and are no throttling.
-THROTTLES = {
-    "heat": 0x20 | 0x40,
-    "power brake": 0x80,
-    "board limit": 0x200 | 0x400,
-    "power limit": 0x04,
-}
+THROTTLES = {"heat": 0x20 | 0x40, "power brake": 0x80, "board limit": 0x200 | 0x400, "power limit": 0x04}
 _HARDWARE_SLOWDOWN = 0x08
 _ACTIONS = {
     "heat": "improve its cooling",

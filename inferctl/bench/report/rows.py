@@ -15,12 +15,7 @@ from inferctl.receipts import noise
 from inferctl.receipts.noise import Noise
 from inferctl.receipts.receipt import JsonObject, Receipt
 
-_EFFICIENCY = (
-    "watts",
-    "joules_per_1000_requests",
-    "joules_per_million_texts",
-    "cpu_seconds_per_1000_requests",
-)
+_EFFICIENCY = ("watts", "joules_per_1000_requests", "joules_per_million_texts", "cpu_seconds_per_1000_requests")
 MEASURED, FAILED, NOT_RUN, NOT_MEASURED_HERE = "measured", "failed", "not run", "not measured here"
 
 
