@@ -93,6 +93,7 @@ def test_documents_alone_give_weak_queries_that_they_do_not_contain(tmp_path: Pa
         ({"corpus": lines(a="x") + lines(a="y")}, "corpus.jsonl:2"),
         ({"corpus": lines(a="one line")}, "0 queries"),
         ({"corpus": DOCUMENTS, "qrels": qrels("q b 1")}, "queries.jsonl: No such"),
+        ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 1", "q b 1", "q b 0")}, "test.tsv:4: a second"),
         ({"corpus": DOCUMENTS, "queries": QUERIES}, "test.tsv"),
         ({"corpus": DOCUMENTS, "queries": QUERIES, "qrels": qrels("q b 0")}, "0 queries"),
         (

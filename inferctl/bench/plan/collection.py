@@ -115,7 +115,8 @@ def _grades(file: Path, queries: dict[str, str], documents: dict[str, str]) -> d
             if not number:  # the header, which some files lack
                 continue
             raise UsageError(f"{place}: the line is not query-id, corpus-id and a whole score", _LAYOUT) from None
-        grades.setdefault(query, {})[document] = grade
+        if grades.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise UsageError(f"{place}: a second grade for {document!r} and the query {query!r}", "keep one of them")
         for kind, key, texts in (("query", query, queries), ("document", document, documents)):
             if key not in texts:
                 raise UsageError(f"{place}: the judged {kind} {key!r} has no text", "add it, or remove the line")
