@@ -110,6 +110,7 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(max_tokens=100.0), "invalid_value"),
         ("chat", chat(max_tokens=True), "invalid_value"),
         ("chat", chat(max_tokens=-1), "invalid_value"),
+        ("chat", chat(max_tokens=0), "invalid_value"),
         ("chat", chat(max_tokens=10**30), "invalid_value"),
         ("chat", chat(max_tokens="4000", max_completion_tokens=1), "invalid_value"),
         ("chat", chat(n="128"), "invalid_value"),
@@ -181,6 +182,7 @@ def test_the_tokens_of_a_prompt() -> None:
         ("responses", with_part({"type": "input_image", "image_url": "https://a/b.png"}), "media_url"),
         ("responses", with_part({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "media_url"),
         ("responses", with_part({"type": "input_file", "file_url": "http://a"}), "media_url"),
+        ("chat", with_part({"type": "image_url", "image_url": {"url": "https://a/b.png"}}), "media_url"),
         ("messages", with_part({"type": "image", "source": {"type": "url", "url": "HTTP://a"}}), "media_url"),
     ],
 )
@@ -243,6 +245,7 @@ def test_a_key_asks_for_no_more_sequences_than_it_can_have() -> None:
         ({"tokens": "a"}, 400),
         ({"tokens": [1.0]}, 400),
         ({"messages": MESSAGES * 129}, 400),
+        ({"messages": [{"role": "user", "content": [{"audio_url": {"url": "http://a"}}]}]}, 400),
         ({"prompt": "a" * 80_000}, 413),
     ],
 )

@@ -118,9 +118,9 @@ class GenerationApp:
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
         name = functools.partial(self._names.resolve, context)
-        urls = scope["path"] != COUNT_TOKENS
+        anthropic = scope["path"] == COUNT_TOKENS
         request = await _read(
-            context, receive, lambda raw: vllm_request.tokenization(raw, self.context, name, urls=urls)
+            context, receive, lambda raw: vllm_request.tokenization(raw, self.context, name, of_anthropic=anthropic)
         )
         self._reserve(context, request.prompt_tokens)
         size, tenant, used = len(request.body), context.caller.tenant or "", request.prompt_tokens

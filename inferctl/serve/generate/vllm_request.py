@@ -107,13 +107,13 @@ def generation(
     _check_words(request.get("bad_words"))
     if tools := _TOOLS.get(endpoint):
         _check_agent(request, tools)
-        _check_media(request, endpoint == "messages")
+    _check_media(request, endpoint == "messages")
     if endpoint == "responses":
         request["store"] = False  # vLLM's default is true
         _check_items(request, validate)
     limit = None
     for name in reversed(_LIMITS[endpoint]):
-        found = _integer(request, name)
+        found = _integer(request, name, least=int(endpoint != "completions"))
         limit = limit if found is None else found
     choices = _integer(request, "n", least=1) if endpoint in ("chat", "completions") else 1
     prompts, ids = 1, None
@@ -194,18 +194,14 @@ def _check_media(request: Mapping[str, Any], of_anthropic: bool) -> None:
                 raise _invalid("url", "of media must start with `data:`: this server loads no media", "media_url")
 
 
-def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str], *, urls: bool = True) -> VllmRequest:
-    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does.
-
-    `urls`: whether it may have addresses of media.
-    """
+def tokenization(raw: bytes, context: int, resolve: Callable[[Any], str], *, of_anthropic: bool = False) -> VllmRequest:
+    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413, and what `resolve` does."""
     most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
     if len(raw) > most:
         raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
     request = _object(raw, context)
     request["model"] = resolve(request.get("model"))
-    if not urls:
-        _check_media(request, of_anthropic=True)
+    _check_media(request, of_anthropic)
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)
