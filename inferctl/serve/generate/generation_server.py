@@ -36,6 +36,7 @@ from inferctl.serve.observe.metrics import RequestMetrics, objectives
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.signals import StopSignals
+from inferctl.tenancy.access.budgets import Budgets
 
 _HANDOVER_S = 2.0
 _POLL_S = 0.1  # how soon a signal ends the search for the device
@@ -63,6 +64,7 @@ class GenerationServer(ServerLifetime):
             raise UsageError(f"{several.what}: {several.why}", several.hint)
         if os.environ.get("VLLM_API_KEY"):
             raise UsageError("the environment variable VLLM_API_KEY is set", "remove it, and use access.keys")
+        Budgets.of(spec.access, spec.metering)  # vLLM's process reads them again, minutes later
         self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
@@ -213,10 +215,8 @@ class GenerationServer(ServerLifetime):
         started = time.monotonic() if self._supervisor.restarts else self._started
         # A killed server leaves it in a file.
         document, options = without_stores(self._spec), self._options
-        settings = control.EdgeSettings(
-            document, self._info(), options.log, options.traces, started, self._batch_secret
-        )
-        settings.write(self._directory)
+        edge = control.EdgeSettings(document, self._info(), options.log, options.traces, started, self._batch_secret)
+        edge.write(self._directory)
         (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
         variables = command.environment(
             self._spec, self._model, self._probe.device, self._directory, options.log, os.environ, self._compiler
