@@ -462,6 +462,7 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     ):
         (folder := tmp_path / str(number)).mkdir()
         cases.append((["--spec", write_spec(folder, llama, serve={"vllm_options": options})], message))
+    cases.append((["--spec", write_spec(mpt, llama, access={"budgets": {"team:a": "1 EUR/day"}})], "prices in EUR"))
     common = ["serve", "--model", str(llama), "--name", "m", "--port", "0", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(FAKE)}
     found = several([[*common, *options] for options, _ in cases], env=environment, cwd=tmp_path)
