@@ -428,6 +428,7 @@ def _error_of(body: bytes, status: int) -> ApiError:
         code = error.get("code")
         status = code if isinstance(code, int) and 400 <= code < 600 else status
         message, code = str(error["message"]), None if isinstance(code, int) else code
+        code = "context_length_exceeded" if "maximum context length" in message else code
         return ApiError(status, message, code=code, param=error.get("param"))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return ApiError(status, _FAILED, code="internal_error")
