@@ -378,12 +378,12 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
         ("torch.OutOfMemoryError: CUDA out of memory.", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "vLLM has no code"),
         ("error: unrecognized arguments: --nonsense", "serve.vllm_options"),
-        ("RuntimeError: something else", "DEBUG"),
+        ("inferctl.core.errors.UsageError: something else", "DEBUG"),
     ],
 )
 def test_what_vllm_prints_when_it_cannot_start_is_an_error_with_a_hint(said: str, hint: str) -> None:
     process = VllmProcess(pytest.fail)
-    process._tail.append(said)
+    process._tail += ["INFO 11-26 19:00:00 [x.py:1] Detected the chat template content format", said, "the end"]
     error = process.failure("ended with exit code 1", 1)
     assert said.rpartition("Error: ")[2] in error.message
     assert hint in (error.hint or "")

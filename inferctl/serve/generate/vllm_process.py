@@ -121,10 +121,10 @@ class VllmProcess:
             )
         lines = [_LINE.sub(r"\1", line) for line in self._tail]
         for pattern, hint in _HINTS:
-            for line in lines:
-                if re.search(pattern, line) and "WARNING" not in line:
+            for record, line in zip(self._tail, lines, strict=True):
+                if re.search(pattern, line) and not record.startswith(("INFO", "WARNING")):
                     return NotReadyError(f"vLLM did not start: {_sentence(line)}", hint)
-        errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b.*: ", line)]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
         reason = _sentence(errors[0] if errors else (lines or [""])[-1])
         hint = "it may have run out of memory: `dmesg` says so" if code == -signal.SIGKILL else _SEE_LOG
         return NotReadyError(f"vLLM {how} before it was ready: {reason}", hint)
