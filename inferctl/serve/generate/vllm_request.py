@@ -50,7 +50,6 @@ _MESSAGES = ("messages", "input")
 # What vLLM or Anthropic keep in one process. A client that chooses the id of a response can name that of another one.
 _STATE = ("background", "previous_response_id", "conversation", "request_id", "container")
 # What a server would run for the client: only functions, which clients run, are tools.
-_HOSTED = ("mcp_servers",)
 _TOOLS = {"responses": ("function", "custom", "namespace"), "messages": (None, "custom")}
 _URLS = ("image_url", "audio_url", "video_url", "file_url")
 
@@ -146,7 +145,7 @@ def _check_agent(request: Mapping[str, Any], tools: tuple[str | None, ...]) -> N
     if request.get("store"):
         raise _invalid("store", "must be false or absent: this server keeps no responses", "stateless")
     found = request.get("tools")
-    hosted = [name for name in _HOSTED if request.get(name)]
+    hosted = ["mcp_servers"] if request.get("mcp_servers") else []
     for index, tool in enumerate(found if isinstance(found, list) else ()):
         if isinstance(tool, dict) and not (isinstance(kind := tool.get("type"), str | None) and kind in tools):
             hosted.append(f"tools[{index}].type")
