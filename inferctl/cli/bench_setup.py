@@ -29,7 +29,6 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
 from inferctl.models import model as model_folder
-from inferctl.reading import model_summary
 
 
 def prepare(bench_options: BenchOptions) -> Bench:
@@ -118,6 +117,8 @@ def prepare(bench_options: BenchOptions) -> Bench:
 
 def _rerank_folder(source: str) -> Path:
     """Return the folder of a model that ranks documents. Raises `UsageError` for another model."""
+    from inferctl.reading import model_summary  # with tokenizers, which no measured URL needs
+
     files = download.fetch(source, None)
     task = model_folder.resolve_task("auto", files, source)
     if task != "rerank" and (
