@@ -237,7 +237,7 @@ def _models(first: Path | None, task: Task, bench_options: BenchOptions) -> dict
 
 
 def _of_models(targets: list[BenchTarget], sources: Iterable[str]) -> list[BenchTarget]:
-    """Return each configuration of a server to start for each of several models. Raises `UsageError` for equal names."""
+    """Return each server to start for each of several models. Raises `UsageError` for equal names."""
     names = {source: re.sub(r"[^A-Za-z0-9._-]", "-", privacy.name_of(source)) for source in sources}
     if len({*names.values()}) < len(names):
         raise UsageError(f"two models have the name {next(iter(names.values()))!r}", "rename one of their folders")

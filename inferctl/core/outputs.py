@@ -51,7 +51,7 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def write(file: Path, content: str | bytes, option: str) -> None:
-    """Write `content` (text as UTF-8) to `file` and create missing folders. Raises `NotReadyError`; no new file stays."""
+    """Write text (as UTF-8) or bytes, and create missing folders. Raises `NotReadyError`; then no new file stays."""
     new = not os.path.lexists(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

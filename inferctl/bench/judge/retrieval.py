@@ -58,7 +58,7 @@ def difference(old: Sequence[float], new: Sequence[float], margin: float, error_
 
 
 def needed(found: Difference, done: int) -> str:
-    """Return the end of a sentence: the queries that one point needs, if `done` are fewer but enough for an estimate."""
+    """Return the end of a sentence: the queries that one point needs, if `done` are fewer, but enough to estimate."""
     more = found.reason and found.queries_needed > done >= MIN_QUERIES
     return f"; one point needs about {found.queries_needed:,} judged queries" if more else ""
 
